@@ -1,0 +1,1 @@
+"""The lab: reading its data, training on it, answering orders."""

@@ -1,0 +1,1 @@
+"""Patient-level differential privacy, sealing, secure aggregation. Pure, without I/O at the core."""

@@ -1,0 +1,1 @@
+"""The coordinator: rounds, cohort, aggregation, checkpoints. Never imports torch."""

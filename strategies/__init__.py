@@ -1,0 +1,1 @@
+"""One method family a file, both halves, paper on top."""
