@@ -1,0 +1,470 @@
+"""The plan: what a federation trains, with whom, and at what price in privacy.
+
+One YAML file serves simulation and deployment (design: one way for data). Every key has a
+default; an unknown key is an error that names the nearest one. A plan is a value: sections are
+frozen dataclasses, ``sha256`` identifies it, and any change is another plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cytofed.errors import InputError
+
+Unit = Literal["patient", "image", "none"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Pixels of an input image and the field of view that they show."""
+
+    size_px: int = 64
+    field_um: float = 21.6
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label scheme that all labs' labels are mapped to."""
+
+    scheme: str = "bone-marrow-21"
+    scale: Scale = field(default_factory=Scale)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Architecture, start weights (``random`` or a file) and what is trained."""
+
+    arch: Literal["cytonet", "resnet18", "resnet50", "resnext50_32x4d", "encoder+head"] = "cytonet"
+    start: str = "random"
+    trainable: Literal["all", "head", "norms"] = "all"
+    width: int = 32
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training image; each strength 0 switches its part off."""
+
+    flip: bool = True
+    rotate: bool = True
+    shift: float = 0.1
+    """largest shift, as a fraction of the frame"""
+    scale: float = 0.1
+    """largest relative change of size"""
+    stain: float = 0.1
+    """standard deviation of the gain per stain channel in optical density"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Local training. ``steps_per_round`` replaces ``local_epochs`` where it is given."""
+
+    rounds: int = 10
+    local_epochs: float = 1.0
+    steps_per_round: int | None = None
+    batch: int = 32
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 2e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.01
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: float = 0.05
+    """fraction of all training during which the rate rises from 0"""
+    balance: Literal["none", "sampler", "weights", "logits"] = "none"
+    """against class imbalance: balanced draws, loss weights, or logits adjusted by the prior"""
+    mask_absent: bool = True
+    """classes that a lab does not have take no part in its loss"""
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    """decay per step of an average of the local weights; 0 sends the last weights"""
+    augment: Augment = field(default_factory=Augment)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    threads: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StrategySpec:
+    """A strategy by name; ``options`` are the arguments of its function in cytofed.strategies."""
+
+    name: str = "fedavg"
+    options: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of training. Of ``epsilon`` and ``sigma`` one is given."""
+
+    unit: Unit = "none"
+    epsilon: float | None = None
+    sigma: float | None = None
+    delta: float = 1e-3
+    max_norm: float = 1.0
+    sampling_rate: float = 0.25
+    cells_per_patient: int = 16
+    declared_patients: int | Mapping[str, int] | None = None
+    multiplicity: int = 1
+    """augmented copies of each cell inside one patient's gradient (De et al. 2022)"""
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """The coordinator sees sums only. ``threshold`` left out: floor(2n/3)+1."""
+
+    enabled: bool = False
+    threshold: int | None = None
+    min_cohort: int = 3
+    bits: Literal[32, 16] = 32
+    range: float = 1.0
+    """largest absolute value of an update's coordinate; larger ones are clamped"""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """How many labs a round needs and how long anything waits."""
+
+    min_labs: int = 1
+    approval_days: float = 14.0
+    wait_s: float = 600.0
+    round_timeout_s: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out evaluation. ``per_lab`` left out: on without differential privacy, off with it."""
+
+    fraction: float = 0.2
+    every: int = 1
+    per_lab: bool | None = None
+    sigma: float | None = None
+
+
+@dataclass(frozen=True)
+class Population:
+    """Failures that a simulation plays, per round and seed."""
+
+    dropout: float = 0.0
+    stragglers: float = 0.0
+    nan_labs: int = 0
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Read by ``cytofed simulate`` only; no part of the plan's hash."""
+
+    labs: int = 4
+    partition: str = "iid"
+    baselines: bool = False
+    population: Population = field(default_factory=Population)
+    pseudo_patient_cells: int = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module. ``patients`` says whether one patient may be known to two labs."""
+
+    name: str = "plan"
+    patients: Literal["disjoint", "may_overlap"] = "disjoint"
+    labels: Labels = field(default_factory=Labels)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    strategy: StrategySpec = field(default_factory=StrategySpec)
+    privacy: Privacy = field(default_factory=Privacy)
+    secure_aggregation: SecureAggregation = field(default_factory=SecureAggregation)
+    cohort: Cohort = field(default_factory=Cohort)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    simulation: Simulation = field(default_factory=Simulation)
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the canonical JSON of all but ``simulation``, defaults included."""
+        shared = {k: v for k, v in to_dict(self).items() if k != "simulation"}
+        canonical = json.dumps(shared, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as nested dicts of YAML's own types; ``from_dict`` takes it back."""
+    tree = dataclasses.asdict(plan)
+    tree["strategy"] = {"name": plan.strategy.name, **plan.strategy.options}
+    return tree
+
+
+def from_dict(tree: Mapping[str, Any], *, source: str = "plan") -> Plan:
+    """A checked plan from nested dicts.
+
+    Errors: InputError for an unknown key, a wrong type or a value out of bounds.
+    """
+    plan = _build(Plan, tree, path="", source=source)
+    _check_values(plan)
+    return plan
+
+
+def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of a YAML file or of a built-in name, with ``KEY=VALUE`` overrides applied.
+
+    Errors: InputError when the file is missing, is no YAML, or does not make a plan.
+    """
+    text, source = _read(name_or_path)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source} is not valid YAML: {error}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"{source}: expected keys and values, found {type(tree).__name__}",
+            hint="see `cytofed plan show demo` for a plan with all its keys",
+        )
+    for override in overrides:
+        _override(tree, override)
+    return from_dict(tree, source=source)
+
+
+def builtin_plans() -> list[str]:
+    """Names of the plans that ship in the package."""
+    folder = resources.files("cytofed") / "plans"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[0] != ".")
+
+
+def dump_plan(plan: Plan) -> str:
+    """The plan as YAML, all keys written out."""
+    return yaml.safe_dump(to_dict(plan), sort_keys=False, allow_unicode=True)
+
+
+def _read(name_or_path: str | Path) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read plan {path}: {error}") from None
+    if str(name_or_path) in builtin_plans():
+        text = (resources.files("cytofed") / "plans" / f"{name_or_path}.yaml").read_text("utf-8")
+        return text, f"built-in plan {name_or_path}"
+    raise InputError(
+        f"no plan file {str(name_or_path)!r}",
+        hint=f"give a YAML file or a built-in plan: {', '.join(builtin_plans())}",
+    )
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(
+            f"--set {override!r} is not KEY=VALUE", hint="for example --set train.rounds=20"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    node = tree
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise InputError(f"--set {override!r}: {parent!r} has no keys below it")
+    node[last] = value
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], tree: Any, *, path: str, source: str) -> T:
+    """An instance of the dataclass ``kind`` from a dict, each value checked by its type."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{source}: {path or 'the plan'} expects keys, found {tree!r}")
+    if kind is StrategySpec:
+        return cast(T, _build_strategy(tree, source))
+    hints = get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(cast(Any, kind))]
+    values = {}
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise unknown_key(where, str(key), known, source)
+        values[key] = _convert(hints[key], value, where, source)
+    return kind(**values)
+
+
+def unknown_key(where: str, key: str, known: Sequence[str], source: str) -> InputError:
+    """The error for a key that is not known, with the nearest one as a hint."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return InputError(f"{source}: unknown key {where!r}", hint=hint)
+
+
+def _build_strategy(tree: Mapping[str, Any], source: str) -> StrategySpec:
+    options = {str(k): v for k, v in tree.items() if k != "name"}
+    for key, value in options.items():
+        options[key] = _convert(float, value, f"strategy.{key}", source)
+    name = _convert(str, tree.get("name", "fedavg"), "strategy.name", source)
+    return StrategySpec(name=name, options=options)
+
+
+def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(cast(type[Any], hint), value, path=where, source=source)
+    if origin in (Union, types.UnionType):
+        return _convert_union(get_args(hint), value, where, source)
+    if origin is Literal:
+        if value in get_args(hint) and not isinstance(value, bool):
+            return value
+        options = [str(a) for a in get_args(hint)]
+        near = difflib.get_close_matches(str(value), options, n=1)
+        raise InputError(
+            f"{source}: {where} is {value!r}, expected one of {', '.join(options)}",
+            hint=f"did you mean {near[0]!r}?" if near else "",
+        )
+    if origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            item = get_args(hint)[1]
+            return {str(k): _convert(item, v, f"{where}.{k}", source) for k, v in value.items()}
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif hint is float:
+        number = _number(value)
+        if number is not None:
+            return number
+    elif hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    name = getattr(hint, "__name__", str(hint))
+    expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    raise InputError(f"{source}: {where} is {value!r}, expected {expected.get(name, 'a ' + name)}")
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, where: str, source: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    problem: InputError | None = None
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _convert(option, value, where, source)
+        except InputError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, also from text such as 1e-3, which YAML 1.1 does not read as a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _bound(where: str, value: float | None, low: float, high: float = math.inf) -> None:
+    if value is not None and not low <= value <= high:
+        limit = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise InputError(f"Expected {where}={value:g} {limit}")
+
+
+def _above_zero(where: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise InputError(f"Expected {where}={value:g} > 0")
+
+
+def _check_values(plan: Plan) -> None:
+    """Bounds of single values; what depends on the data is checked where the data is known."""
+    train, privacy, simulation = plan.train, plan.privacy, plan.simulation
+    _bound("labels.scale.size_px", plan.labels.scale.size_px, 16, 1024)
+    _above_zero("labels.scale.field_um", plan.labels.scale.field_um)
+    _bound("model.width", plan.model.width, 8, 256)
+    _bound("train.rounds", train.rounds, 1)
+    _above_zero("train.local_epochs", train.local_epochs)
+    _bound("train.steps_per_round", train.steps_per_round, 1)
+    _bound("train.batch", train.batch, 1)
+    _above_zero("train.lr", train.lr)
+    _bound("train.momentum", train.momentum, 0, 0.9999)
+    _bound("train.weight_decay", train.weight_decay, 0)
+    _bound("train.warmup", train.warmup, 0, 1)
+    _bound("train.label_smoothing", train.label_smoothing, 0, 0.9)
+    _bound("train.ema", train.ema, 0, 0.99999)
+    _bound("train.augment.shift", train.augment.shift, 0, 0.5)
+    _bound("train.augment.scale", train.augment.scale, 0, 0.5)
+    _bound("train.augment.stain", train.augment.stain, 0, 1)
+    _bound("train.threads", train.threads, 1, 256)
+    _bound("train.seed", train.seed, 0, 2**63 - 1)
+    _check_device(train.device)
+    _check_privacy(privacy)
+    _bound("secure_aggregation.threshold", plan.secure_aggregation.threshold, 2)
+    _bound("secure_aggregation.min_cohort", plan.secure_aggregation.min_cohort, 3)
+    _above_zero("secure_aggregation.range", plan.secure_aggregation.range)
+    _bound("cohort.min_labs", plan.cohort.min_labs, 1)
+    _above_zero("cohort.approval_days", plan.cohort.approval_days)
+    _above_zero("cohort.wait_s", plan.cohort.wait_s)
+    _above_zero("cohort.round_timeout_s", plan.cohort.round_timeout_s)
+    _bound("evaluation.fraction", plan.evaluation.fraction, 0, 0.9)
+    _bound("evaluation.every", plan.evaluation.every, 1)
+    _above_zero("evaluation.sigma", plan.evaluation.sigma)
+    _bound("simulation.labs", simulation.labs, 1)
+    _bound("simulation.population.dropout", simulation.population.dropout, 0, 1)
+    _bound("simulation.population.stragglers", simulation.population.stragglers, 0, 1)
+    _bound("simulation.population.nan_labs", simulation.population.nan_labs, 0)
+    _bound("simulation.pseudo_patient_cells", simulation.pseudo_patient_cells, 1)
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind in ("auto", "cpu", "cuda", "mps") and (not index or index.isdigit()):
+        return
+    raise InputError(
+        f"train.device is {device!r}, expected auto, cpu, cuda, cuda:N or mps",
+        hint="auto takes a GPU where there is one",
+    )
+
+
+def _check_privacy(privacy: Privacy) -> None:
+    _above_zero("privacy.epsilon", privacy.epsilon)
+    _above_zero("privacy.sigma", privacy.sigma)
+    _above_zero("privacy.max_norm", privacy.max_norm)
+    _above_zero("privacy.sampling_rate", privacy.sampling_rate)
+    _bound("privacy.sampling_rate", privacy.sampling_rate, 0, 1)
+    _bound("privacy.cells_per_patient", privacy.cells_per_patient, 1)
+    _bound("privacy.multiplicity", privacy.multiplicity, 1)
+    if not 0 < privacy.delta < 1:
+        raise InputError(f"Expected 0 < privacy.delta={privacy.delta:g} < 1")
+    if privacy.epsilon is not None and privacy.sigma is not None:
+        raise InputError(
+            f"privacy.epsilon={privacy.epsilon:g} and privacy.sigma={privacy.sigma:g} are both "
+            "given; one follows from the other",
+            hint="leave one of them out",
+        )
+    declared = privacy.declared_patients
+    counts = list(declared.values()) if isinstance(declared, Mapping) else [declared]
+    for count in counts:
+        _bound("privacy.declared_patients", count, 1)
+
+
+def with_seed(plan: Plan, seed: int) -> Plan:
+    """The plan with another ``train.seed``."""
+    return replace(plan, train=replace(plan.train, seed=seed))
