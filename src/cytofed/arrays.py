@@ -1,0 +1,89 @@
+"""Weights as one flat vector with a manifest, and their hash.
+
+P parameters. All that is trained and exchanged is one ``float32`` vector ``weights_P``; the
+manifest says which tensor lies where. Coordinator and labs derive it from the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cytofed.errors import InputError
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+Parts: TypeAlias = Mapping[str, Float32]
+"""Named flat float32 vectors of equal length P, ``weights`` first: what travels in a message."""
+
+Role = Literal["body", "norm", "head"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One trained tensor: its name in the net, its shape and what it is for."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The trained tensors in the order in which they lie in ``weights_P``."""
+
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """P, the number of parameters."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.tensors)
+
+    def split(self, weights_P: Float32) -> dict[str, Float32]:
+        """Views of ``weights_P`` by tensor name. Errors: InputError when P does not fit."""
+        if weights_P.shape != (self.size,):
+            raise InputError(f"Expected weights of shape ({self.size},), found {weights_P.shape}")
+        views, start = {}, 0
+        for tensor in self.tensors:
+            views[tensor.name] = weights_P[start : start + tensor.size].reshape(tensor.shape)
+            start += tensor.size
+        return views
+
+    def mask(self, role: Role) -> npt.NDArray[np.bool_]:
+        """True for the parameters of tensors with this role, shape (P,)."""
+        parts = [np.full(tensor.size, tensor.role == role) for tensor in self.tensors]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
+
+    def to_json(self) -> str:
+        """Canonical text; equal manifests give equal text."""
+        rows = [[tensor.name, list(tensor.shape), tensor.role] for tensor in self.tensors]
+        return json.dumps(rows, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """The manifest of ``to_json``."""
+        return Manifest(
+            tuple(Tensor(name, tuple(shape), role) for name, shape, role in json.loads(text))
+        )
+
+
+def weights_sha256(manifest: Manifest, weights_P: Float32) -> str:
+    """Hex SHA-256 of the manifest and the weights' little-endian bytes."""
+    digest = hashlib.sha256(manifest.to_json().encode())
+    digest.update(np.ascontiguousarray(weights_P, dtype="<f4").data)
+    return digest.hexdigest()

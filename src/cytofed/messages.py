@@ -1,0 +1,290 @@
+"""Orders and replies as Flower records. The one place that knows how a message is laid out.
+
+P parameters, C classes, B bins. A message has a ``header`` (scalars) and ``parts`` (flat arrays,
+little-endian, without any container format: shape and dtype are in Flower's Array). Reading
+checks every field, for the other side may be faulty or hostile; what does not fit raises
+``BadMessage``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    Metadata,
+    RecordDict,
+)
+
+from cytofed.arrays import Float32, Parts
+from cytofed.errors import CytofedError
+from cytofed.metrics import Tally
+
+logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO lines would break --json
+
+Kind = Literal["train", "evaluate", "query"]
+
+RAW = "cytofed.raw"
+"""Flower's ``stype`` of our arrays: the bytes of a C-contiguous little-endian array."""
+
+MAX_WEIGHT = 2.0**24
+"""Largest weight of one lab (number of training images)."""
+
+MAX_UPDATE = 256.0
+"""Largest absolute value of an update's coordinate that is taken for sane."""
+
+ERROR_CODE = 100
+"""Flower error code of a lab that says why it did not answer; the reason is the text."""
+
+
+class BadMessage(CytofedError):
+    """A reply or order that does not keep to the protocol. It is its sender's failure."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the coordinator asks of one lab in one round. ``run`` names the run (or baseline)."""
+
+    kind: Kind
+    run: str
+    round: int
+    plan_sha256: str
+    parts: Parts = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A lab's answer to a train order. ``loss``, ``train_s`` are NaN where they stay at the lab."""
+
+    lab: str
+    run: str
+    round: int
+    weight: float
+    parts: Parts = field(repr=False)
+    loss: float = math.nan
+    train_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A lab's answer to an evaluate order."""
+
+    lab: str
+    run: str
+    round: int
+    tally: Tally = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A lab's answer to a query: who it is and how many training images it counts."""
+
+    lab: str
+    images: int
+
+
+def pack_order(order: Order) -> RecordDict:
+    """The content of a message with this order."""
+    header: dict[str, str | int | float] = {
+        "run": order.run,
+        "round": order.round,
+        "plan_sha256": order.plan_sha256,
+    }
+    return _pack(header, order.parts)
+
+
+def unpack_order(message: Message) -> Order:
+    """The order that a message carries. Errors: BadMessage."""
+    header, parts = _unpack(message, np.float32)
+    kind = message.metadata.message_type.split(".")[0]
+    if kind not in ("train", "evaluate", "query"):
+        raise BadMessage(f"unknown order {kind!r}")
+    return Order(
+        kind=cast(Kind, kind),
+        run=_text(header, "run"),
+        round=_whole(header, "round"),
+        plan_sha256=_text(header, "plan_sha256"),
+        parts=parts,
+    )
+
+
+def pack_update(update: Update) -> RecordDict:
+    header: dict[str, str | int | float] = {
+        "lab": update.lab,
+        "run": update.run,
+        "round": update.round,
+        "weight": update.weight,
+        "loss": update.loss,
+        "train_s": update.train_s,
+    }
+    return _pack(header, update.parts)
+
+
+def unpack_update(message: Message, *, parts: tuple[str, ...], size: int) -> Update:
+    """The update that a message carries, with finite values of sane size only.
+
+    Errors: BadMessage naming what is wrong: parts, shape, NaN, size, weight.
+    """
+    header, found = _unpack(message, np.float32)
+    if tuple(found) != parts:
+        raise BadMessage(f"expected parts {', '.join(parts)}, found {', '.join(found) or 'none'}")
+    for name, values_P in found.items():
+        if values_P.shape != (size,):
+            raise BadMessage(f"{name} has shape {values_P.shape}, expected ({size},)")
+        _check_sane(name, values_P)
+    weight = _number(header, "weight")
+    if not 0 < weight <= MAX_WEIGHT:
+        raise BadMessage(f"weight is {weight:g}, expected 0 < weight <= {MAX_WEIGHT:g}")
+    return Update(
+        lab=_text(header, "lab"),
+        run=_text(header, "run"),
+        round=_whole(header, "round"),
+        weight=weight,
+        parts=found,
+        loss=_number(header, "loss"),
+        train_s=_number(header, "train_s"),
+    )
+
+
+def pack_evaluation(evaluation: Evaluation) -> RecordDict:
+    header: dict[str, str | int | float] = {
+        "lab": evaluation.lab,
+        "run": evaluation.run,
+        "round": evaluation.round,
+    }
+    tally = evaluation.tally
+    return _pack(header, {"confusion": tally.confusion_CC, "bins": tally.bins_B3})
+
+
+def unpack_evaluation(message: Message, *, classes: int) -> Evaluation:
+    """The evaluation that a message carries. Errors: BadMessage for shapes or negative counts."""
+    header, found = _unpack(message, np.int64)
+    expected = {"confusion": (classes, classes), "bins": Tally.empty(classes).bins_B3.shape}
+    if {name: values.shape for name, values in found.items()} != expected:
+        raise BadMessage(f"expected arrays {expected}, found {sorted(found)}")
+    if any(int(values.min(initial=0)) < 0 for values in found.values()):
+        raise BadMessage("negative counts in the evaluation")
+    if any(int(values.max(initial=0)) > 2**40 for values in found.values()):
+        raise BadMessage("absurd counts in the evaluation")
+    return Evaluation(
+        lab=_text(header, "lab"),
+        run=_text(header, "run"),
+        round=_whole(header, "round"),
+        tally=Tally(found["confusion"], found["bins"]),
+    )
+
+
+def pack_hello(hello: Hello) -> RecordDict:
+    return _pack({"lab": hello.lab, "images": hello.images}, {})
+
+
+def unpack_hello(message: Message) -> Hello:
+    """Who answers a query. Errors: BadMessage."""
+    header, _ = _unpack(message, np.float32)
+    return Hello(lab=_text(header, "lab"), images=_whole(header, "images"))
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content: array data and header values, without Flower's framing."""
+    arrays = sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+    headers = sum(
+        len(str(key)) + len(str(value))
+        for record in content.config_records.values()
+        for key, value in record.items()
+    )
+    return arrays + headers
+
+
+def new_message(
+    content: RecordDict, *, kind: str, node: int, group: str, ttl_s: float, message_id: str = ""
+) -> Message:
+    """A message outside a Flower process, where there is no task identity to take it from."""
+    metadata = Metadata(
+        run_id=0,
+        message_id=message_id,
+        src_node_id=0,
+        dst_node_id=node,
+        reply_to_message_id="",
+        group_id=group,
+        created_at=0.0,
+        ttl=ttl_s,
+        message_type=kind,
+    )
+    make = cast(Any, Message)  # this form of the constructor is not in its overloads
+    return cast(Message, make(content=content, metadata=metadata))
+
+
+def _pack(
+    header: dict[str, str | int | float], parts: Mapping[str, npt.NDArray[Any]]
+) -> RecordDict:
+    arrays = {}
+    for name, values in parts.items():
+        little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+        arrays[name] = Array(
+            dtype=values.dtype.name, shape=values.shape, stype=RAW, data=little.tobytes()
+        )
+    return RecordDict({"header": ConfigRecord(dict(header)), "parts": ArrayRecord(arrays)})
+
+
+def _unpack(
+    message: Message, dtype: type[np.generic]
+) -> tuple[ConfigRecord, dict[str, npt.NDArray[Any]]]:
+    if not message.has_content():
+        raise BadMessage("the message has no content")
+    content = message.content
+    if set(content) != {"header", "parts"}:
+        raise BadMessage(f"expected header and parts, found {', '.join(map(str, content))}")
+    header, record = content["header"], content["parts"]
+    if not isinstance(header, ConfigRecord) or not isinstance(record, ArrayRecord):
+        raise BadMessage("header or parts has the wrong type")
+    parts: dict[str, npt.NDArray[Any]] = {}
+    for name, array in record.items():
+        name_ok = array.stype == RAW and array.dtype == np.dtype(dtype).name
+        count = math.prod(array.shape)
+        if not name_ok or min(array.shape, default=0) < 0:
+            raise BadMessage(f"{name} is {array.stype} {array.dtype} {array.shape}")
+        if len(array.data) != count * np.dtype(dtype).itemsize:
+            raise BadMessage(f"{name} has {len(array.data)} bytes for shape {array.shape}")
+        little = np.dtype(dtype).newbyteorder("<")
+        parts[name] = np.frombuffer(array.data, dtype=little).reshape(array.shape)
+    return header, parts
+
+
+def _check_sane(name: str, values_P: Float32) -> None:
+    low, high = float(values_P.min(initial=0)), float(values_P.max(initial=0))
+    if math.isnan(low) or math.isnan(high):
+        raise BadMessage(f"{name} contains NaN")
+    if max(-low, high) > MAX_UPDATE:
+        raise BadMessage(f"{name} reaches {max(-low, high):g}, above {MAX_UPDATE:g}")
+
+
+def _text(header: ConfigRecord, key: str) -> str:
+    value = header.get(key)
+    if not isinstance(value, str) or len(value) > 256:
+        raise BadMessage(f"{key} is {value!r:.60}, expected a short text")
+    return value
+
+
+def _whole(header: ConfigRecord, key: str) -> int:
+    value = header.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise BadMessage(f"{key} is {value!r:.60}, expected a whole number >= 0")
+    return value
+
+
+def _number(header: ConfigRecord, key: str) -> float:
+    value = header.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise BadMessage(f"{key} is {value!r:.60}, expected a number")
+    return float(value)
