@@ -1,0 +1,235 @@
+"""The lab half: a Flower ClientApp that trains, evaluates and says who it is.
+
+P parameters, C classes. The same app answers a coordinator over TLS and the grid of a simulation;
+what differs is only how a ``Lab`` is opened. The first import of torch is inside the functions
+that train.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+
+from cytofed.arrays import Float32, Manifest, Parts
+from cytofed.client.cells import Cells
+from cytofed.errors import CytofedError, InputError
+from cytofed.labels import Scheme
+from cytofed.messages import (
+    ERROR_CODE,
+    Evaluation,
+    Hello,
+    Order,
+    Update,
+    pack_evaluation,
+    pack_hello,
+    pack_update,
+    unpack_order,
+)
+from cytofed.metrics import tally
+from cytofed.plan import Plan
+from cytofed.seeds import derive
+from cytofed.strategies import make_strategy
+from cytofed.strategies.strategy import LocalRound, Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+    from cytofed.client.training import Progress
+
+_log = logging.getLogger("cytofed.lab")
+
+
+class Memory(Protocol):
+    """What a lab's half of a strategy remembers between rounds (control variates, own layers)."""
+
+    def load(self, run: str, round_: int) -> Parts:
+        """What was saved in the last round before ``round_``; empty at the start."""
+
+    def save(self, run: str, round_: int, parts: Parts) -> None:
+        """Remember ``parts`` as of the end of ``round_``."""
+
+
+class Stain(Protocol):
+    """A change of colour that a simulation plays on a lab's images."""
+
+    def apply(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One lab with its data, ready to answer orders of one plan."""
+
+    name: str
+    plan: Plan
+    scheme: Scheme
+    train: Cells
+    test: Cells
+    absent_C: npt.NDArray[np.bool_]
+    """classes that this lab never labels: masked in its loss"""
+    start: Path
+    """the plan's start model: architecture and the tensors that are not trained"""
+    memory: Memory = field(repr=False)
+    stain: Stain | None = None
+
+
+OnStep = Callable[[Order, "Progress"], None]
+
+
+def lab_app(
+    open_lab: Callable[[Context], Lab],
+    *,
+    mods: list[Mod] | None = None,
+    on_step: OnStep | None = None,
+) -> ClientApp:
+    """The app; ``open_lab`` finds the lab that a Flower context stands for."""
+    app = ClientApp(mods=[_errors_as_replies, *(mods or [])])
+    nets: dict[str, _Net] = {}
+
+    def ready(message: Message, context: Context) -> tuple[Order, Lab, _Net]:
+        order, lab = unpack_order(message), open_lab(context)
+        if order.plan_sha256 != lab.plan.sha256:
+            raise InputError(
+                f"order is of plan {order.plan_sha256[:12]}, "
+                f"{lab.name} approved {lab.plan.sha256[:12]}"
+            )
+        if lab.plan.sha256 not in nets:
+            nets.clear()
+            nets[lab.plan.sha256] = _Net.build(lab)
+        return order, lab, nets[lab.plan.sha256]
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        order, lab, net = ready(message, context)
+        return Message(pack_update(_train(order, lab, net, on_step)), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        order, lab, net = ready(message, context)
+        return Message(pack_evaluation(_evaluate(order, lab, net)), reply_to=message)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        lab = open_lab(context)
+        return Message(pack_hello(Hello(lab.name, len(lab.train))), reply_to=message)
+
+    return app
+
+
+def _errors_as_replies(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """A lab that cannot answer says why; of an unexpected error only its type leaves."""
+    try:
+        return call_next(message, context)
+    except CytofedError as error:
+        _log.warning("order refused: %s", error)
+        return Message(Error(ERROR_CODE, error.message), reply_to=message)
+    except Exception as error:
+        _log.exception("order failed")
+        return Message(
+            Error(ERROR_CODE, f"internal error at the lab: {type(error).__name__}"),
+            reply_to=message,
+        )
+
+
+@dataclass(frozen=True)
+class _Net:
+    """A built net, kept warm between orders, and what of it is exchanged."""
+
+    net: torch.nn.Module
+    manifest: Manifest
+    strategy: Strategy
+    device: torch.device
+
+    @staticmethod
+    def build(lab: Lab) -> _Net:
+        from cytofed import models
+
+        plan = lab.plan
+        net = models.load_start(lab.start, plan.model, len(lab.scheme.codes))
+        device = models.pick_device(plan.train.device)
+        return _Net(
+            net.to(device),
+            models.manifest(net, plan.model.trainable),
+            make_strategy(plan.strategy),
+            device,
+        )
+
+
+def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
+    from cytofed import models
+    from cytofed.client import training
+
+    plan, half = lab.plan, net.strategy.lab
+    if len(lab.train) == 0:
+        raise InputError(f"{lab.name} has no image to train on")
+    memory = lab.memory.load(order.run, order.round)
+    models.load_flat(net.net, net.manifest, _own_layers(order, memory, net))
+    trained = training.train(
+        net.net,
+        lab.train,
+        plan,
+        progress_start=(order.round - 1) / plan.train.rounds,
+        progress_end=order.round / plan.train.rounds,
+        absent_C=lab.absent_C,
+        correction=half.prepare(order.parts, memory),
+        seed=derive(plan.train.seed, "train", order.run, lab.name, order.round),
+        device=net.device,
+        stain=lab.stain,
+        on_step=None if on_step is None else lambda step: on_step(order, step),
+    )
+    end_P = models.flatten(net.net, net.manifest)
+    local = LocalRound(order.parts["weights"], end_P, trained.steps, trained.mean_lr)
+    parts, remembered = half.finish(order.parts, memory, local)
+    if half.local_roles:
+        remembered = {**remembered, "own": end_P}
+    if remembered:
+        lab.memory.save(order.run, order.round, remembered)
+    return Update(
+        lab=lab.name,
+        run=order.run,
+        round=order.round,
+        weight=float(len(lab.train)),
+        parts={name: parts[name] for name in half.up},
+        loss=trained.loss if math.isfinite(trained.loss) else math.nan,
+        train_s=trained.train_s,
+    )
+
+
+def _evaluate(order: Order, lab: Lab, net: _Net) -> Evaluation:
+    from cytofed import models
+    from cytofed.client import training
+
+    # The round's own layers are those saved in it, hence the round after.
+    memory = lab.memory.load(order.run, order.round + 1)
+    models.load_flat(net.net, net.manifest, _own_layers(order, memory, net))
+    probs_NC = training.predict(
+        net.net,
+        lab.test,
+        device=net.device,
+        precision=lab.plan.train.precision,
+        stain=lab.stain,
+    )
+    return Evaluation(lab.name, order.run, order.round, tally(probs_NC, lab.test.targets_NC))
+
+
+def _own_layers(order: Order, memory: Mapping[str, Any], net: _Net) -> Float32:
+    """The order's weights, with the lab's own values where the strategy keeps them local."""
+    weights_P = order.parts["weights"]
+    if "own" not in memory:
+        return weights_P
+    weights_P = weights_P.copy()
+    for role in net.strategy.lab.local_roles:
+        mask_P = net.manifest.mask(role)
+        weights_P[mask_P] = memory["own"][mask_P]
+    return weights_P

@@ -1,0 +1,86 @@
+"""A run's progress on disk: what a crash leaves is the last round that was finished.
+
+One safetensors file a round: the strategy's state as arrays, the round and the records so far as
+metadata. Written atomically; the newest two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cytofed.errors import InputError
+from cytofed.files import write_atomically
+from cytofed.strategies.strategy import State
+
+Record = Mapping[str, Any]
+"""One round as it stands in metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run after ``round`` rounds: the strategy's state and one record per round."""
+
+    round: int
+    state: State
+    records: tuple[Record, ...] = ()
+    wall_s: float = 0.0
+
+
+def save_progress(folder: Path, progress: Progress, *, plan_sha256: str) -> None:
+    """Write the checkpoint of ``progress`` and remove all but the newest two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "round": str(progress.round),
+        "plan_sha256": plan_sha256,
+        "records": json.dumps(progress.records),
+        "wall_s": repr(progress.wall_s),
+    }
+    arrays = {name: np.ascontiguousarray(values) for name, values in progress.state.items()}
+    write_atomically(_file(folder, progress.round), save(arrays, metadata))
+    for old in sorted(folder.glob("round-*.safetensors"))[:-2]:
+        old.unlink(missing_ok=True)
+    for part in folder.glob(".*.part"):  # left by a crash in the middle of a write
+        part.unlink(missing_ok=True)
+
+
+def load_progress(folder: Path, *, plan_sha256: str) -> Progress | None:
+    """The newest checkpoint, or None where there is none.
+
+    Errors: InputError when it belongs to another plan or cannot be read.
+    """
+    files = sorted(folder.glob("round-*.safetensors"))
+    if not files:
+        return None
+    try:
+        with safe_open(files[-1], "numpy") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"checkpoint {files[-1]} cannot be read: {error}",
+            hint="remove it to go on from the one before",
+        ) from None
+    if metadata.get("plan_sha256") != plan_sha256:
+        raise InputError(
+            f"checkpoint {files[-1]} is of plan {metadata.get('plan_sha256', '?')[:12]}, "
+            f"this plan is {plan_sha256[:12]}",
+            hint="resume with the same plan, seed and data, or choose another --out",
+        )
+    return Progress(
+        round=int(metadata["round"]),
+        state=state,
+        records=tuple(json.loads(metadata["records"])),
+        wall_s=float(metadata["wall_s"]),
+    )
+
+
+def _file(folder: Path, round_: int) -> Path:
+    return folder / f"round-{round_:05d}.safetensors"

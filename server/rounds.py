@@ -1,0 +1,266 @@
+"""The round loop: the same code over every Grid, in deployment and in simulation.
+
+P parameters. ``run_rounds`` sends orders, adds the updates up as they arrive, moves the model and
+checkpoints. A lab that fails is absent by name and reason; nothing is ever a silent average over
+whoever happened to answer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from cytofed.arrays import Float32, Parts
+from cytofed.labels import Scheme
+from cytofed.messages import (
+    BadMessage,
+    Order,
+    Update,
+    content_bytes,
+    pack_order,
+    unpack_evaluation,
+    unpack_update,
+)
+from cytofed.metrics import Tally, summarise
+from cytofed.plan import Plan
+from cytofed.server.aggregate import Sum
+from cytofed.server.checkpoints import Progress, Record
+from cytofed.strategies.strategy import Mean, Strategy
+
+Cohort = Mapping[str, int]
+"""The labs of a run: name -> Flower node id."""
+
+
+class Watch(Protocol):
+    """Who wants to know how a run goes; all calls come from the loop's thread."""
+
+    def order(self, run: str, kind: str, round_: int, rounds: int, labs: int) -> None: ...
+    def reply(self, run: str, kind: str, round_: int, lab: str, loss: float) -> None: ...
+    def absent(self, run: str, kind: str, round_: int, lab: str, reason: str) -> None: ...
+    def round(self, run: str, record: Record) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over all rounds of a run."""
+
+    name: str
+    plan: Plan
+    strategy: Strategy
+    scheme: Scheme
+    cohort: Cohort
+    size: int
+    """P"""
+
+    @property
+    def rounds(self) -> int:
+        return self.plan.train.rounds
+
+
+@dataclass
+class Collected:
+    """What came back in one round."""
+
+    total: Sum
+    updates: dict[str, Update] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    up_bytes: int = 0
+
+
+def run_rounds(
+    grid: Grid,
+    run: Run,
+    progress: Progress,
+    *,
+    checkpoint: Callable[[Progress], None],
+    watch: Watch,
+) -> Progress:
+    """Run all rounds that ``progress`` has not seen; ``checkpoint`` is called after each."""
+    while progress.round < run.rounds:
+        started = time.monotonic()
+        after = _one_round(grid, run, progress, watch)
+        wall_s = time.monotonic() - started
+        record = {**after.records[-1], "wall_s": round(wall_s, 3)}
+        progress = replace(
+            after, records=(*after.records[:-1], record), wall_s=progress.wall_s + wall_s
+        )
+        checkpoint(progress)
+        watch.round(run.name, record)
+    return progress
+
+
+def _one_round(grid: Grid, run: Run, progress: Progress, watch: Watch) -> Progress:
+    number = progress.round + 1
+    down = {name: progress.state[name] for name in run.strategy.down}
+    order = pack_order(Order("train", run.name, number, run.plan.sha256, down))
+    got = _collect_updates(grid, run, number, order, watch)
+
+    state = progress.state
+    applied = len(got.updates) >= run.plan.cohort.min_labs
+    if applied:
+        state = run.strategy.step(state, _mean(run, got))
+
+    tallies: dict[str, Tally] = {}
+    if number % run.plan.evaluation.every == 0 or number == run.rounds:
+        tallies = evaluate(grid, run, number, {"weights": state["weights"]}, watch)
+    record = {"applied": applied, **_record(run, number, got, tallies, content_bytes(order))}
+    return Progress(number, state, (*progress.records, record), progress.wall_s)
+
+
+def _collect_updates(
+    grid: Grid, run: Run, number: int, order: RecordDict, watch: Watch
+) -> Collected:
+    parts = run.strategy.lab.up
+    got = Collected(Sum(parts, run.size))
+    watch.order(run.name, "train", number, run.rounds, len(run.cohort))
+    timeout_s = run.plan.cohort.round_timeout_s
+    for lab, message in ask(grid, run.cohort, "train", number, order, timeout_s=timeout_s):
+        try:
+            update = unpack_update(_content_of(message), parts=parts, size=run.size)
+            _check_sender(lab, run, number, update.lab, update.run, update.round)
+        except BadMessage as reason:
+            got.absent[lab] = reason.message
+            watch.absent(run.name, "train", number, lab, reason.message)
+            continue
+        got.up_bytes += content_bytes(_content_of(message).content)
+        if run.strategy.combine is None:
+            got.total.add(update.parts, update.weight)
+            update = replace(update, parts={})  # added up; do not keep it
+        got.updates[lab] = update
+        watch.reply(run.name, "train", number, lab, update.loss)
+    return got
+
+
+def _mean(run: Run, got: Collected) -> Mean:
+    if run.strategy.combine is None:
+        parts = got.total.mean()
+    else:
+        updates = [got.updates[lab].parts["weights"] for lab in sorted(got.updates)]
+        parts = {"weights": run.strategy.combine(updates)}
+    return Mean(parts, received=len(got.updates), cohort=len(run.cohort))
+
+
+def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> dict[str, Tally]:
+    """Every lab's tally of the model ``parts`` on its held-out images, by lab.
+
+    A lab that does not answer is missing in the result (and named to ``watch``).
+    """
+    order = pack_order(Order("evaluate", run.name, number, run.plan.sha256, parts))
+    watch.order(run.name, "evaluate", number, run.rounds, len(run.cohort))
+    tallies: dict[str, Tally] = {}
+    timeout_s = run.plan.cohort.round_timeout_s
+    for lab, message in ask(grid, run.cohort, "evaluate", number, order, timeout_s=timeout_s):
+        try:
+            evaluation = unpack_evaluation(_content_of(message), classes=len(run.scheme.codes))
+            _check_sender(lab, run, number, evaluation.lab, evaluation.run, evaluation.round)
+        except BadMessage as reason:
+            watch.absent(run.name, "evaluate", number, lab, reason.message)
+            continue
+        tallies[lab] = evaluation.tally
+        watch.reply(run.name, "evaluate", number, lab, math.nan)
+    return tallies
+
+
+def ask(
+    grid: Grid,
+    cohort: Cohort,
+    kind: str,
+    number: int,
+    content: RecordDict,
+    *,
+    timeout_s: float,
+) -> Iterator[tuple[str, Message | None]]:
+    """Send one order to every lab; yield (lab, reply) as replies arrive.
+
+    Labs without a reply by the deadline, or that could not be sent to, come last with None. The
+    content is shared by all messages, so memory does not grow with the cohort.
+    """
+    waiting: dict[str, str] = {}
+    unsent = []
+    for lab, node in cohort.items():
+        message = grid.create_message(content, kind, node, str(number), ttl=timeout_s)
+        ids = [i for i in grid.push_messages([message]) if i]
+        if ids:
+            waiting[ids[0]] = lab
+        else:
+            unsent.append(lab)
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.001
+    while waiting and time.monotonic() < deadline:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            lab = waiting.pop(reply.metadata.reply_to_message_id, "")
+            if lab:
+                yield lab, reply
+        pause_s = 0.001 if replies else min(pause_s * 2, 0.05)
+        if waiting and not replies:
+            time.sleep(pause_s)
+    for lab in [*waiting.values(), *unsent]:
+        yield lab, None
+
+
+def _content_of(message: Message | None) -> Message:
+    if message is None:
+        raise BadMessage("no answer before the deadline")
+    if message.has_error():
+        raise BadMessage(message.error.reason or f"error {message.error.code}")
+    return message
+
+
+def _check_sender(lab: str, run: Run, number: int, *claimed: str | int) -> None:
+    if claimed != (lab, run.name, number):
+        raise BadMessage(f"answers as {claimed}, expected {(lab, run.name, number)}")
+
+
+def _record(
+    run: Run, number: int, got: Collected, tallies: Mapping[str, Tally], down_bytes: int
+) -> Record:
+    summary = None
+    if tallies:
+        pooled = sum(tallies.values(), Tally.empty(len(run.scheme.codes)))
+        summary = _headline(pooled, run.scheme)
+    labs = {lab: _headline(tallies[lab], run.scheme) for lab in sorted(tallies)}
+    received = sorted(got.updates)
+    losses = {lab: got.updates[lab].loss for lab in received}
+    return {
+        "round": number,
+        "expected": sorted(run.cohort),
+        "received": received,
+        "absent": dict(sorted(got.absent.items())),
+        "loss": {lab: round(loss, 6) for lab, loss in losses.items() if math.isfinite(loss)},
+        "global": summary,
+        "labs": labs if tallies and run.plan.evaluation.per_lab is not False else None,
+        "up_bytes": got.up_bytes,
+        "down_bytes": down_bytes * len(run.cohort),
+        "train_s": round(sum(update.train_s for update in got.updates.values()), 3),
+    }
+
+
+def _headline(tally: Tally, scheme: Scheme) -> dict[str, float]:
+    whole = summarise(tally, scheme)
+    return {key: whole[key] for key in ("macro_f1", "balanced_accuracy", "accuracy")}
+
+
+def status(run: Run, progress: Progress) -> str:
+    """How a run ended.
+
+    ``completed``: every round moved the model, with at least ``min_labs``, and every lab of the
+    cohort contributed at least once. ``failed``: no round did. ``incomplete``: all between.
+    """
+    applied = [record for record in progress.records if record["applied"]]
+    if not applied:
+        return "failed"
+    contributed = {lab for record in applied for lab in record["received"]}
+    whole = len(applied) == run.rounds and contributed == set(run.cohort)
+    return "completed" if whole else "incomplete"
+
+
+def final_weights(progress: Progress) -> Float32:
+    """The model that the run ended with."""
+    return progress.state["weights"]

@@ -1,0 +1,282 @@
+"""A Flower Grid over worker processes of this machine.
+
+``push_messages`` queues, the largest labs first; each worker answers one message at a time;
+``pull_messages`` gives what has arrived. Results do not depend on the number of workers or on
+which worker answers: labs keep nothing in a process.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from cytofed.errors import CytofedError
+from cytofed.messages import ERROR_CODE, content_bytes, new_message
+from cytofed.simulations import exchange
+from cytofed.simulations.worker import Answer, Step, Task
+
+_UNREAD_BYTES = 1 << 29
+"""Workers pause while replies of this size wait to be pulled."""
+
+_RESTARTS = 3
+
+
+@dataclass
+class _Content:
+    """A content shared by messages, and how many of them are still to be answered."""
+
+    packed: exchange.Packed
+    number: int
+    open: int = 0
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+
+@dataclass(order=True)
+class _Queued:
+    rank: tuple[float, int]
+    message: Message = field(compare=False)
+
+
+class InProcessGrid(Grid):
+    """See the module. Close it (or use ``with``) to end the worker processes.
+
+    ``folder``: description of the virtual labs, read by a worker at its first message.
+    ``cost``: node -> how long a lab takes, in any unit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int,
+        threads: int = 1,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> None:
+        self._folder, self._threads, self._on_step = folder, threads, on_step
+        self._exchange = exchange.open_folder()
+        self._changed = threading.Condition()
+        self._queue: list[_Queued] = []
+        self._numbers = itertools.count()
+        self._contents: dict[int, _Content] = {}
+        self._asked: dict[str, Message] = {}
+        self._replies: dict[str, Message] = {}
+        self._unread_bytes = 0
+        self._closed = False
+        self._failure: CytofedError | None = None
+        self.nodes: Mapping[int, float] = {}
+        """node id -> cost of a message; set once the virtual labs are known"""
+        self._workers = [self._start_worker() for _ in range(workers)]
+        self._threads_running = [
+            threading.Thread(target=self._drive, args=(index,), daemon=True)
+            for index in range(workers)
+        ]
+        for thread in self._threads_running:
+            thread.start()
+
+    def __enter__(self) -> InProcessGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers at once; what they were doing is lost."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.wait()
+        for thread in self._threads_running:
+            thread.join(timeout=5)
+        shutil.rmtree(self._exchange, ignore_errors=True)
+
+    # --- Flower's Grid
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError("a simulation has no Flower run")
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError("a simulation has no Flower run")
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return new_message(
+            content, kind=message_type, node=dst_node_id, group=group_id, ttl_s=ttl or 43200.0
+        )
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        with self._changed:
+            for message in messages:
+                number = next(self._numbers)
+                message.metadata.__dict__["_message_id"] = str(number)
+                self._share(message.content)
+                self._asked[str(number)] = message
+                cost = self.nodes.get(message.metadata.dst_node_id, 0.0)
+                heapq.heappush(self._queue, _Queued((-cost, number), message))
+                ids.append(str(number))
+            self._changed.notify_all()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that have arrived; waits up to a second for the first."""
+        wanted = set(message_ids)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure or self._closed or wanted & self._replies.keys(), timeout=1.0
+            )
+            if self._failure:
+                raise self._failure
+            found = [self._replies.pop(i) for i in wanted & self._replies.keys()]
+            self._unread_bytes -= sum(_size(reply) for reply in found)
+            self._changed.notify_all()
+        return found
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        raise NotImplementedError("cytofed's round loop pushes and pulls")
+
+    # --- workers
+
+    def _start_worker(self) -> _Worker:
+        ours, theirs = Pipe()
+        environment = {
+            **os.environ,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": str(self._threads),
+            "MKL_NUM_THREADS": str(self._threads),
+        }
+        arguments = [str(theirs.fileno()), str(self._folder), str(self._exchange)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cytofed.simulations.worker", *arguments],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None,
+            start_new_session=True,  # Ctrl-C goes to the parent alone, which ends the workers
+        )
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _drive(self, index: int) -> None:
+        """Feed one worker until the grid closes; replace it when it dies."""
+        deaths = 0
+        while True:
+            message = self._next()
+            if message is None:
+                return
+            worker = self._workers[index]
+            try:
+                reply = self._ask(worker, message)
+            except (EOFError, OSError):
+                if self._closed:
+                    return
+                code = worker.process.wait()
+                reason = f"the lab's process ended with {_exit_text(code)}"
+                reply = Message(Error(ERROR_CODE, reason), reply_to=message)
+                deaths += 1
+                if deaths > _RESTARTS:
+                    self._fail(CytofedError(f"workers die again and again: {reason}"))
+                    return
+                self._workers[index] = self._start_worker()
+            self._deliver(message, reply)
+
+    def _next(self) -> Message | None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or (self._queue and self._unread_bytes < _UNREAD_BYTES)
+            )
+            return None if self._closed else heapq.heappop(self._queue).message
+
+    def _ask(self, worker: _Worker, message: Message) -> Message:
+        metadata = message.metadata
+        content = self._contents[id(message.content)]
+        worker.connection.send(
+            Task(
+                metadata.message_id,
+                metadata.message_type,
+                metadata.dst_node_id,
+                metadata.group_id,
+                metadata.ttl,
+                content.packed,
+                content.number,
+            )
+        )
+        while True:
+            got = worker.connection.recv()
+            if isinstance(got, Answer):
+                break
+            if self._on_step:
+                self._on_step(got)
+        if got.content is None:
+            return Message(Error(*got.error), reply_to=message)
+        reply = Message(exchange.unpack(got.content), reply_to=message)
+        if got.content.path:
+            Path(got.content.path).unlink()
+        return reply
+
+    def _share(self, content: RecordDict) -> None:
+        """Put a content where workers find it, once for all messages that carry it."""
+        shared = self._contents.get(id(content))
+        if shared is None:
+            number = next(self._numbers)
+            packed = exchange.pack(content, self._exchange / f"down-{number}")
+            shared = self._contents[id(content)] = _Content(packed, number)
+        shared.open += 1
+
+    def _deliver(self, message: Message, reply: Message) -> None:
+        with self._changed:
+            shared = self._contents[id(message.content)]
+            shared.open -= 1
+            if shared.open == 0:
+                del self._contents[id(message.content)]
+                if shared.packed.path:
+                    Path(shared.packed.path).unlink()
+            del self._asked[message.metadata.message_id]
+            self._replies[message.metadata.message_id] = reply
+            self._unread_bytes += _size(reply)
+            self._changed.notify_all()
+
+    def _fail(self, failure: CytofedError) -> None:
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+
+
+def _size(reply: Message) -> int:
+    return content_bytes(reply.content) if reply.has_content() else 0
+
+
+def _exit_text(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

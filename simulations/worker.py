@@ -1,0 +1,129 @@
+"""A worker process of a simulation: answers messages for whichever virtual lab they are meant.
+
+Started as ``python -m cytofed.simulations.worker FD FOLDER``; FD is one end of a pipe to the grid,
+FOLDER describes the virtual labs. It ends when the pipe does, or when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+
+from cytofed.messages import Order, new_message
+from cytofed.simulations import exchange
+from cytofed.simulations.exchange import Packed
+
+_STEP_INTERVAL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Task:
+    """One message to a virtual lab. ``content`` None: the same as in the task before."""
+
+    message_id: str
+    kind: str
+    node: int
+    group: str
+    ttl_s: float
+    content: Packed
+    content_id: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A lab's reply: content, or an error's code and reason."""
+
+    message_id: str
+    content: Packed | None
+    error: tuple[int, str] = (0, "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a lab's training is."""
+
+    run: str
+    lab_node: int
+    round: int
+    done: float
+    loss: float
+
+
+def serve(connection: Connection, folder: Path, exchange_folder: Path) -> None:
+    """Answer tasks until the other end closes."""
+    from cytofed.simulations.virtual import VirtualLabs, virtual_app
+
+    labs: VirtualLabs | None = None
+    node = 0
+    last_step = 0.0
+
+    def report(order: Order, step: object) -> None:
+        nonlocal last_step
+        now = time.monotonic()
+        if now - last_step >= _STEP_INTERVAL_S:
+            last_step = now
+            done, loss = float(getattr(step, "done", 0.0)), float(getattr(step, "loss", 0.0))
+            connection.send(Step(order.run, node, order.round, done, loss))
+
+    app = None
+    numbers = itertools.count()
+    cached: tuple[int, RecordDict | None] = (-1, None)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        if app is None:
+            labs = VirtualLabs.load(folder)
+            app = virtual_app(labs, on_step=report)
+        node = task.node
+        if cached[0] != task.content_id:
+            cached = (task.content_id, exchange.unpack(task.content))
+        content = cached[1]
+        assert content is not None
+        message = new_message(
+            content,
+            kind=task.kind,
+            node=task.node,
+            group=task.group,
+            ttl_s=task.ttl_s,
+            message_id=task.message_id,
+        )
+        reply = app(message, Context(0, task.node, {"partition-id": task.node}, RecordDict(), {}))
+        path = exchange_folder / f"up-{os.getpid()}-{next(numbers)}"
+        connection.send(_answer(task.message_id, reply, path))
+
+
+def _answer(message_id: str, reply: Message, path: Path) -> Answer:
+    if reply.has_error():
+        return Answer(message_id, None, (reply.error.code, reply.error.reason or ""))
+    return Answer(message_id, exchange.pack(reply.content, path))
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    file_number, folder, exchange_folder = sys.argv[1:]
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    import torch  # before the first task: imports while the parent reads the data
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    serve(Connection(int(file_number)), Path(folder), Path(exchange_folder))
+
+
+if __name__ == "__main__":
+    main()
