@@ -59,12 +59,6 @@ class Memory(Protocol):
         """Remember ``parts`` as of the end of ``round_``."""
 
 
-class Stain(Protocol):
-    """A change of colour that a simulation plays on a lab's images."""
-
-    def apply(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]: ...
-
-
 @dataclass(frozen=True)
 class Lab:
     """One lab with its data, ready to answer orders of one plan."""
@@ -79,7 +73,6 @@ class Lab:
     start: Path
     """the plan's start model: architecture and the tensors that are not trained"""
     memory: Memory = field(repr=False)
-    stain: Stain | None = None
 
 
 OnStep = Callable[[Order, "Progress"], None]
@@ -154,10 +147,11 @@ class _Net:
     @staticmethod
     def build(lab: Lab) -> _Net:
         from cytofed import models
+        from cytofed.client import training
 
         plan = lab.plan
-        net = models.load_start(lab.start, plan.model, len(lab.scheme.codes))
-        device = models.pick_device(plan.train.device)
+        net, _ = models.load_model(lab.start)
+        device = training.choose_device(plan.train.device)
         return _Net(
             net.to(device),
             models.manifest(net, plan.model.trainable),
@@ -185,7 +179,6 @@ def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
         correction=half.prepare(order.parts, memory),
         seed=derive(plan.train.seed, "train", order.run, lab.name, order.round),
         device=net.device,
-        stain=lab.stain,
         on_step=None if on_step is None else lambda step: on_step(order, step),
     )
     end_P = models.flatten(net.net, net.manifest)
@@ -218,7 +211,6 @@ def _evaluate(order: Order, lab: Lab, net: _Net) -> Evaluation:
         lab.test,
         device=net.device,
         precision=lab.plan.train.precision,
-        stain=lab.stain,
     )
     return Evaluation(lab.name, order.run, order.round, tally(probs_NC, lab.test.targets_NC))
 

@@ -80,11 +80,15 @@ def run_rounds(
     *,
     checkpoint: Callable[[Progress], None],
     watch: Watch,
+    evaluate_rounds: bool = True,
 ) -> Progress:
-    """Run all rounds that ``progress`` has not seen; ``checkpoint`` is called after each."""
+    """Run all rounds that ``progress`` has not seen; ``checkpoint`` is called after each.
+
+    ``evaluate_rounds`` off: nothing is evaluated on the way.
+    """
     while progress.round < run.rounds:
         started = time.monotonic()
-        after = _one_round(grid, run, progress, watch)
+        after = _one_round(grid, run, progress, watch, evaluate_rounds)
         wall_s = time.monotonic() - started
         record = {**after.records[-1], "wall_s": round(wall_s, 3)}
         progress = replace(
@@ -95,7 +99,9 @@ def run_rounds(
     return progress
 
 
-def _one_round(grid: Grid, run: Run, progress: Progress, watch: Watch) -> Progress:
+def _one_round(
+    grid: Grid, run: Run, progress: Progress, watch: Watch, evaluate_rounds: bool
+) -> Progress:
     number = progress.round + 1
     down = {name: progress.state[name] for name in run.strategy.down}
     order = pack_order(Order("train", run.name, number, run.plan.sha256, down))
@@ -107,7 +113,8 @@ def _one_round(grid: Grid, run: Run, progress: Progress, watch: Watch) -> Progre
         state = run.strategy.step(state, _mean(run, got))
 
     tallies: dict[str, Tally] = {}
-    if number % run.plan.evaluation.every == 0 or number == run.rounds:
+    due = number % run.plan.evaluation.every == 0 or number == run.rounds
+    if evaluate_rounds and due:
         tallies = evaluate(grid, run, number, {"weights": state["weights"]}, watch)
     record = {"applied": applied, **_record(run, number, got, tallies, content_bytes(order))}
     return Progress(number, state, (*progress.records, record), progress.wall_s)
@@ -222,10 +229,11 @@ def _record(
     run: Run, number: int, got: Collected, tallies: Mapping[str, Tally], down_bytes: int
 ) -> Record:
     summary = None
+    tallies = {lab: tallies[lab] for lab in sorted(tallies) if tallies[lab].confusion_CC.any()}
     if tallies:
         pooled = sum(tallies.values(), Tally.empty(len(run.scheme.codes)))
         summary = _headline(pooled, run.scheme)
-    labs = {lab: _headline(tallies[lab], run.scheme) for lab in sorted(tallies)}
+    labs = {lab: _headline(tally, run.scheme) for lab, tally in tallies.items()}
     received = sorted(got.updates)
     losses = {lab: got.updates[lab].loss for lab in received}
     return {

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -28,6 +29,7 @@ from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, content_bytes, new_message
 from cytofed.simulations import exchange
 from cytofed.simulations.worker import Answer, Step, Task
+from cytofed.start import Start, read_start
 
 _UNREAD_BYTES = 1 << 29
 """Workers pause while replies of this size wait to be pulled."""
@@ -59,25 +61,26 @@ class _Queued:
 class InProcessGrid(Grid):
     """See the module. Close it (or use ``with``) to end the worker processes.
 
-    ``folder``: description of the virtual labs, read by a worker at its first message.
-    ``cost``: node -> how long a lab takes, in any unit.
+    ``folder``: description of the virtual labs, read by a worker at its first message. The workers
+    build the start model of the plan in it as soon as they are up (``wait_for_start``).
     """
 
     def __init__(
         self,
         folder: Path,
         *,
+        plan_file: Path,
         workers: int,
         threads: int = 1,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._folder, self._threads, self._on_step = folder, threads, on_step
+        self._plan_file = plan_file
         self._exchange = exchange.open_folder()
         self._changed = threading.Condition()
         self._queue: list[_Queued] = []
         self._numbers = itertools.count()
         self._contents: dict[int, _Content] = {}
-        self._asked: dict[str, Message] = {}
         self._replies: dict[str, Message] = {}
         self._unread_bytes = 0
         self._closed = False
@@ -110,6 +113,17 @@ class InProcessGrid(Grid):
             thread.join(timeout=5)
         shutil.rmtree(self._exchange, ignore_errors=True)
 
+    def wait_for_start(self) -> Start:
+        """The start model, once a worker has written it. Errors: CytofedError if none does."""
+        while True:
+            start = read_start(self._folder)
+            if start is not None:
+                return start
+            ended = [w.process.returncode for w in self._workers if w.process.poll() is not None]
+            if len(ended) == len(self._workers):
+                raise CytofedError(f"no worker could start: {_exit_text(ended[0])}")
+            time.sleep(0.02)
+
     # --- Flower's Grid
 
     def set_run(self, run: Run) -> None:
@@ -141,7 +155,6 @@ class InProcessGrid(Grid):
                 number = next(self._numbers)
                 message.metadata.__dict__["_message_id"] = str(number)
                 self._share(message.content)
-                self._asked[str(number)] = message
                 cost = self.nodes.get(message.metadata.dst_node_id, 0.0)
                 heapq.heappush(self._queue, _Queued((-cost, number), message))
                 ids.append(str(number))
@@ -177,9 +190,9 @@ class InProcessGrid(Grid):
             "OMP_NUM_THREADS": str(self._threads),
             "MKL_NUM_THREADS": str(self._threads),
         }
-        arguments = [str(theirs.fileno()), str(self._folder), str(self._exchange)]
+        arguments = [theirs.fileno(), self._folder, self._exchange, self._plan_file]
         process = subprocess.Popen(
-            [sys.executable, "-m", "cytofed.simulations.worker", *arguments],
+            [sys.executable, "-m", "cytofed.simulations.worker", *map(str, arguments)],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -263,7 +276,6 @@ class InProcessGrid(Grid):
                 del self._contents[id(message.content)]
                 if shared.packed.path:
                     Path(shared.packed.path).unlink()
-            del self._asked[message.metadata.message_id]
             self._replies[message.metadata.message_id] = reply
             self._unread_bytes += _size(reply)
             self._changed.notify_all()

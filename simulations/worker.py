@@ -1,7 +1,8 @@
 """A worker process of a simulation: answers messages for whichever virtual lab they are meant.
 
-Started as ``python -m cytofed.simulations.worker FD FOLDER``; FD is one end of a pipe to the grid,
-FOLDER describes the virtual labs. It ends when the pipe does, or when its parent is gone.
+Started as ``python -m cytofed.simulations.worker FD FOLDER EXCHANGE PLAN``: one end of a pipe to
+the grid, the description of the virtual labs, a folder in shared memory, the plan's file. It ends
+when the pipe does, or when its parent is gone.
 """
 
 from __future__ import annotations
@@ -15,19 +16,25 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, RecordDict
 
 from cytofed.messages import Order, new_message
+from cytofed.plan import load_plan
 from cytofed.simulations import exchange
 from cytofed.simulations.exchange import Packed
+from cytofed.start import read_start, write_start
+
+if TYPE_CHECKING:
+    from cytofed.client.training import Progress
 
 _STEP_INTERVAL_S = 0.25
 
 
 @dataclass(frozen=True)
 class Task:
-    """One message to a virtual lab. ``content`` None: the same as in the task before."""
+    """One message to a virtual lab. Equal ``content_id``: the same content."""
 
     message_id: str
     kind: str
@@ -66,13 +73,13 @@ def serve(connection: Connection, folder: Path, exchange_folder: Path) -> None:
     node = 0
     last_step = 0.0
 
-    def report(order: Order, step: object) -> None:
+    def report(order: Order, step: Progress) -> None:
         nonlocal last_step
         now = time.monotonic()
         if now - last_step >= _STEP_INTERVAL_S:
             last_step = now
-            done, loss = float(getattr(step, "done", 0.0)), float(getattr(step, "loss", 0.0))
-            connection.send(Step(order.run, node, order.round, done, loss))
+            share = step.step / max(step.steps, 1)
+            connection.send(Step(order.run, node, order.round, share, step.loss))
 
     app = None
     numbers = itertools.count()
@@ -117,11 +124,15 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    file_number, folder, exchange_folder = sys.argv[1:]
+    file_number, folder, exchange_folder, plan_file = sys.argv[1:]
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    import torch  # before the first task: imports while the parent reads the data
+    # Before the first task, while the parent reads the data: torch and the start model. Workers
+    # that do so at the same time write the same bytes.
+    import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if read_start(Path(folder)) is None:
+        write_start(load_plan(plan_file), Path(folder))
     serve(Connection(int(file_number)), Path(folder), Path(exchange_folder))
 
 

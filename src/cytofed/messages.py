@@ -104,7 +104,7 @@ def pack_order(order: Order) -> RecordDict:
 
 def unpack_order(message: Message) -> Order:
     """The order that a message carries. Errors: BadMessage."""
-    header, parts = _unpack(message, np.float32)
+    header, parts = read_parts(message, np.float32)
     kind = message.metadata.message_type.split(".")[0]
     if kind not in ("train", "evaluate", "query"):
         raise BadMessage(f"unknown order {kind!r}")
@@ -134,7 +134,7 @@ def unpack_update(message: Message, *, parts: tuple[str, ...], size: int) -> Upd
 
     Errors: BadMessage naming what is wrong: parts, shape, NaN, size, weight.
     """
-    header, found = _unpack(message, np.float32)
+    header, found = read_parts(message, np.float32)
     if tuple(found) != parts:
         raise BadMessage(f"expected parts {', '.join(parts)}, found {', '.join(found) or 'none'}")
     for name, values_P in found.items():
@@ -167,7 +167,7 @@ def pack_evaluation(evaluation: Evaluation) -> RecordDict:
 
 def unpack_evaluation(message: Message, *, classes: int) -> Evaluation:
     """The evaluation that a message carries. Errors: BadMessage for shapes or negative counts."""
-    header, found = _unpack(message, np.int64)
+    header, found = read_parts(message, np.int64)
     expected = {"confusion": (classes, classes), "bins": Tally.empty(classes).bins_B3.shape}
     if {name: values.shape for name, values in found.items()} != expected:
         raise BadMessage(f"expected arrays {expected}, found {sorted(found)}")
@@ -189,7 +189,7 @@ def pack_hello(hello: Hello) -> RecordDict:
 
 def unpack_hello(message: Message) -> Hello:
     """Who answers a query. Errors: BadMessage."""
-    header, _ = _unpack(message, np.float32)
+    header, _ = read_parts(message, np.float32)
     return Hello(lab=_text(header, "lab"), images=_whole(header, "images"))
 
 
@@ -237,9 +237,10 @@ def _pack(
     return RecordDict({"header": ConfigRecord(dict(header)), "parts": ArrayRecord(arrays)})
 
 
-def _unpack(
+def read_parts(
     message: Message, dtype: type[np.generic]
 ) -> tuple[ConfigRecord, dict[str, npt.NDArray[Any]]]:
+    """Header and arrays of a message, layout checked, values not. Errors: BadMessage."""
     if not message.has_content():
         raise BadMessage("the message has no content")
     content = message.content

@@ -164,7 +164,8 @@ class Population:
 class Simulation:
     """Read by ``cytofed simulate`` only; no part of the plan's hash."""
 
-    labs: int = 4
+    labs: int | None = None
+    """left out: one per folder or value for ``sources`` and ``column``, else 4"""
     partition: str = "iid"
     baselines: bool = False
     population: Population = field(default_factory=Population)

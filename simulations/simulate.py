@@ -1,0 +1,534 @@
+"""``cytofed simulate``: cut a data set into virtual labs and run the federation on them.
+
+The lab half and the round loop are those of a deployment; only the Grid and the way a lab is
+opened are a simulation's own. Everything is a function of data, plan and seed, to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.serverapp import Grid
+
+import cytofed
+from cytofed.card import model_card
+from cytofed.client.cache import default_cache_dir
+from cytofed.client.cells import Cells, open_cells
+from cytofed.client.check import near_duplicate_groups
+from cytofed.console import RunProgress
+from cytofed.errors import CytofedError, InputError
+from cytofed.files import write_atomically
+from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
+from cytofed.metrics import Tally, absent_recall, spread, summarise, summarise_labs
+from cytofed.model_file import write_model
+from cytofed.plan import Plan, dump_plan, load_plan, to_dict
+from cytofed.plan_check import check_plan
+from cytofed.server.checkpoints import Progress, load_progress, save_progress
+from cytofed.server.rounds import Run, evaluate, final_weights, run_rounds, status
+from cytofed.simulations.inprocess import InProcessGrid
+from cytofed.simulations.partitions import Partition, assign, parse_partition
+from cytofed.simulations.report import write_report
+from cytofed.simulations.split import image_keys, pseudo_patients, test_split, units
+from cytofed.simulations.virtual import CENTRAL, FEDERATION, VirtualLabs, cut
+from cytofed.simulations.worker import Step
+from cytofed.start import Start, read_start
+from cytofed.strategies import make_strategy
+from cytofed.strategies.fedavg import fedavg
+from cytofed.strategies.strategy import Strategy
+
+_PRIVATE = "checkpoints"
+"""Below the run directory: what is needed to resume, with paths of this machine; not to publish."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a simulation is asked to do. ``data`` empty: the sample that ships in the package."""
+
+    plan: Plan
+    out: Path
+    data: tuple[Path, ...] = ()
+    labels: tuple[str, ...] = ()
+    patients: str | None = None
+    backend: str = "inprocess"
+    jobs: int | None = None
+    resume: bool = False
+    cache_dir: Path | None = None
+
+
+def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
+    """Run a simulation to its end and write its run directory; returns ``summary.json``.
+
+    Errors: InputError for anything that cannot be used, CytofedError when workers fail.
+    KeyboardInterrupt passes through; a later call with ``resume`` goes on from the last round.
+    """
+    check_plan(request.plan)
+    strategy = make_strategy(request.plan.strategy)
+    partition = parse_partition(request.plan.simulation.partition)
+    finished = _prepare_folder(request)
+    if finished is not None:
+        return finished
+    private = request.out / _PRIVATE
+    private.mkdir(mode=0o700, exist_ok=True)
+    started = time.monotonic()
+    with _open_grid(request, private, progress) as backend:
+        cells = _read(request, progress)
+        labs = _cut(request, partition, cells, private)
+        start = backend.start()
+        world = World(request, labs, start, strategy, private, progress)
+        results = backend.run(world)
+    return _finish(world, results, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class World:
+    """A simulation once its labs are cut and its start model is there."""
+
+    request: Request
+    labs: VirtualLabs
+    start: Start
+    strategy: Strategy
+    private: Path
+    watch: RunProgress
+
+    @property
+    def plan(self) -> Plan:
+        return self.request.plan
+
+    @property
+    def scheme(self) -> Scheme:
+        return load_scheme(self.plan.labels.scheme)
+
+    def run(self, name: str, cohort: Mapping[str, int], strategy: Strategy) -> Run:
+        return Run(name, self.plan, strategy, self.scheme, cohort, self.start.manifest.size)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the runs of a simulation ended with."""
+
+    federation: Progress
+    tallies: Mapping[str, Tally]
+    baselines: Mapping[str, Mapping[str, Tally]]
+    """name of a baseline run -> its final model's tally at every lab"""
+    nodes: Mapping[str, int]
+
+
+def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
+    """The federation and, where the plan asks for them, its baselines, over any Grid.
+
+    ``nodes``: name -> node id of every lab and of ``central``.
+    """
+    labs = {name: nodes[name] for name in world.labs.names}
+    run = world.run(FEDERATION, labs, world.strategy)
+    federation = _resumed(grid, run, world)
+    tallies = evaluate(grid, run, run.rounds, {"weights": final_weights(federation)}, world.watch)
+    baselines: dict[str, Mapping[str, Tally]] = {}
+    if world.plan.simulation.baselines:
+        cohorts = {CENTRAL: {CENTRAL: nodes[CENTRAL]}}
+        cohorts |= {f"local-{name}": {name: labs[name]} for name in world.labs.names}
+        with ThreadPoolExecutor(max_workers=len(cohorts)) as threads:
+            # All at once: the central model on one core, the labs' own on the others.
+            futures = {
+                name: threads.submit(_baseline, grid, world, name, cohort, labs)
+                for name, cohort in cohorts.items()
+            }
+            baselines = {name: future.result() for name, future in futures.items()}
+    return Results(federation, tallies, baselines, labs)
+
+
+def _baseline(
+    grid: Grid,
+    world: World,
+    name: str,
+    cohort: Mapping[str, int],
+    labs: Mapping[str, int],
+) -> Mapping[str, Tally]:
+    """A federation of one: as many epochs over the same images, then tested at every lab."""
+    run = world.run(name, cohort, fedavg())
+    progress = _resumed(grid, run, world, evaluate_rounds=False)
+    everyone = replace(run, cohort=labs)
+    return evaluate(grid, everyone, run.rounds, {"weights": final_weights(progress)}, world.watch)
+
+
+def _resumed(grid: Grid, run: Run, world: World, *, evaluate_rounds: bool = True) -> Progress:
+    folder = world.private / run.name
+    plan_sha256 = run.plan.sha256
+    progress = load_progress(folder, plan_sha256=plan_sha256)
+    if progress is None:
+        progress = Progress(0, run.strategy.init(world.start.weights_P))
+    return run_rounds(
+        grid,
+        run,
+        progress,
+        checkpoint=lambda p: _checkpoint(p, run, world),
+        watch=world.watch,
+        evaluate_rounds=evaluate_rounds,
+    )
+
+
+def _checkpoint(progress: Progress, run: Run, world: World) -> None:
+    save_progress(world.private / run.name, progress, plan_sha256=run.plan.sha256)
+    if run.name == FEDERATION:
+        lines = "".join(json.dumps(record) + "\n" for record in progress.records)
+        write_atomically(world.request.out / "metrics.jsonl", lines)
+
+
+# --- before the rounds
+
+
+def _prepare_folder(request: Request) -> dict[str, Any] | None:
+    """Make or check the run directory; the summary where the run is already finished."""
+    out = request.out
+    plan_file = out / "plan.yaml"
+    if plan_file.is_file():
+        if not request.resume:
+            raise InputError(
+                f"{out} already holds a run",
+                hint="add --resume to go on with it, or choose another --out",
+            )
+        before = to_dict(load_plan(plan_file))
+        if before != to_dict(request.plan):
+            raise InputError(
+                f"{out} holds a run of another plan: {_difference(before, to_dict(request.plan))}",
+                hint="resume with the same plan and flags, or choose another --out",
+            )
+        summary_file = out / "summary.json"
+        if summary_file.is_file():
+            summary: dict[str, Any] = json.loads(summary_file.read_text())
+            return summary
+        return None
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty and holds no run", hint="choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make run directory {out}: {error.strerror}") from None
+    (out / _PRIVATE).mkdir(mode=0o700, exist_ok=True)
+    asked = {
+        "data": [str(path.resolve()) for path in request.data],
+        "labels": list(request.labels),
+        "patients": request.patients,
+        "backend": request.backend,
+    }
+    write_atomically(out / _PRIVATE / "request.json", json.dumps(asked), mode=0o600)
+    write_atomically(plan_file, dump_plan(request.plan))  # last: says that the folder is a run
+    return None
+
+
+def earlier_request(out: Path) -> dict[str, Any]:
+    """Data, maps and patients of the run in ``out``, for a resume that does not repeat them."""
+    try:
+        found: dict[str, Any] = json.loads((out / _PRIVATE / "request.json").read_text())
+    except OSError:
+        raise InputError(f"{out} holds no run to resume", hint="leave --resume out") from None
+    return found
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            deeper = _difference(old, new, f"{path}{key}.")
+            if deeper:
+                return deeper
+        elif old != new:
+            return f"{path}{key} was {old}, is {new}"
+    return ""
+
+
+def sample_folders() -> tuple[Path, ...]:
+    """The image folders that ship in the package."""
+    sample = Path(str(resources.files("cytofed"))) / "sample"
+    return (sample / "marrow",)
+
+
+def _read(request: Request, progress: RunProgress) -> Cells:
+    plan = request.plan
+    scheme = load_scheme(plan.labels.scheme)
+    maps: list[LabelMap | None] = [load_map(name) for name in request.labels]
+    return open_cells(
+        request.data or sample_folders(),
+        scheme,
+        maps=maps or None,
+        patients=request.patients,
+        size_px=plan.labels.scale.size_px,
+        field_um=plan.labels.scale.field_um,
+        cache_dir=request.cache_dir or default_cache_dir(),
+        progress=progress.reading,
+    )
+
+
+def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLabs:
+    plan = request.plan
+    seed = plan.train.seed
+    key_N = image_keys(cells.paths(), cells.dhash_N)
+    unit_N = units(near_duplicate_groups(cells.dhash_N, 4), cells.patients_N)
+    test_N = test_split(cells.class_N, unit_N, key_N, fraction=plan.evaluation.fraction, seed=seed)
+    partition: Partition = assign(
+        spec,
+        plan.simulation.labs or (None if spec.law in ("sources", "column") else 4),
+        targets_NC=cells.targets_NC,
+        unit_N=unit_N,
+        seed=seed,
+        train_N=~test_N,
+        background_N3=cells.background_N3,
+        source_N=cells.source_N,
+        column_N=cells.column(spec.column) if spec.law == "column" else None,
+    )
+    if plan.privacy.unit == "patient" and cells.patients_N is None:
+        patients_N = pseudo_patients(
+            2 * partition.lab_N + test_N,
+            unit_N,
+            key_N,
+            cells=plan.simulation.pseudo_patient_cells,
+            seed=seed,
+        )
+        cells = replace(cells, patients_N=patients_N)
+    labs = cut(plan, cells, partition, test_N, private)
+    labs.save()
+    return labs
+
+
+# --- backends
+
+
+class _InProcess:
+    """Worker processes of this machine."""
+
+    def __init__(self, request: Request, private: Path, progress: RunProgress) -> None:
+        self._request, self._private, self._progress = request, private, progress
+        threads = request.plan.train.threads
+        workers = request.jobs or max(1, (os.cpu_count() or 1) // threads)
+        self._names: tuple[str, ...] = ()
+        self._grid = InProcessGrid(
+            private,
+            plan_file=request.out / "plan.yaml",
+            workers=workers,
+            threads=threads,
+            on_step=self._on_step,
+        )
+
+    def __enter__(self) -> _InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._grid.close()
+
+    def start(self) -> Start:
+        return self._grid.wait_for_start()
+
+    def run(self, world: World) -> Results:
+        self._names = (*world.labs.names, CENTRAL)
+        images = [len(world.labs.rows(k, 1)) for k in range(len(self._names))]
+        self._grid.nodes = dict(enumerate(map(float, images)))
+        nodes = {name: k for k, name in enumerate(self._names)}
+        return run_all(self._grid, nodes, world)
+
+    def _on_step(self, step: Step) -> None:
+        labs = len(self._names) - 1 if step.run == FEDERATION else 1
+        lab = self._names[step.lab_node]
+        self._progress.step(
+            step.run, lab, round_=step.round, share=step.done, loss=step.loss, labs=labs
+        )
+
+
+def _open_grid(request: Request, private: Path, progress: RunProgress) -> Any:
+    if request.backend == "inprocess":
+        return _InProcess(request, private, progress)
+    if request.backend == "ray":
+        from cytofed.simulations.ray_backend import RayBackend
+
+        return RayBackend(request, private, progress)
+    raise InputError(f"unknown backend {request.backend!r}", hint="inprocess or ray")
+
+
+def make_start(plan_file: Path, folder: Path) -> Start:
+    """The start model, made by a process of its own so that this one stays without torch."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cytofed.start", str(plan_file), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    start = read_start(folder)
+    if done.returncode or start is None:
+        raise CytofedError(f"could not build the start model: {done.stderr.strip()[-500:]}")
+    return start
+
+
+# --- after the rounds
+
+
+def _finish(world: World, results: Results, wall_s: float) -> dict[str, Any]:
+    out, plan = world.request.out, world.plan
+    run = world.run(FEDERATION, results.nodes, world.strategy)
+    weights_P = final_weights(results.federation)
+    summary = _summary(world, run, results, wall_s)
+    write_model(
+        out / "model.safetensors",
+        world.start.with_weights(weights_P),
+        replace(world.start.info, plan_sha256=plan.sha256),
+    )
+    write_atomically(out / "model_card.md", model_card(summary, plan))
+    # The report reads the summary; the summary's own name appears last and says: finished.
+    draft = out / "summary.json"
+    write_atomically(draft, json.dumps(summary, indent=1) + "\n")
+    write_report(out)
+    return summary
+
+
+def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[str, Any]:
+    plan, scheme, labs = world.plan, world.scheme, world.labs
+    records = results.federation.records
+    train_counts, test_counts = labs.counts_KC(1), labs.counts_KC(2)
+    per_lab = plan.evaluation.per_lab is not False
+    pooled = _pooled(results.tallies, scheme)
+    lab_scores = summarise_labs(results.tallies, scheme)
+    train_s = sum(record["train_s"] for record in records)
+    updates = sum(len(record["received"]) for record in records)
+    orders = sum(len(record["expected"]) for record in records)
+    wall_rounds_s = results.federation.wall_s
+    workers = world.request.jobs or max(1, (os.cpu_count() or 1) // plan.train.threads)
+    return {
+        "status": status(run, results.federation),
+        "plan_name": plan.name,
+        "plan_sha256": plan.sha256,
+        "weights_sha256": _weights_sha256(world, results.federation),
+        "data_sha256": _data_sha256(labs.cells),
+        "seed": plan.train.seed,
+        "rounds": results.federation.round,
+        "global": None if pooled is None else summarise(pooled, scheme),
+        "labs": lab_scores if per_lab else None,
+        "over_labs": _over_labs(lab_scores) if per_lab else None,
+        "absent_recall": {
+            name: absent_recall(results.tallies[name], train_counts[k], scheme)
+            for k, name in enumerate(labs.names)
+            if per_lab and name in lab_scores
+        },
+        "baselines": _baselines(results, scheme),
+        "participation": [
+            {key: record[key] for key in ("round", "expected", "received", "absent")}
+            for record in records
+        ],
+        "privacy": {"unit": plan.privacy.unit},
+        "wire": {
+            "up_bytes_per_lab_round": sum(r["up_bytes"] for r in records) // max(updates, 1),
+            "down_bytes_per_lab_round": sum(r["down_bytes"] for r in records) // max(orders, 1),
+            "secure_aggregation": plan.secure_aggregation.enabled,
+        },
+        "timing": {
+            "wall_s": round(wall_s, 2),
+            "rounds_s": round(wall_rounds_s, 2),
+            "train_s": round(train_s, 2),
+            "overhead_s": round(max(0.0, wall_rounds_s - train_s / workers), 2),
+            "workers": workers,
+        },
+        "partition": {
+            "spec": plan.simulation.partition,
+            "labs": list(labs.names),
+            "codes": list(scheme.codes),
+            "train_counts_KC": train_counts.tolist(),
+            "test_counts_KC": test_counts.tolist(),
+            "pseudo_patients": bool(
+                labs.cells.patients_N is not None
+                and len(labs.cells.patients_N)
+                and str(labs.cells.patients_N[0]).startswith("pseudo-")
+            ),
+        },
+        "confusion": None
+        if pooled is None
+        else {"codes": list(scheme.codes), "counts": pooled.confusion_CC.tolist()},
+        "problems": [
+            {"path": problem.path, "kind": problem.kind, "detail": problem.detail}
+            for source in labs.cells.sources
+            for problem in source.listing.problems
+        ],
+        "warnings": _warnings(world),
+        "versions": _versions(),
+    }
+
+
+def _pooled(tallies: Mapping[str, Tally], scheme: Scheme) -> Tally | None:
+    pooled = sum(tallies.values(), Tally.empty(len(scheme.codes)))
+    return pooled if pooled.confusion_CC.any() else None
+
+
+def _over_labs(lab_scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not lab_scores:
+        return None
+    found = spread({name: float(scores["macro_f1"]) for name, scores in lab_scores.items()})
+    return {"mean": found.mean, "sd": found.sd, "worst": found.worst, "worst_lab": found.worst_lab}
+
+
+def _baselines(results: Results, scheme: Scheme) -> dict[str, Any] | None:
+    if not results.baselines:
+        return None
+    found: dict[str, Any] = {"central": None, "local": {}, "local_own": {}}
+    for name, tallies in results.baselines.items():
+        pooled = _pooled(tallies, scheme)
+        if pooled is None:
+            continue
+        if name == CENTRAL:
+            found["central"] = summarise(pooled, scheme)
+            found["central_labs"] = summarise_labs(tallies, scheme)
+        else:
+            lab = name.removeprefix("local-")
+            found["local"][lab] = summarise(pooled, scheme)
+            own = summarise_labs({lab: tallies[lab]}, scheme)
+            found["local_own"].update(own)
+    return found
+
+
+def _weights_sha256(world: World, progress: Progress) -> str:
+    from cytofed.arrays import weights_sha256
+
+    return weights_sha256(world.start.manifest, final_weights(progress))
+
+
+def _data_sha256(cells: Cells) -> str:
+    """Of names, labels and pixels at the plan's scale: the same data gives the same hash."""
+    digest = hashlib.sha256("\n".join(cells.paths()).encode())
+    digest.update(np.packbits(cells.targets_NC).tobytes())
+    digest.update(np.ascontiguousarray(cells.dhash_N).tobytes())
+    return digest.hexdigest()
+
+
+def _warnings(world: World) -> list[str]:
+    found = []
+    if world.plan.privacy.unit == "none":
+        found.append(
+            "Not differentially private (privacy.unit: none): the model may reveal single patients."
+        )
+    problems = sum(len(source.listing.problems) for source in world.labs.cells.sources)
+    if problems:
+        found.append(f"{problems} files could not be used; see `cytofed data check`.")
+    return found
+
+
+def _versions() -> dict[str, str]:
+    names = ("flwr", "torch", "numpy", "opacus")
+    found = {name: metadata.version(name) for name in names}
+    return {"cytofed": cytofed.__version__, "python": platform.python_version(), **found}
+
+
+def default_out(plan: Plan) -> Path:
+    """``runs/NAME-TIME`` below the current folder."""
+    return Path("runs") / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def choose_plan(name: str | None, data: Sequence[Path], overrides: Sequence[str]) -> Plan:
+    """The plan asked for; left out, ``marrow`` for given data and ``demo`` for the sample."""
+    return load_plan(name or ("marrow" if data else "demo"), overrides)

@@ -1,0 +1,238 @@
+"""Virtual labs: a data set cut into labs, and the app that stands for all of them.
+
+N images, C classes, K labs. ``cut`` decides who holds what; the result is saved once and opened by
+every worker process. Besides the labs there is ``central``, which holds all training images: the
+baseline that a federation is compared with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from safetensors.numpy import load_file, save
+
+from cytofed.arrays import Parts
+from cytofed.client.app import Lab, OnStep, lab_app
+from cytofed.client.cells import Cells, load_cells
+from cytofed.files import write_atomically
+from cytofed.labels import load_scheme
+from cytofed.messages import ERROR_CODE, Update, pack_update, read_parts, unpack_order
+from cytofed.plan import Plan, from_dict, to_dict
+from cytofed.simulations.partitions import Partition, Stain
+from cytofed.simulations.population import fate as fate_of
+from cytofed.start import START_FILE
+
+FEDERATION = "federation"
+CENTRAL = "central"
+
+
+@dataclass(frozen=True, eq=False)
+class StainedCells(Cells):
+    """Cells whose images have the stain of their lab."""
+
+    lab_N: npt.NDArray[np.int64]
+    stains: tuple[Stain | None, ...]
+
+    def take(self, index: npt.NDArray[Any]) -> StainedCells:
+        return stained(super().take(index), self.lab_N[index], self.stains)
+
+    def images(self, index: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        pixels_BHWC: npt.NDArray[np.uint8] = super().images(index)
+        lab_B = self.lab_N[index]
+        for lab in np.unique(lab_B).tolist():
+            stain = self.stains[lab]
+            if stain is not None:
+                pixels_BHWC[lab_B == lab] = stain.apply(pixels_BHWC[lab_B == lab])
+        return pixels_BHWC
+
+
+def stained(
+    cells: Cells, lab_N: npt.NDArray[np.int64], stains: tuple[Stain | None, ...]
+) -> StainedCells:
+    """The same selection, seen through each lab's stain."""
+    return StainedCells(
+        cells.sources,
+        cells.source_N,
+        cells.row_N,
+        cells.targets_NC,
+        cells.patients_N,
+        cells.size_px,
+        lab_N,
+        stains,
+    )
+
+
+@dataclass(frozen=True)
+class VirtualLabs:
+    """All labs of a simulation. ``lab_N`` says whose an image is, ``side_N`` what it is for."""
+
+    plan: Plan
+    names: tuple[str, ...]
+    cells: Cells
+    lab_N: npt.NDArray[np.int64]
+    side_N: npt.NDArray[np.int8]
+    """0: left out by +missing, 1: training, 2: test"""
+    stains: tuple[Stain | None, ...]
+    folder: Path
+    """where the start model and the labs' memories lie"""
+
+    def save(self) -> None:
+        """Write what ``load`` needs to ``folder``; holds file names, so for this user only."""
+        self.cells.save(self.folder / "cells.npz")
+        table = {
+            "plan": to_dict(self.plan),
+            "names": self.names,
+            "lab": self.lab_N.tolist(),
+            "side": self.side_N.tolist(),
+            "stains": [None if s is None else [s.gain_3, s.bias_3] for s in self.stains],
+        }
+        write_atomically(self.folder / "labs.json", json.dumps(table), mode=0o600)
+
+    @staticmethod
+    def load(folder: Path) -> VirtualLabs:
+        """The labs that ``save`` wrote."""
+        table = json.loads((folder / "labs.json").read_text())
+        return VirtualLabs(
+            plan=from_dict(table["plan"]),
+            names=tuple(table["names"]),
+            cells=load_cells(folder / "cells.npz"),
+            lab_N=np.asarray(table["lab"], dtype=np.int64),
+            side_N=np.asarray(table["side"], dtype=np.int8),
+            stains=tuple(
+                None if s is None else Stain(tuple(s[0]), tuple(s[1])) for s in table["stains"]
+            ),
+            folder=folder,
+        )
+
+    def rows(self, lab: int, side: int) -> npt.NDArray[np.int64]:
+        """Images of one lab on one side; of all labs for ``central``, whose number is K."""
+        held_N = self.side_N == side
+        return np.flatnonzero(held_N if lab == len(self.names) else held_N & (self.lab_N == lab))
+
+    def counts_KC(self, side: int) -> npt.NDArray[np.int64]:
+        """Exactly labelled images of each lab and class on one side."""
+        exact = self.cells.class_N
+        rows = np.flatnonzero((self.side_N == side) & (exact >= 0))
+        classes = self.cells.targets_NC.shape[1]
+        flat = np.bincount(
+            self.lab_N[rows] * classes + exact[rows], minlength=len(self.names) * classes
+        )
+        return flat.reshape(len(self.names), classes)
+
+    def lab(self, number: int) -> Lab:
+        """Lab ``number`` of K, or ``central`` for K itself."""
+        name = CENTRAL if number == len(self.names) else self.names[number]
+        cells = stained(self.cells, self.lab_N, self.stains)
+        train = cells.take(self.rows(number, 1))
+        return Lab(
+            name=name,
+            plan=self.plan,
+            scheme=load_scheme(self.plan.labels.scheme),
+            train=train,
+            test=cells.take(self.rows(number, 2)),
+            absent_C=absent_classes(self.plan, train),
+            start=self.folder / START_FILE,
+            memory=FolderMemory(self.folder / "memory", name),
+        )
+
+
+def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Path) -> VirtualLabs:
+    """The labs of a partition; what ``+missing`` took away stays out of training."""
+    side_N = np.where(test_N, 2, np.where(partition.keep_N, 1, 0)).astype(np.int8)
+    return VirtualLabs(
+        plan, partition.labs, cells, partition.lab_N, side_N, partition.stains, folder
+    )
+
+
+def absent_classes(plan: Plan, train: Cells) -> npt.NDArray[np.bool_]:
+    """Classes masked in a lab's loss, (C,).
+
+    Without differential privacy those without a training image; with it only what the label maps
+    declare, because the data itself must not decide.
+    """
+    scheme = load_scheme(plan.labels.scheme)
+    if not plan.train.mask_absent:
+        return np.zeros(len(scheme.codes), dtype=bool)
+    if plan.privacy.unit == "none":
+        return np.asarray(~train.targets_NC.any(axis=0))
+    used = [train.sources[number].listing.absent for number in np.unique(train.source_N)]
+    declared = frozenset.intersection(*used) if used else frozenset()
+    return np.array([code in declared for code in scheme.codes])
+
+
+@dataclass(frozen=True)
+class FolderMemory:
+    """A lab's memory as files, one a round: a run that is resumed reads the right one."""
+
+    folder: Path
+    lab: str
+    keep: int = field(default=2)
+
+    def load(self, run: str, round_: int) -> Parts:
+        files = [f for f in self._files(run) if _round_of(f) < round_]
+        return load_file(files[-1]) if files else {}
+
+    def save(self, run: str, round_: int, parts: Parts) -> None:
+        path = self.folder / run / self.lab / f"round-{round_:05d}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in parts.items()}))
+        for old in [f for f in self._files(run) if _round_of(f) < round_][: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def _files(self, run: str) -> list[Path]:
+        return sorted((self.folder / run / self.lab).glob("round-*.safetensors"))
+
+
+def _round_of(file: Path) -> int:
+    return int(file.stem.removeprefix("round-"))
+
+
+def virtual_app(labs: VirtualLabs, *, on_step: OnStep | None = None) -> ClientApp:
+    """The app of all virtual labs; a context's ``partition-id`` says which one answers."""
+
+    def number_of(context: Context) -> int:
+        return int(context.node_config["partition-id"])
+
+    opened: dict[int, Lab] = {}
+
+    def open_lab(context: Context) -> Lab:
+        number = number_of(context)
+        if number not in opened:
+            while len(opened) >= 64:  # bounded: there may be thousands of labs
+                del opened[next(iter(opened))]
+            opened[number] = labs.lab(number)
+        return opened[number]
+
+    def fail_on_purpose(
+        message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+    ) -> Message:
+        order = unpack_order(message)
+        if order.kind != "train" or order.run != FEDERATION:
+            return call_next(message, context)
+        plan, name = labs.plan, labs.names[number_of(context)]
+        fate = fate_of(plan.simulation.population, order.round, labs.names, plan.train.seed)
+        if name in fate.gone:
+            return Message(Error(ERROR_CODE, "dropped out (simulated)"), reply_to=message)
+        reply = call_next(message, context)
+        if name in fate.late:
+            return Message(Error(ERROR_CODE, "late (simulated straggler)"), reply_to=message)
+        if name in fate.nan and reply.has_content():
+            return Message(_with_nan(reply), reply_to=message)
+        return reply
+
+    return lab_app(open_lab, mods=[fail_on_purpose], on_step=on_step)
+
+
+def _with_nan(reply: Message) -> RecordDict:
+    header, parts = read_parts(reply, np.float32)
+    broken = {name: np.full_like(values, np.nan) for name, values in parts.items()}
+    values: dict[str, Any] = dict(header)
+    return pack_update(Update(**values, parts=broken))

@@ -1,0 +1,377 @@
+"""The command line. Commands read flags, call one function and print what it returns.
+
+Exit codes: 0 done; 1 failed run or internal error; 2 bad input or usage; 3 refused by policy or
+budget; 4 run incomplete; 5 verification failed; 130 interrupted (resumable).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cytofed import __version__
+from cytofed.console import note, print_error, stdout
+from cytofed.errors import CytofedError, InputError
+
+_FOLDER = click.Path(path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+
+
+class _Sections(click.Group):
+    """A group whose help lists commands in the order in which they are written here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Sections, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cytofed", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Labs train one cell-morphology classifier together; no image leaves a lab.
+
+    \b
+    Try it:          cytofed simulate
+    On your images:  cytofed data check DIR
+                     cytofed simulate --data DIR --labs 4 --partition acquisition
+
+    Every command that prints a result takes --json.
+    """
+
+
+# --- simulate
+
+
+@cli.command()
+@click.argument("plan", required=False)
+@click.option("--data", multiple=True, type=_FOLDER, help="Folder with images; may be repeated.")
+@click.option("--labels", multiple=True, help="Label map: a name or a YAML file, one per --data.")
+@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH or name:REGEX.")
+@click.option("--labs", type=int, help="How many virtual labs.")
+@click.option(
+    "--partition",
+    help="Who holds what: iid, dirichlet:ALPHA, quantity:SIGMA, classes:K, acquisition, sources, "
+    "column:NAME; with +stain:STRENGTH and +missing:K.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any key of the plan.")
+@click.option("--seed", type=int, help="Sets train.seed.")
+@click.option("--backend", default="inprocess", type=click.Choice(["inprocess", "ray"]))
+@click.option("--jobs", type=click.IntRange(1), help="Worker processes; default: one per core.")
+@click.option("--out", type=_FOLDER, help="Run directory; default: runs/NAME-TIME.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@_json
+def simulate(**flags: Any) -> int:
+    """Cut a data set into virtual labs and run a federation on them.
+
+    PLAN is a YAML file or a built-in plan: `marrow` is used when --data is given, `demo` on the
+    sample images of the package otherwise. Results are the same for the same data, plan and seed.
+    """
+    from cytofed.console import RunProgress
+    from cytofed.simulations.report import render_summary
+    from cytofed.simulations.simulate import simulate as run
+
+    request = _request(**flags)
+    if not flags["as_json"]:
+        note(f"cytofed simulate: plan {request.plan.name}, results in {request.out}")
+    with RunProgress() as progress:
+        try:
+            summary = run(request, progress)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"go on with: cytofed simulate --resume --out {request.out}"
+            ) from None
+    if flags["as_json"]:
+        _print_json(summary)
+    else:
+        render_summary(summary, stdout)
+        stdout.print(f"Report: {request.out / 'report.html'}", markup=False)
+    return {"completed": 0, "incomplete": 4}.get(summary["status"], 1)
+
+
+def _request(
+    plan: str | None,
+    data: tuple[Path, ...],
+    labels: tuple[str, ...],
+    patients: str | None,
+    labs: int | None,
+    partition: str | None,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    backend: str,
+    jobs: int | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,  # noqa: ARG001
+) -> Any:
+    from cytofed.simulations.simulate import Request, choose_plan, default_out, earlier_request
+
+    for key, value in (
+        ("simulation.labs", labs),
+        ("simulation.partition", partition),
+        ("train.seed", seed),
+    ):
+        if value is not None:
+            overrides = (*overrides, f"{key}={value}")
+    if resume and out is None:
+        raise InputError("--resume needs the run's directory", hint="add --out DIR")
+    if resume and out is not None and (out / "plan.yaml").is_file():
+        earlier = earlier_request(out)
+        plan = plan or str(out / "plan.yaml")
+        data = data or tuple(Path(path) for path in earlier["data"])
+        labels = labels or tuple(earlier["labels"])
+        patients = patients or earlier["patients"]
+        backend = earlier["backend"] if backend == "inprocess" else backend
+    chosen = choose_plan(plan, data, overrides)
+    return Request(
+        plan=chosen,
+        out=out or default_out(chosen),
+        data=data,
+        labels=labels,
+        patients=patients,
+        backend=backend,
+        jobs=jobs,
+        resume=resume,
+    )
+
+
+# --- models and runs
+
+
+@cli.command()
+@click.argument("model", type=_FOLDER)
+@click.option("--data", multiple=True, required=True, type=_FOLDER, help="Labelled images.")
+@click.option("--labels", multiple=True, help="Label map: a name or a YAML file, one per --data.")
+@click.option("--only", help="Codes that count, comma-separated; images of others are left out.")
+@_json
+def evaluate(
+    model: Path, data: tuple[Path, ...], labels: tuple[str, ...], only: str | None, as_json: bool
+) -> int:
+    """Score MODEL on labelled folders."""
+    from cytofed.client.predict import evaluate_model
+    from cytofed.simulations.report import render_scores
+
+    codes = [code.strip() for code in only.split(",")] if only else []
+    scores = evaluate_model(model, data, labels=labels, only=codes)
+    if as_json:
+        _print_json(scores)
+    else:
+        render_scores(scores, stdout)
+    return 0
+
+
+@cli.command()
+@click.argument("model", type=_FOLDER)
+@click.argument("images", nargs=-1, required=True, type=_FOLDER)
+@click.option("--top", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--field-um", type=float, help="Width of the images' field of view in um.")
+@_json
+def predict(
+    model: Path, images: tuple[Path, ...], top: int, field_um: float | None, as_json: bool
+) -> int:
+    """The most likely classes of images, as CSV or with --json.
+
+    IMAGES are files or folders. An image that cannot be read has its problem in its row.
+    """
+    from cytofed.client.predict import predict_images
+
+    rows = predict_images(model, images, top=top, field_um=field_um)
+    if as_json:
+        _print_json(
+            {
+                "predictions": [
+                    {"path": str(row.path), "problem": row.problem or None}
+                    | {"classes": [{"code": c, "probability": p} for c, p in row.classes]}
+                    for row in rows
+                ]
+            }
+        )
+        return 0
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    columns = [text for k in range(1, top + 1) for text in (f"code_{k}", f"probability_{k}")]
+    writer.writerow(["path", *columns, "problem"])
+    for row in rows:
+        values = [text for code, p in row.classes for text in (code, f"{p:.4f}")]
+        writer.writerow([row.path, *values, *[""] * (2 * top - len(values)), row.problem])
+    return 0
+
+
+@cli.command()
+@click.argument("run", type=_FOLDER)
+@_json
+def report(run: Path, as_json: bool) -> int:
+    """Write RUN's report.html again and print its summary."""
+    from cytofed.simulations.report import read_summary, render_summary, write_report
+
+    summary = read_summary(run)
+    path = write_report(run)
+    if as_json:
+        _print_json(summary)
+    else:
+        render_summary(summary, stdout)
+        stdout.print(f"Report: {path}", markup=False)
+    return 0
+
+
+# --- plan
+
+
+@cli.group(cls=_Sections)
+def plan() -> None:
+    """Check a plan and show what it asks of a lab."""
+
+
+_overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any key of the plan."
+)
+
+
+@plan.command("check")
+@click.argument("plan")
+@_overrides
+@_json
+def plan_check(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Check PLAN: keys, values, and that its parts fit together."""
+    from cytofed.plan_check import check_plan
+    from cytofed.plan import load_plan
+
+    chosen = load_plan(plan, overrides)
+    warnings = check_plan(chosen)
+    if as_json:
+        found = {"plan_sha256": chosen.sha256, "ok": True, "warnings": warnings}
+        _print_json(found)
+    else:
+        stdout.print(f"ok: plan {chosen.name}, sha256 {chosen.sha256}", markup=False)
+        for warning in warnings:
+            stdout.print(f"warning: {warning}", markup=False)
+    return 0
+
+
+@plan.command("show")
+@click.argument("plan")
+@_overrides
+@_json
+def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Show PLAN with every key, its hash and its price."""
+    from cytofed.plan_check import check_plan, price
+    from cytofed.plan import dump_plan, load_plan, to_dict
+
+    chosen = load_plan(plan, overrides)
+    warnings = check_plan(chosen)
+    cost = price(chosen)
+    if as_json:
+        shown = {"plan_sha256": chosen.sha256, "plan": to_dict(chosen), "warnings": warnings}
+        _print_json(shown | cost)
+        return 0
+    stdout.print(dump_plan(chosen), markup=False, end="")
+    stdout.print(f"\nsha256   {chosen.sha256}", markup=False)
+    stdout.print(f"rounds   {cost['rounds']}", markup=False)
+    stdout.print(
+        f"bytes    {cost['bytes']['up_per_lab_round']:,} up, "
+        f"{cost['bytes']['down_per_lab_round']:,} down, per lab and round "
+        f"({cost['bytes']['parameters']:,} parameters)",
+        markup=False,
+    )
+    stdout.print(f"privacy  {cost['privacy']['statement']}", markup=False)
+    for warning in warnings:
+        stdout.print(f"warning: {warning}", markup=False)
+    return 0
+
+
+# --- data
+
+
+@cli.group(cls=_Sections)
+def data() -> None:
+    """Look at a lab's images before anything is trained."""
+
+
+@data.command("check")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--labels", help="Label map: a name or a YAML file.")
+@click.option("--scheme", default="bone-marrow-21", show_default=True, help="Label scheme.")
+@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH or name:REGEX.")
+@_json
+def data_check(
+    folder: Path, labels: str | None, scheme: str, patients: str | None, as_json: bool
+) -> int:
+    """Account for every file in DIR: classes, damage, duplicates, patients, identifiers."""
+    from cytofed.client.check import check_data, render
+    from cytofed.labels import load_map, load_scheme
+
+    label_map = load_map(labels) if labels else None
+    found = check_data(folder, load_scheme(scheme), label_map=label_map, patients=patients)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        render(found, stdout)
+    return 0
+
+
+# --- running
+
+
+class Interrupted(CytofedError):
+    """Stopped by Ctrl-C; the hint says how to go on."""
+
+    exit_code = 130
+
+    def __init__(self, hint: str = "") -> None:
+        super().__init__("interrupted", hint=hint)
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    try:
+        result = run()
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        print_error(_usage_error(error))
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        print_error(Interrupted())
+        return 130
+    except CytofedError as error:
+        print_error(error)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("CYTOFED_DEBUG"):
+            raise
+        print_error(
+            CytofedError(
+                f"internal error: {type(error).__name__}: {error}",
+                hint="set CYTOFED_DEBUG=1 to see where",
+            )
+        )
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _usage_error(error: click.ClickException) -> InputError:
+    hint = ""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        hint = f"see `{error.ctx.command_path} --help`"
+    message = error.format_message()
+    return InputError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(_exit_code(lambda: cli.main(prog_name="cytofed", standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

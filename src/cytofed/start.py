@@ -1,0 +1,80 @@
+"""The start model of a plan, made by a process that may import torch.
+
+The coordinator never does; it runs ``python -m cytofed.start PLAN FOLDER`` and reads the two files
+that this writes: ``start.safetensors`` (all tensors) and ``manifest.json`` (what is trained).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cytofed.arrays import Float32, Manifest
+from cytofed.files import write_atomically
+from cytofed.labels import load_scheme
+from cytofed.model_file import ModelInfo, read_model, write_model
+from cytofed.plan import Plan, load_plan
+from cytofed.seeds import derive
+
+START_FILE = "start.safetensors"
+_MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start model: P trained weights in the manifest's order, and all tensors by name."""
+
+    manifest: Manifest
+    weights_P: Float32
+    tensors: dict[str, Float32]
+    info: ModelInfo
+
+    def with_weights(self, weights_P: Float32) -> dict[str, Float32]:
+        """All tensors, the trained ones taken from ``weights_P``."""
+        return {**self.tensors, **self.manifest.split(weights_P)}
+
+
+def write_start(plan: Plan, folder: Path) -> None:
+    """Build the plan's net and write its start model to ``folder``. Imports torch."""
+    from cytofed import models
+
+    scheme = load_scheme(plan.labels.scheme)
+    net = models.build(plan.model, len(scheme.codes), seed=derive(plan.train.seed, "start"))
+    arch, encoder, width = models.describe(plan.model)
+    info = ModelInfo(
+        arch=arch,
+        width=width,
+        scheme=plan.labels.scheme,
+        codes=scheme.codes,
+        size_px=plan.labels.scale.size_px,
+        field_um=plan.labels.scale.field_um,
+        plan_sha256=plan.sha256,
+        encoder=encoder,
+    )
+    manifest = models.manifest(net, plan.model.trainable)
+    write_model(folder / START_FILE, models.tensors_of(net), info)
+    write_atomically(folder / _MANIFEST_FILE, manifest.to_json())  # last: says that both are there
+
+
+def read_start(folder: Path) -> Start | None:
+    """What ``write_start`` wrote, or None where it has not (yet)."""
+    manifest_file = folder / _MANIFEST_FILE
+    if not manifest_file.is_file():
+        return None
+    manifest = Manifest.from_json(manifest_file.read_text())
+    tensors, info = read_model(folder / START_FILE)
+    parts = [tensors[name].reshape(-1) for name in manifest.names]
+    weights_P = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    return Start(manifest, weights_P, tensors, info)
+
+
+def main() -> None:
+    plan_file, folder = sys.argv[1:]
+    write_start(load_plan(plan_file), Path(folder))
+
+
+if __name__ == "__main__":
+    main()
