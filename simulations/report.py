@@ -1,0 +1,968 @@
+"""What came out of a run: ``report.html``, one file that needs nothing else, and a table.
+
+The page is made from the files of a run directory alone (summary.json, metrics.jsonl,
+plan.yaml), so that it can be made again, elsewhere and without the images. It holds no script
+and loads nothing: a content security policy in the page says so to the browser.
+
+Whatever comes from a file is untrusted text: names of labs and reasons of failures were written
+by others, and each passes through ``html.escape``.
+
+Shapes: K labs, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cytofed import figures
+from cytofed.errors import InputError
+from cytofed.files import write_atomically
+from cytofed.labels import Scheme, load_scheme
+from cytofed.metrics import spread
+from cytofed.plan import Plan, dump_plan, load_plan
+
+MANY_ROWS = 30
+"""Tables of labs or of absences show this many rows, worst or first, and count the rest."""
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run directory, read."""
+
+    summary: Json
+    rounds: tuple[Json, ...]
+    plan: Plan
+    scheme: Scheme | None
+    """None when the plan's label scheme is a file that is not at hand"""
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read summary.json, plan.yaml and, if there are rounds, metrics.jsonl.
+
+    A round that was run again after a crash counts as its last line says; a last line that a
+    crash cut off is skipped.
+
+    Errors: InputError when a file is missing or is not what it should be.
+    """
+    summary = _read_summary(run_dir / "summary.json")
+    plan = load_plan(run_dir / "plan.yaml")
+    try:
+        scheme = load_scheme(plan.labels.scheme)
+    except InputError:
+        scheme = None
+    return Run(summary, _read_rounds(run_dir / "metrics.jsonl"), plan, scheme)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` of a run directory and return its path.
+
+    Guarantees: the same files give the same bytes; an old report stays whole until the new one
+    is; no script, nothing loaded from elsewhere.
+
+    Errors: InputError when the run directory lacks a file or holds a broken one.
+    """
+    page = render_page(read_run(run_dir))
+    path = run_dir / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def _read_summary(path: Path) -> Json:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"no summary.json in {path.parent}",
+            hint=f"finish the run first: cytofed simulate --resume --out {path.parent}",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    if not isinstance(summary, dict) or "status" not in summary:
+        raise InputError(f"{path} is not the summary of a run: it has no status")
+    return summary
+
+
+def _read_rounds(path: Path) -> tuple[Json, ...]:
+    if not path.exists():
+        return ()
+    rounds: dict[int, Json] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            rounds[int(entry["round"])] = entry
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise InputError(
+                f"{path}, line {number} is not a round: {line[:60]!r}",
+                hint="run again with --resume, or remove the line",
+            ) from None
+    return tuple(rounds[r] for r in sorted(rounds))
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def render_page(run: Run) -> str:
+    """The whole page as text."""
+    sections = [
+        _partition(run),
+        _learning(run),
+        _classes(run),
+        _labs(run),
+        _calibration(run),
+        _participation(run),
+        _cost(run),
+        _privacy(run),
+        _plan(run),
+        _references(run),
+    ]
+    name = escape(_plan_name(run))
+    return _PAGE.format(
+        title=f"{name}: cytofed run",
+        css=_CSS,
+        name=name,
+        headline=_headline(run),
+        sections="\n".join(s for s in sections if s),
+    )
+
+
+def _headline(run: Run) -> str:
+    summary = run.summary
+    status = str(summary["status"])
+    tiles = "".join(
+        f'<div class="tile"><dt>{escape(label)}</dt><dd>{escape(value)}</dd>'
+        f"<p>{escape(note)}</p></div>"
+        for label, value, note in _tiles(run)
+    )
+    notes = [str(w) for w in summary.get("warnings") or []]
+    if summary.get("status") != "completed":
+        notes.insert(0, _why_not_completed(run))
+    boxes = "".join(f'<p class="warning">{escape(n)}</p>' for n in notes)
+    return (
+        f'<p class="status {_token(status)}">{escape(status)}</p>'
+        f'<p class="lead">{escape(_in_one_sentence(run))}</p>{boxes}'
+        f'<dl class="tiles">{tiles}</dl>'
+    )
+
+
+def _in_one_sentence(run: Run) -> str:
+    summary = run.summary
+    scores = summary.get("global")
+    labs = _cohort(run)
+    who = f"{len(labs):,} lab{'s' if len(labs) != 1 else ''}"
+    if not scores:
+        return f"A run over {who} that left no model to score."
+    images = scores.get("images")
+    over = f" on {images:,} held-out images" if images else " on held-out images"
+    text = f"One model, trained by {who} without sharing images, has macro F1 "
+    text += f"{scores['macro_f1']:.3f}{over}."
+    central, local = central_gap(summary), local_gaps(summary)
+    if central is not None:
+        side = "below" if central < 0 else "above"
+        text += f" That is {abs(central):.3f} {side} training on all images in one place"
+        if local:
+            mean = float(np.mean(list(local.values())))
+            side = "above" if mean >= 0 else "below"
+            text += f", and {abs(mean):.3f} {side} a lab's own model on average"
+        text += "."
+    elif local:
+        mean = float(np.mean(list(local.values())))
+        side = "above" if mean >= 0 else "below"
+        text += f" That is {abs(mean):.3f} {side} a lab's own model on average."
+    return text
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """Label, value and note of each figure on top of the page."""
+    summary = run.summary
+    scores = summary.get("global") or {}
+    tiles = []
+    if scores:
+        tolerant = (scores.get("tolerant") or {}).get("macro_f1")
+        ends = _interval(scores.get("macro_f1_interval"))
+        note = ends or (f"tolerant {tolerant:.3f}" if tolerant is not None else "")
+        tiles.append(("macro F1", f"{scores['macro_f1']:.3f}", note))
+        accuracy = f"accuracy {scores['accuracy']:.3f}"
+        tiles.append(("balanced accuracy", f"{scores['balanced_accuracy']:.3f}", accuracy))
+    central = central_gap(summary)
+    if central is not None:
+        recorded = ((summary.get("gaps") or {}).get("central")) or {}
+        ends = _interval([recorded.get("low"), recorded.get("high")])
+        tiles.append(("against central", f"{central:+.3f}", ends or "macro F1, same test images"))
+    local = local_gaps(summary)
+    if local:
+        better = sum(g > 0 for g in local.values())
+        note = f"better for {better:,} of {len(local):,} labs"
+        tiles.append(("against own models", f"{np.mean(list(local.values())):+.3f}", note))
+    labs = summary.get("labs")
+    if labs:
+        result = spread({lab: s["macro_f1"] for lab, s in labs.items()})
+        tiles.append(
+            ("worst lab", f"{result.worst:.3f}", f"{result.worst_lab}, SD {result.sd:.3f}")
+        )
+    privacy = summary.get("privacy") or {}
+    if privacy.get("unit", "none") == "none":
+        tiles.append(("privacy", "none", "not differentially private"))
+    else:
+        note = f"at delta {_number(privacy.get('delta'))}, per {_unit(run)}"
+        tiles.append(("epsilon", _number(privacy.get("epsilon")), note))
+    timing = summary.get("timing") or {}
+    if timing.get("wall_s") is not None:
+        tiles.append(("time", _duration(timing["wall_s"]), f"{summary.get('rounds', 0)} rounds"))
+    return tiles
+
+
+def _why_not_completed(run: Run) -> str:
+    summary = run.summary
+    rounds = summary.get("participation") or []
+    expected = {lab for entry in rounds for lab in entry.get("expected") or []}
+    never = sorted(expected - {lab for entry in rounds for lab in entry.get("received") or []})
+    parts = []
+    if summary.get("rounds") is not None and summary["rounds"] < run.plan.train.rounds:
+        parts.append(f"{summary['rounds']} of {run.plan.train.rounds} rounds were applied")
+    if never:
+        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+        parts.append(f"never contributed: {', '.join(never[:10])}{more}")
+    if summary.get("error"):
+        parts.append(str(summary["error"]))
+    return f"This run is {summary['status']}" + (f": {'; '.join(parts)}." if parts else ".")
+
+
+def _partition(run: Run) -> str:
+    partition = run.summary.get("partition")
+    if not partition or not partition.get("labs"):
+        return ""
+    labs, codes = list(partition["labs"]), list(partition["codes"])
+    counts_KC = np.array(partition["train_counts_KC"], dtype=np.int64).reshape(len(labs), -1)
+    held_C = counts_KC.sum(axis=0) > 0
+    shown = [code for code, held in zip(codes, held_C, strict=True) if held]
+    figure = figures.partition_figure(labs, shown, counts_KC[:, held_C])
+    caption = "Training images per lab and class. A dot: the lab has none of this class."
+    if len(labs) > figures.MANY_LABS:
+        caption = f"Training images per class over {len(labs):,} labs, and sizes of labs."
+    note = ""
+    if partition.get("pseudo_patients"):
+        note = _warning(
+            "Patients of this run are pseudo-patients: the data names none, so the simulation "
+            "made groups of images. Figures per patient show what the method costs, not how any "
+            "real person is protected."
+        )
+    test_KC = partition.get("test_counts_KC")
+    tested = int(np.sum(test_KC)) if test_KC is not None else 0
+    lead = f"Cut by <code>{escape(str(partition.get('spec', '')))}</code>: "
+    lead += f"{int(counts_KC.sum()):,} images to train on"
+    lead += f", {tested:,} held out for tests." if tested else "."
+    label = f"training images of {len(labs)} labs by class"
+    return _section(
+        "Who holds what",
+        f"<p>{lead}</p>{note}"
+        + _figure(figure, "partition", label, caption)
+        + _examples(partition.get("examples")),
+    )
+
+
+def _examples(examples: Any) -> str:
+    """Thumbnails per lab, ``{lab: [data URI, ...]}``; anything but a JPEG or PNG is left out."""
+    if not isinstance(examples, Mapping):
+        return ""
+    rows = []
+    for lab, images in list(examples.items())[:MANY_ROWS]:
+        shown = "".join(
+            f'<img src="{uri}" alt="" width="56" height="56">'
+            for uri in list(images)[:16]
+            if _DATA_URI.fullmatch(str(uri))
+        )
+        if shown:
+            rows.append(f"<tr><th scope=row>{escape(str(lab))}</th><td>{shown}</td></tr>")
+    if not rows:
+        return ""
+    return _scroll(f'<table class="examples">{"".join(rows)}</table>')
+
+
+def _learning(run: Run) -> str:
+    scored = [e for e in run.rounds if e.get("global")]
+    losses = [e.get("loss") or {} for e in run.rounds]
+    parts = []
+    if scored:
+        names = {
+            "macro F1": "macro_f1",
+            "balanced accuracy": "balanced_accuracy",
+            "accuracy": "accuracy",
+        }
+        numbers = [int(e["round"]) for e in scored]
+        scores = {name: [e["global"].get(key) for e in scored] for name, key in names.items()}
+        baselines = run.summary.get("baselines") or {}
+        levels = {}
+        if baselines.get("central"):
+            levels["central, macro F1"] = float(baselines["central"]["macro_f1"])
+        if baselines.get("local"):
+            own = [s["macro_f1"] for s in baselines["local"].values()]
+            levels["mean of own models"] = float(np.mean(own))
+        figure = figures.score_figure(numbers, scores, levels)
+        caption = "Scores of the global model on all held-out images."
+        parts.append(_figure(figure, "scores", "scores over rounds", caption))
+    if any(losses):
+        figure = figures.loss_figure([int(e["round"]) for e in run.rounds], losses)
+        caption = "Training loss at the labs, each on its own images."
+        parts.append(_figure(figure, "loss", "training loss over rounds", caption))
+    if not parts:
+        return ""
+    return _section("Learning", f'<div class="grid">{"".join(parts)}</div>')
+
+
+def _classes(run: Run) -> str:
+    scores = run.summary.get("global")
+    if not scores:
+        return ""
+    parts = [_confusion(run), _per_class(run, scores)]
+    return _section("Classes", "".join(parts))
+
+
+def _confusion(run: Run) -> str:
+    confusion = run.summary.get("confusion")
+    if not confusion:
+        return ""
+    codes = list(confusion["codes"])
+    # Noise under differential privacy can push counts below 0.
+    counts_CC = np.maximum(np.array(confusion["counts"], dtype=np.int64), 0)
+    tolerance_CC = np.eye(len(codes), dtype=bool)
+    caption = "Percent of each true class given to each class."
+    if run.scheme is not None and codes == list(run.scheme.codes):
+        tolerance_CC = np.asarray(run.scheme.tolerance_CC, dtype=bool)
+        if run.scheme.tolerated:
+            caption += " Framed: pairs that the tolerant scores count as right."
+    figure = figures.confusion_figure(codes, counts_CC, tolerance_CC)
+    return _figure(figure, "confusion", "confusion matrix", caption)
+
+
+def _per_class(run: Run, scores: Json) -> str:
+    per_class = scores.get("per_class") or {}
+    codes = [code for code, s in per_class.items() if s["support"] > 0]
+    if not codes:
+        return ""
+    loose = (scores.get("tolerant") or {}).get("per_class")
+    figure = figures.class_figure(
+        codes,
+        [per_class[c]["f1"] for c in codes],
+        [loose[c]["f1"] for c in codes] if loose else None,
+        [per_class[c]["support"] for c in codes],
+    )
+    caption = "F1 per class, most test images first."
+    order = sorted(codes, key=lambda c: (-per_class[c]["support"], c))
+    head = ["class", "", "images", "precision", "recall", "F1"]
+    head += ["tolerant precision", "tolerant recall", "tolerant F1"] if loose else []
+    rows = []
+    for code in order:
+        strict = per_class[code]
+        name = run.scheme.names.get(code, "") if run.scheme else ""
+        row = [code, name, f"{strict['support']:,}", *_prf(strict)]
+        rows.append(row + (_prf(loose[code]) if loose else []))
+    without = scores.get("macro_f1_without_tiny")
+    tiny = sorted(c for c in codes if per_class[c]["support"] < 10)
+    note = ""
+    if tiny and without is not None:
+        note = (
+            f"<p>Without the classes of fewer than 10 test images ({escape(', '.join(tiny))}) "
+            f"macro F1 is {without:.3f}: with so few images their scores are mostly chance.</p>"
+        )
+    return (
+        '<div class="grid uneven">'
+        + _figure(figure, "classes", "F1 per class", caption)
+        + f"<div>{note}{_scroll(_table(head, rows, texts=2))}</div></div>"
+    )
+
+
+def _prf(scores: Json) -> list[str]:
+    return [f"{scores[key]:.3f}" for key in ("precision", "recall", "f1")]
+
+
+def _labs(run: Run) -> str:
+    summary = run.summary
+    labs: Json = summary.get("labs") or {}
+    if not labs:
+        if summary.get("global") and run.plan.privacy.unit != "none":
+            text = "Scores per lab are off: under differential privacy they would cost budget."
+            return _section("Labs", f"<p>{text}</p>")
+        return ""
+    baselines = summary.get("baselines") or {}
+    own = {lab: float(s["macro_f1"]) for lab, s in (baselines.get("local_own") or {}).items()}
+    federated = {lab: float(s["macro_f1"]) for lab, s in labs.items()}
+    result = spread(federated)
+    lead = (
+        f"Macro F1 over labs: mean {result.mean:.3f}, standard deviation {result.sd:.3f}, worst "
+        f"{result.worst:.3f} ({escape(result.worst_lab)}). Each on the lab's own test images."
+    )
+    pooled = local_gaps(summary)
+    shown = sorted(labs, key=lambda lab: (federated[lab], lab))[:MANY_ROWS]
+    if len(labs) <= MANY_ROWS:
+        shown = list(labs)
+    trained = _trained_images(summary)
+    head = ["lab", "trained on", "macro F1", "own model", "difference", "on all test images"]
+    head += ["blast recall"] if _blasts(labs) else []
+    head += (
+        ["recall of classes it lacks"] if any(labs[k].get("absent_recall") for k in labs) else []
+    )
+    rows = []
+    for lab in shown:
+        row = [lab, f"{trained[lab]:,}" if lab in trained else "", f"{federated[lab]:.3f}"]
+        row += [f"{own[lab]:.3f}", f"{federated[lab] - own[lab]:+.3f}"] if lab in own else ["", ""]
+        row.append(f"{pooled[lab]:+.3f}" if lab in pooled else "")
+        if _blasts(labs):
+            blast = (labs[lab].get("per_class") or {}).get("BLA") or {}
+            row.append(f"{blast['recall']:.3f}" if blast.get("support") else "–")
+        if "recall of classes it lacks" in head:
+            lacking = labs[lab].get("absent_recall") or {}
+            row.append(f"{np.mean(list(lacking.values())):.3f}" if lacking else "–")
+        rows.append(row)
+    empty = {i for i in range(3, 6) if not any(row[i] for row in rows)}
+    head = [h for i, h in enumerate(head) if i not in empty]
+    rows = [[v for i, v in enumerate(row) if i not in empty] for row in rows]
+    more = ""
+    if len(labs) > len(shown):
+        more = f"<p>The {len(shown)} worst of {len(labs):,} labs; all are in summary.json.</p>"
+    figure = figures.lab_figure(federated, own)
+    caption = "Macro F1 of the federated model at each lab"
+    caption += ", and of the model the lab trained alone." if own else "."
+    note = ""
+    if pooled:
+        note = (
+            "<p><b>Difference</b>: federated minus the lab's own model, on the lab's own test "
+            "images. <b>On all test images</b>: the same on the test images of all labs.</p>"
+        )
+    return _section(
+        "Labs",
+        f'<p>{lead}</p><div class="grid uneven">'
+        + _figure(figure, "labs", "macro F1 per lab", caption)
+        + f"<div>{_scroll(_table(head, rows, texts=1))}{more}{note}</div></div>",
+    )
+
+
+def _blasts(labs: Json) -> bool:
+    return any(((s.get("per_class") or {}).get("BLA") or {}).get("support") for s in labs.values())
+
+
+def _trained_images(summary: Json) -> dict[str, int]:
+    partition = summary.get("partition") or {}
+    totals = [int(sum(row)) for row in partition.get("train_counts_KC") or []]
+    return dict(zip(partition.get("labs") or [], totals, strict=False))
+
+
+def _calibration(run: Run) -> str:
+    scores = run.summary.get("global") or {}
+    points = scores.get("reliability")
+    if not points:
+        return ""
+    parts = [
+        _figure(
+            figures.reliability_figure(points),
+            "reliability",
+            "accuracy against confidence",
+            f"Expected calibration error {scores['ece']:.3f} (15 bins). Below the line: "
+            "overconfident.",
+        )
+    ]
+    if scores.get("accuracy_coverage"):
+        figure = figures.coverage_figure(scores["accuracy_coverage"])
+        caption = "What is gained by leaving the least certain images to a person."
+        parts.append(_figure(figure, "coverage", "accuracy against coverage", caption))
+    return _section("Confidence", f'<div class="grid">{"".join(parts)}</div>')
+
+
+def _participation(run: Run) -> str:
+    entries = run.summary.get("participation") or []
+    if not entries:
+        return ""
+    labs = _cohort(run)
+    figure = figures.participation_figure(
+        [int(e["round"]) for e in entries],
+        labs,
+        [list(e.get("expected") or []) for e in entries],
+        [list(e.get("received") or []) for e in entries],
+    )
+    absences = [
+        [str(e["round"]), lab, str(reason)]
+        for e in entries
+        for lab, reason in (e.get("absent") or {}).items()
+    ]
+    text = "<p>Every lab contributed to every round.</p>"
+    if absences:
+        times = f"{len(absences):,} time{'s' if len(absences) > 1 else ''}"
+        text = f"<p>Labs were absent {times}"
+        text += f"; the first {MANY_ROWS}:" if len(absences) > MANY_ROWS else ":"
+        head = ["round", "lab", "reason"]
+        text += "</p>" + _scroll(_table(head, absences[:MANY_ROWS], texts=3))
+    picture = _figure(figure, "participation", "which lab contributed in which round", "")
+    return _section("Participation", picture + text)
+
+
+def _cost(run: Run) -> str:
+    summary = run.summary
+    wire, timing = summary.get("wire") or {}, summary.get("timing") or {}
+    parts = []
+    rounds = [e for e in run.rounds if e.get("wall_s") is not None]
+    if rounds:
+        figure = figures.time_figure(
+            [int(e["round"]) for e in rounds],
+            [float(e["wall_s"]) for e in rounds],
+            [float(e.get("train_s") or 0) for e in rounds],
+        )
+        text = ""
+        if timing.get("wall_s"):
+            text = f"{_duration(timing['wall_s'])} in all, {_duration(timing['train_s'])} of it "
+            text += f"training; {_duration(timing['overhead_s'])} for everything else."
+        parts.append(_figure(figure, "time", "seconds per round", text))
+    moved = [e for e in run.rounds if e.get("up_bytes") is not None]
+    if moved:
+        figure = figures.bytes_figure(
+            [int(e["round"]) for e in moved],
+            [int(e["up_bytes"]) for e in moved],
+            [int(e.get("down_bytes") or 0) for e in moved],
+        )
+        text = ""
+        if wire.get("up_bytes_per_lab_round") is not None:
+            text = f"A lab sends {_bytes(wire['up_bytes_per_lab_round'])} a round and receives "
+            text += f"{_bytes(wire.get('down_bytes_per_lab_round') or 0)}. "
+            sums = "sums of labs only" if wire.get("secure_aggregation") else "each lab's update"
+            text += f"The coordinator sees {sums}."
+        parts.append(_figure(figure, "bytes", "bytes per round", text))
+    return _section("Cost", f'<div class="grid">{"".join(parts)}</div>') if parts else ""
+
+
+def _privacy(run: Run) -> str:
+    privacy = run.summary.get("privacy") or {}
+    unit = str(privacy.get("unit", "none"))
+    anonymous = (
+        "A trained model is not anonymous by itself (EDPB Opinion 28/2024): whoever has it can "
+        "ask it questions about its training images."
+    )
+    if unit == "none":
+        text = "Not differentially private. The images stayed at the labs, but nothing bounds "
+        text += f"what the model, or a lab's updates, say about one patient. {anonymous}"
+        return _section("Privacy", _warning(text))
+    parts = []
+    if unit == "image":
+        parts.append(
+            _warning(
+                "The unit is one image, not one patient: a patient with many images is protected "
+                "much less than epsilon says."
+            )
+        )
+    if (run.summary.get("partition") or {}).get("pseudo_patients"):
+        parts.append(
+            _warning("The patients are pseudo-patients: this epsilon protects no real person.")
+        )
+    claim = (
+        f"epsilon {_number(privacy.get('epsilon'))} at delta {_number(privacy.get('delta'))}, per "
+        f"{_unit(run)}, add-or-remove"
+    )
+    how = (
+        f"Noise of {_number(privacy.get('sigma'))} times the clipping norm is added at each lab, "
+        f"{_number(privacy.get('steps'))} steps, sampling rate "
+        f"{_number(privacy.get('sampling_rate'))}. It holds against whoever sees what a lab sends "
+        "or the model: the coordinator, other labs, users of the model."
+    )
+    together = (
+        "A patient may be known to several labs: the epsilons of these labs add up."
+        if run.plan.patients == "may_overlap"
+        else "A patient is at one lab: the largest epsilon of a lab counts."
+    )
+    labs = privacy.get("labs") or {}
+    worst = sorted(labs, key=lambda lab: (-(labs[lab].get("epsilon") or math.inf), lab))
+    rows = [[lab, _number(labs[lab].get("epsilon"))] for lab in worst[:MANY_ROWS]]
+    table = _scroll(_table(["lab", "epsilon"], rows, texts=1)) if rows else ""
+    if len(labs) > MANY_ROWS:
+        table += f"<p>The {MANY_ROWS} largest of {len(labs):,}.</p>"
+    parts.append(f'<p class="claim">{escape(claim)}</p><p>{escape(how)} {together}</p>{table}')
+    parts.append(f"<p>{anonymous} Epsilon bounds how much.</p>")
+    return _section("Privacy", "".join(parts))
+
+
+def _plan(run: Run) -> str:
+    summary = run.summary
+    seed = summary.get("seed", run.plan.train.seed)
+    command = f"cytofed simulate plan.yaml --data DIR --seed {seed} --out again"
+    command = str(summary.get("command") or command)
+    versions = summary.get("versions") or {}
+    facts = [["plan", str(summary.get("plan_sha256", ""))]]
+    facts += [["weights", str(summary.get("weights_sha256") or "none")], ["seed", str(seed)]]
+    facts += [[str(name), str(version)] for name, version in versions.items()]
+    return _section(
+        "Plan, and how to reproduce",
+        f"<p>In the run directory, with the same images and versions:</p>"
+        f"{_scroll(f'<pre>{escape(command)}</pre>')}"
+        f"<p>gives the same weights, hash for hash.</p>"
+        f"{_scroll(_table(['', ''], facts, texts=2, wrap=True))}"
+        f"<details><summary>The plan, all keys written out</summary>"
+        f"{_scroll(f'<pre>{escape(dump_plan(run.plan))}</pre>')}</details>",
+    )
+
+
+def _references(run: Run) -> str:
+    entries = [
+        "Matek et al., Highly accurate differentiation of bone marrow cell morphologies using "
+        "deep neural networks, Blood 2021, doi:10.1182/blood.2020010568 (tolerant scores).",
+        "McMahan et al., Communication-efficient learning of deep networks from decentralized "
+        "data, AISTATS 2017, arXiv:1602.05629 (federated averaging).",
+        "Guo et al., On calibration of modern neural networks, ICML 2017, arXiv:1706.04599 "
+        "(calibration error).",
+    ]
+    if run.plan.privacy.unit != "none":
+        entries.append(
+            "Abadi et al., Deep learning with differential privacy, CCS 2016, arXiv:1607.00133."
+        )
+    if (run.summary.get("wire") or {}).get("secure_aggregation"):
+        entries.append(
+            "Bonawitz et al., Practical secure aggregation for privacy-preserving machine "
+            "learning, CCS 2017, doi:10.1145/3133956.3133982."
+        )
+    entries += [str(a) for a in run.summary.get("attribution") or []]
+    items = "".join(f"<li>{escape(e)}</li>" for e in entries)
+    scores = (
+        "<p>Macro: mean over classes with test images. Tolerant: a prediction in a tolerated pair "
+        "of the truth counts as right for its precision and its recall. Images whose label allows "
+        "several classes are in no score.</p>"
+    )
+    return _section("Scores and references", f"{scores}<ul>{items}</ul>")
+
+
+# --- what sections are made of ------------------------------------------------------------------
+
+
+def central_gap(summary: Json) -> float | None:
+    """Macro F1, federated minus central, on the same test images; None without the baseline."""
+    central = (summary.get("baselines") or {}).get("central")
+    if not central or not summary.get("global"):
+        return None
+    return float(summary["global"]["macro_f1"]) - float(central["macro_f1"])
+
+
+def local_gaps(summary: Json) -> dict[str, float]:
+    """Macro F1, federated minus each lab's own model, on the test images of all labs."""
+    local = (summary.get("baselines") or {}).get("local")
+    if not local or not summary.get("global"):
+        return {}
+    ours = float(summary["global"]["macro_f1"])
+    return {lab: ours - float(scores["macro_f1"]) for lab, scores in local.items()}
+
+
+def _cohort(run: Run) -> list[str]:
+    """All labs, in the order of the partition where there is one."""
+    labs = dict.fromkeys((run.summary.get("partition") or {}).get("labs") or [])
+    for entry in run.summary.get("participation") or []:
+        labs.update(dict.fromkeys(entry.get("expected") or []))
+    return list(labs or run.summary.get("labs") or {})
+
+
+def _plan_name(run: Run) -> str:
+    return str(run.summary.get("plan_name") or run.plan.name)
+
+
+def _unit(run: Run) -> str:
+    unit = str((run.summary.get("privacy") or {}).get("unit", "none"))
+    pseudo = (run.summary.get("partition") or {}).get("pseudo_patients")
+    return "pseudo-patient" if unit == "patient" and pseudo else unit
+
+
+def _interval(ends: Sequence[float | None] | None) -> str:
+    if not ends or ends[0] is None or ends[1] is None:
+        return ""
+    return f"95% interval {ends[0]:.3f} to {ends[1]:.3f}"
+
+
+def _number(value: Any) -> str:
+    """A number in at most four digits; a dash for none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m {rest}s"
+    return f"{minutes // 60}h {minutes % 60}m"
+
+
+def _token(text: str) -> str:
+    return re.sub(r"[^a-z]", "", text.lower())
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _warning(text: str) -> str:
+    return f'<p class="warning">{escape(text)}</p>'
+
+
+def _scroll(inner: str) -> str:
+    return f'<div class="scroll" tabindex="0">{inner}</div>'
+
+
+def _figure(figure: Figure, name: str, label: str, caption: str) -> str:
+    """A figure with its caption.
+
+    A wide one scrolls on a phone, where it would be too small; none grows beyond legible.
+    """
+    width_px = int(figure.get_figwidth() * 72)
+    least_px = int(0.9 * width_px) if width_px > 400 else 0
+    svg = figures.inline_svg(figure, name=name, label=label, min_width_px=least_px)
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure style="max-width:{int(1.6 * width_px)}px">{_scroll(svg)}{below}</figure>'
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int, wrap: bool = False
+) -> str:
+    """A table whose first ``texts`` columns are text and whose others are numbers."""
+    sides = ["" if i < texts else ' class="num"' for i in range(len(head))]
+    top = "".join(
+        f"<th scope=col{side}>{escape(h)}</th>" for side, h in zip(sides, head, strict=True)
+    )
+    top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<th scope=row>{escape(v)}</th>" if i == 0 else f"<td{sides[i]}>{escape(v)}</td>"
+            for i, v in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table{' class=wrap' if wrap else ''}>{top}<tbody>{body}</tbody></table>"
+
+
+_DATA_URI = re.compile(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+")
+
+_LIGHT = (
+    f"--page:#f5f6f9;--paper:#ffffff;--ink:{figures.INK};--muted:{figures.MUTED};"
+    f"--grid:{figures.GRID};--first:{figures.FIRST};--second:{figures.SECOND};"
+    f"--third:{figures.THIRD};--tint:#fbeef0;"
+)
+_DARK = (
+    "--page:#12141a;--paper:#1b1e27;--ink:#e8eaf2;--muted:#9ea5b8;--grid:#353a48;"
+    "--first:#a99bf5;--second:#f08a9c;--third:#5cc7b6;--tint:#33222a;"
+)
+_CSS = f"""
+:root{{color-scheme:light dark;{_LIGHT}}}
+@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
+*{{box-sizing:border-box}}
+body{{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}}
+main{{max-width:1120px;margin:0 auto;padding:32px 16px 48px}}
+header{{margin-bottom:20px}}
+h1{{font-size:28px;line-height:1.2;margin:0 0 8px;overflow-wrap:anywhere}}
+h2{{font-size:19px;margin:0 0 10px}}
+p{{margin:0 0 12px;max-width:75ch}}
+section{{background:var(--paper);border:1px solid var(--grid);border-radius:10px;
+padding:18px 20px;margin-bottom:16px}}
+.lead{{font-size:18px}}
+.status{{display:inline-block;margin:0 0 10px;padding:1px 12px;border-radius:99px;
+border:1.5px solid var(--second);color:var(--second);font-weight:600;font-size:14px}}
+.status.completed{{border-color:var(--third);color:var(--third)}}
+.warning{{border-left:4px solid var(--second);background:var(--tint);padding:8px 12px;
+border-radius:4px;max-width:none}}
+.claim{{font-size:18px;font-weight:600}}
+.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(124px,1fr));gap:10px;
+margin:18px 0 0}}
+.tile{{background:var(--paper);border:1px solid var(--grid);border-radius:10px;padding:9px 12px}}
+.tile dt{{color:var(--muted);font-size:13px}}
+.tile dd{{margin:0;font-size:23px;font-weight:650;line-height:1.3;
+white-space:nowrap;font-variant-numeric:tabular-nums}}
+.tile p{{margin:0;color:var(--muted);font-size:12.5px;line-height:1.35;overflow-wrap:anywhere}}
+.grid{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));
+gap:16px 28px;align-items:start}}
+@media (min-width:900px){{.grid.uneven{{grid-template-columns:5fr 7fr}}}}
+.grid>*{{min-width:0}}
+figure{{margin:0 0 12px}}
+figcaption{{color:var(--muted);font-size:14px;max-width:75ch}}
+svg{{display:block;width:100%;height:auto;font-family:inherit}}
+.scroll{{overflow-x:auto}}
+.scroll:focus-visible,summary:focus-visible{{outline:2px solid var(--first);outline-offset:2px}}
+table{{border-collapse:collapse;font-size:14px;margin:4px 0 12px}}
+th,td{{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--grid);
+vertical-align:top}}
+thead th{{color:var(--muted);font-weight:500;vertical-align:bottom}}
+tbody th{{font-weight:600;white-space:nowrap}}
+.num{{text-align:right;font-variant-numeric:tabular-nums}}
+.wrap td{{overflow-wrap:anywhere}}
+.examples img{{border-radius:4px;margin:0 3px 0 0}}
+.examples td{{white-space:nowrap}}
+pre{{margin:0 0 12px;padding:10px 12px;background:var(--page);border-radius:6px;
+font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
+code{{font:0.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
+summary{{cursor:pointer;color:var(--first)}}
+footer{{color:var(--muted);font-size:13px}}
+@media (max-width:600px){{main{{padding:20px 10px 32px}}section{{padding:14px 12px}}
+h1{{font-size:23px}}.lead{{font-size:16px}}
+.tiles{{grid-template-columns:1fr 1fr}}.tile dd{{font-size:22px}}}}
+@media print{{:root{{color-scheme:light;{_LIGHT}--page:#fff}}
+main{{max-width:none;padding:0}}section{{border:0;padding:0}}
+figure,table,.tile{{break-inside:avoid}}h2{{break-after:avoid}}.scroll{{overflow:visible}}
+svg{{min-width:0!important}}pre{{white-space:pre-wrap}}
+details::details-content{{content-visibility:visible;block-size:auto}}}}
+"""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" \
+content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+<main>
+<header><h1>{name}</h1>{headline}</header>
+{sections}
+<footer>Made by cytofed. For research; not a medical device.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+# --- the terminal -------------------------------------------------------------------------------
+
+
+def render_summary(summary: Json, console: Console, *, run_dir: Path | None = None) -> None:
+    """Print what came out of a run: status, scores, classes, labs, cost, where the report is."""
+    colour = {"completed": "green", "incomplete": "yellow"}.get(str(summary["status"]), "red")
+    rounds = summary.get("rounds", 0)
+    console.print(
+        Text.assemble(("run ", ""), (str(summary["status"]), colour), f", {rounds} rounds")
+    )
+    for warning in summary.get("warnings") or []:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    scores = summary.get("global")
+    if scores:
+        _print_scores(scores, summary, console)
+        _print_classes(scores, console)
+    if summary.get("labs"):
+        _print_labs(summary, console)
+    wire, timing = summary.get("wire") or {}, summary.get("timing") or {}
+    lines = [_privacy_line(summary)]
+    if wire.get("up_bytes_per_lab_round") is not None:
+        up, down = wire["up_bytes_per_lab_round"], wire.get("down_bytes_per_lab_round") or 0
+        lines.append(f"bytes    {_bytes(up)} up, {_bytes(down)} down per lab and round")
+    if timing.get("wall_s") is not None:
+        lines.append(
+            f"time     {_duration(timing['wall_s'])}, training "
+            f"{_duration(timing['train_s'])}, everything else {_duration(timing['overhead_s'])}"
+        )
+    if summary.get("weights_sha256"):
+        lines.append(f"weights  {summary['weights_sha256']}")
+    if run_dir is not None:
+        lines.append(f"report   {run_dir / 'report.html'}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _print_scores(scores: Json, summary: Json, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    names = ["macro F1", "tolerant", "balanced accuracy", "accuracy", "weighted F1", "ECE"]
+    values = [
+        scores["macro_f1"],
+        (scores.get("tolerant") or {}).get("macro_f1"),
+        *(scores.get(key) for key in ("balanced_accuracy", "accuracy", "weighted_f1", "ece")),
+    ]
+    central, local = central_gap(summary), local_gaps(summary)
+    cells = [f"{v:.3f}" if v is not None else "–" for v in values]
+    if central is not None:
+        names.append("minus central")
+        cells.append(f"{central:+.3f}")
+    if local:
+        names.append("minus own models")
+        cells.append(f"{np.mean(list(local.values())):+.3f}")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_row(*cells)
+    console.print(table)
+    console.print()
+
+
+def _print_classes(scores: Json, console: Console) -> None:
+    per_class = scores.get("per_class") or {}
+    loose = (scores.get("tolerant") or {}).get("per_class") or {}
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("class")
+    for name in ("images", "precision", "recall", "F1", "tolerant F1"):
+        table.add_column(name, justify="right")
+    shown = [code for code, s in per_class.items() if s["support"] > 0]
+    for code in sorted(shown, key=lambda c: (-per_class[c]["support"], c)):
+        strict = per_class[code]
+        tolerant = f"{loose[code]['f1']:.3f}" if code in loose else "–"
+        table.add_row(Text(code), f"{strict['support']:,}", *_prf(strict), tolerant)
+    console.print(table)
+    console.print()
+
+
+def _print_labs(summary: Json, console: Console) -> None:
+    labs: Json = summary["labs"]
+    federated = {lab: float(s["macro_f1"]) for lab, s in labs.items()}
+    own = (summary.get("baselines") or {}).get("local_own") or {}
+    pooled, trained = local_gaps(summary), _trained_images(summary)
+    result = spread(federated)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("lab")
+    names = ["trained on", "macro F1"] + (["own model"] if own else [])
+    for name in names + (["gain on all test images"] if pooled else []):
+        table.add_column(name, justify="right")
+    shown = list(labs)
+    if len(labs) > MANY_ROWS:
+        shown = sorted(labs, key=lambda lab: (federated[lab], lab))[:5]
+    for lab in shown:
+        row = [f"{trained[lab]:,}" if lab in trained else "–", f"{federated[lab]:.3f}"]
+        if own:
+            row.append(f"{own[lab]['macro_f1']:.3f}" if lab in own else "–")
+        if pooled:
+            row.append(f"{pooled[lab]:+.3f}" if lab in pooled else "–")
+        mark = " (worst)" if lab == result.worst_lab and len(labs) > 1 else ""
+        table.add_row(Text(lab + mark), *row)
+    console.print(table)
+    if len(labs) > len(shown):
+        text = f"the {len(shown)} worst of {len(labs):,} labs; mean {result.mean:.3f}, "
+        console.print(Text(text + f"standard deviation {result.sd:.3f}"))
+    console.print()
+
+
+def _privacy_line(summary: Json) -> str:
+    privacy = summary.get("privacy") or {}
+    unit = str(privacy.get("unit", "none"))
+    if unit == "none":
+        return "privacy  none: this model is not differentially private"
+    pseudo = (summary.get("partition") or {}).get("pseudo_patients")
+    who = "pseudo-patient" if unit == "patient" and pseudo else unit
+    return (
+        f"privacy  epsilon {_number(privacy.get('epsilon'))} at delta "
+        f"{_number(privacy.get('delta'))}, per {who}, add-or-remove"
+    )
