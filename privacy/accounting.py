@@ -97,9 +97,8 @@ class Guarantee:
     def __str__(self) -> str:
         if math.isinf(self.epsilon):
             return "no differential privacy (epsilon infinite)"
-        # Rounded up: a printed epsilon must not be below the true one.
-        epsilon = math.ceil(self.epsilon * 100 - 1e-9) / 100
-        return f"epsilon {epsilon:.2f} at delta {self.delta:g}, per {self.unit}, {self.adversary}"
+        epsilon = shown(self.epsilon)
+        return f"epsilon {epsilon} at delta {self.delta:g}, per {self.unit}, {self.adversary}"
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,11 @@ class PlanCost:
 
     def with_rounds(self, rounds: int) -> PlanCost:
         return replace(self, rounds=rounds)
+
+
+def shown(epsilon: float) -> str:
+    """Two decimals, rounded up: a printed epsilon must not be below the true one."""
+    return "infinite" if math.isinf(epsilon) else f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
 
 
 def times(event: Event, count: int) -> Event:

@@ -44,6 +44,7 @@ from cytofed.privacy.accounting import (
     event_to_dict,
     max_rounds,
     price,
+    shown,
     times,
 )
 
@@ -679,14 +680,14 @@ class Ledger:
             if reached <= limit:
                 continue
             rdp = self._price(cost.events(), delta)
-            shown = f"{rdp.epsilon:.2f} (RDP)"
+            both = f"{shown(rdp.epsilon)} (RDP)"
             if prv is not None:
-                shown = f"{prv.epsilon:.2f} (PRV, delta {prv.delta:g}) or {shown}"
+                both = f"{shown(prv.epsilon)} (PRV, delta {prv.delta:g}) or {both}"
             rounds = max_rounds(cost, epsilon=limit, delta=delta, before=before)
             used = self._price(before, delta).epsilon
             raise OverBudget(
-                f"{plan} costs epsilon {shown}; with {used:.2f} spent and held it would reach "
-                f"{reached:.2f}, over the limit of {limit:g}{name} at delta {delta:g}, per "
+                f"{plan} costs epsilon {both}; with {shown(used)} spent and held it would reach "
+                f"{shown(reached)}, over the limit of {limit:g}{name} at delta {delta:g}, per "
                 f"{self.unit}, in pool {self.pool!r}",
                 hint=f"ask for a plan with train.rounds={rounds} or fewer"
                 if rounds
@@ -704,7 +705,7 @@ class Ledger:
             if reached > limit:
                 raise OverBudget(
                     f"round {order.round} of run {order.run} would bring pool {self.pool!r} to "
-                    f"epsilon {reached:.2f}, over its limit of {limit:g}{name} at delta {delta:g}",
+                    f"epsilon {shown(reached)} at delta {delta:g}, over its limit of {limit:g}{name}",
                     hint="the limit in client.yaml is lower than when the plan was approved",
                 )
 
