@@ -36,7 +36,7 @@ from cytofed.labels import LabelMap, Scheme, built_in_maps, identity_map
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"})
 # Only these decoders see a lab's files: each more is one more parser of untrusted bytes.
-FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "BMP")
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 MAX_FRAME_PX = 40_000_000  # a whole-slide image is not a single cell
 
 _PLUGINS = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin)  # import registers
@@ -230,7 +230,11 @@ def load_rgb(data: bytes, *, at_least_px: tuple[int, int] | None = None) -> Imag
     if not data:
         raise UnreadableImage("empty", "0 bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        file = io.BytesIO(data)
+        if data.startswith(b"\xff\xd8\xff"):  # nearly all; sparing Pillow the search
+            image: Image.Image = JpegImagePlugin.JpegImageFile(file)
+        else:
+            image = Image.open(file, formats=FORMATS)
     except Exception as error:  # decoders raise anything on hostile bytes
         raise _reason(data, error) from error
     if image.width * image.height > MAX_FRAME_PX:
