@@ -1,0 +1,519 @@
+"""Secure aggregation: the coordinator learns the sum of the labs' vectors, and no single one.
+
+Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017,
+arXiv:1611.04482, in its variant against a malicious coordinator (section 4, "consistency check"),
+with
+
+* **slots**: one set-up makes keys for many vectors. A slot serves one vector; revealing its secrets
+  says nothing about another slot;
+* **the model in the masks**: masks and agreements cover the SHA-256 of the global weights that the
+  labs trained on. Shown different weights, their masks don't cancel and their agreements don't add
+  up (Pasquini, Francati, Ateniese, "Eluding Secure Aggregation", CCS 2022);
+* **hashes of all shares**, signed by the dealer: whoever passes on a wrong share is named;
+* **one survivor set a round**, whatever its slots: the difference of two sums over nearly the same
+  labs would be one lab's update.
+
+This module has what both halves share: the cohort, the errors, labels, statements, key derivation.
+The halves are :mod:`~cytofed.privacy.secagg_lab` and :mod:`~cytofed.privacy.secagg_coordinator`;
+both are pure: values in, values out. The coordinator asks, labs answer::
+
+    coordinator                          lab
+    begin            -> all              advertise   own public keys and commitments, signed
+    announce         -> all              share       shares of its secrets, sealed for each peer
+    deliver          -> each             accept      checks all, agrees to the view
+      -- per round --
+    (train order)    -> all              mask        the masked vector
+    call_survivors   -> survivors        agree       signs the survivor set, once a round
+    call_reveal      -> survivors        reveal      one kind of secret of each peer, once
+    unmask
+
+A *view* is what all members must have in common: every key list, and who is a member.
+
+**What this does not hide**: the sums themselves, round by round (a secure sum is not differential
+privacy); that a lab took part. The survivor set is unique as long as fewer than ``2 threshold -
+labs`` labs help the coordinator to lie (a third of the labs at the default threshold). A hostile
+lab can stop a run and spoil a sum; the former names it, the latter does not. Pairwise masks use
+X25519: they don't withstand a future quantum computer, although the shares' sealing does.
+
+::
+
+    VerificationError
+    `- SecaggError               .lab: who is at fault, if known
+       |- Refused                nothing happened; the lab's state is as it was
+       |  |- AlreadyAnswered     a repeat: send what was sent before
+       |  |- OutOfTurn           a request that does not fit what came before
+       |  |- RoundClosed         an older round, or another survivor set for a retry
+       |  `- Stopped             this lab was lied to before, and stays out of the run
+       |- WrongRun               federation, run, plan, roster or cohort is not the approved one
+       |- Replayed               a set-up or slot that was used before
+       |- WrongKeys              a key list that is forged, swapped, incomplete or has unusable keys
+       |- WrongShares            shares, commitments or reconstructed secrets do not match
+       |- Equivocation           the coordinator says different things
+       |- BadAgreement           a survivor set without enough valid signatures
+       |- CohortTooSmall         .have < .need: fewer labs than min_cohort
+       |- NotEnoughShares        .have < .need: fewer labs than the threshold
+       `- Unreadable             signed by the right party, but no message of this protocol
+
+Whatever a lab raises beyond ``Refused`` is a lie that it was told: ``error.state`` is then the
+stopped state, to be kept instead of the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from cytofed.errors import InputError, VerificationError
+from cytofed.privacy import wire
+from cytofed.privacy.encoding import MAX_COHORT
+from cytofed.privacy.identity import PublicIdentity, SignatureError, verify
+from cytofed.privacy.masks import Mask
+from cytofed.privacy.sealing import Context, Direction, check_sha256
+
+if TYPE_CHECKING:
+    from cytofed.privacy.secagg_lab import LabState
+
+MIN_COHORT = 3  # with two labs each learns the other's update
+MAX_SLOTS = 1024
+HASH_BYTES = 32
+KEY_BYTES = 32
+SHARE_BYTES = 32
+ROW_BYTES = 2 * SHARE_BYTES  # one slot's shares: of the key, then of the seed
+CONTENT_SHARES = "secagg-shares"
+
+LABEL_BEGIN = "cytofed/1/secagg/begin"
+LABEL_KEYS = "cytofed/1/secagg/keys"
+LABEL_ANNOUNCE = "cytofed/1/secagg/announce"
+LABEL_SHARES = "cytofed/1/secagg/shares"
+LABEL_DELIVER = "cytofed/1/secagg/deliver"
+LABEL_READY = "cytofed/1/secagg/ready"
+LABEL_SURVIVORS = "cytofed/1/secagg/survivors"
+LABEL_AGREED = "cytofed/1/secagg/agreed"
+LABEL_REVEAL = "cytofed/1/secagg/reveal"
+LABEL_REVEALED = "cytofed/1/secagg/revealed"
+
+_PAIR_MASK = b"cytofed/1/secagg/pair-mask"
+_SELF_MASK = b"cytofed/1/secagg/self-mask"
+
+Kind = Literal["key", "seed"]  # the two secrets of a slot; a lab reveals one of them
+
+
+class SecaggError(VerificationError):
+    """Base of everything that secure aggregation refuses."""
+
+    def __init__(self, message: str, *, lab: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.lab = lab
+        self.state: LabState | None = None  # set by the lab half: keep this state from now on
+
+
+class Refused(SecaggError):
+    """Nothing happened; the state is as it was."""
+
+
+class AlreadyAnswered(Refused):
+    """A repeat of something answered before: send the same bytes again."""
+
+
+class OutOfTurn(Refused):
+    """A request that does not fit what came before it."""
+
+
+class RoundClosed(Refused):
+    """An older round, or another survivor set for the same round."""
+
+
+class Stopped(Refused):
+    """This lab detected a lie before and takes no further part in the run."""
+
+
+class WrongRun(SecaggError):
+    """A message of another federation, run, plan, roster or cohort than the approved one."""
+
+
+class Replayed(SecaggError):
+    """A set-up or slot that was used before."""
+
+
+class WrongKeys(SecaggError):
+    """A key list that is forged, swapped, incomplete or holds unusable keys."""
+
+
+class WrongShares(SecaggError):
+    """Shares, commitments or reconstructed secrets that do not match each other."""
+
+
+class Equivocation(SecaggError):
+    """The coordinator says one thing here and another there."""
+
+
+class BadAgreement(SecaggError):
+    """A survivor set that the labs did not sign."""
+
+
+class Unreadable(SecaggError):
+    """Signed by the right party, but not a message of this protocol."""
+
+
+class CohortTooSmall(SecaggError):
+    """Fewer labs than ``min_cohort``: the sum would say too much about each."""
+
+    def __init__(self, what: str, *, have: int, need: int) -> None:
+        super().__init__(f"{what}: {have} labs, need {need}", hint="wait for more labs")
+        self.have = have
+        self.need = need
+
+
+class NotEnoughShares(SecaggError):
+    """Fewer labs than the threshold: nothing is revealed and nothing can be reconstructed."""
+
+    def __init__(self, what: str, *, have: int, need: int) -> None:
+        super().__init__(f"{what}: {have} labs, need {need}", hint="wait for more labs")
+        self.have = have
+        self.need = need
+
+
+def default_threshold(labs: int) -> int:
+    """floor(2 labs / 3) + 1: two survivor sets can't both be signed by this many labs unless a
+    third of all labs lies."""
+    return 2 * labs // 3 + 1
+
+
+def check_rules(labs: int, *, threshold: int | None, min_cohort: int) -> int:
+    """The threshold for a cohort of ``labs``; raises InputError for rules that are not safe."""
+    if threshold is None:
+        threshold = default_threshold(labs)
+    if min_cohort < MIN_COHORT:
+        raise InputError(
+            f"secure_aggregation.min_cohort={min_cohort}, expected at least {MIN_COHORT}: with two "
+            "labs each learns the other's update",
+            hint=f"set secure_aggregation.min_cohort to {MIN_COHORT}",
+        )
+    if labs < min_cohort:
+        raise InputError(
+            f"secure aggregation among {labs} labs, expected at least min_cohort={min_cohort}",
+            hint="enrol another lab",
+        )
+    if labs > MAX_COHORT:
+        raise InputError(
+            f"secure aggregation among {labs} labs, expected at most {MAX_COHORT}",
+            hint="split the federation, or turn secure aggregation off",
+        )
+    if not labs < 2 * threshold <= 2 * labs:
+        raise InputError(
+            f"secure_aggregation.threshold={threshold} of {labs} labs, expected {labs // 2 + 1} to "
+            f"{labs}: at half of the labs or less a coordinator can have both secrets of a lab",
+            hint=f"set secure_aggregation.threshold to {default_threshold(labs)}",
+        )
+    return threshold
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The labs of one run and its rules, as each lab pinned them when it approved the plan.
+
+    Raises InputError where :func:`check_rules` does, and for two labs with one key.
+    """
+
+    federation: str
+    run: str
+    plan_sha256: str
+    roster_sha256: str
+    coordinator: PublicIdentity
+    labs: tuple[PublicIdentity, ...]  # ascending by name
+    threshold: int
+    min_cohort: int
+    digest: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_sha256("plan_sha256", self.plan_sha256)
+        check_sha256("roster_sha256", self.roster_sha256)
+        check_rules(len(self.labs), threshold=self.threshold, min_cohort=self.min_cohort)
+        names = [lab.name for lab in self.labs]
+        if names != sorted(set(names)):
+            raise InputError(f"labs {names}, expected ascending names without repeats")
+        everyone = (*self.labs, self.coordinator)
+        for keys in ({p.signing for p in everyone}, {p.sealing for p in everyone}):
+            if len(keys) != len(everyone):
+                raise InputError("two members of the cohort have the same key")
+        object.__setattr__(self, "digest", hashlib.sha256(self._rules()).digest())
+
+    def _rules(self) -> bytes:
+        return wire.encode(
+            {
+                "coordinator": self.coordinator.fingerprint,
+                "federation": self.federation,
+                "labs": {lab.name: lab.fingerprint for lab in self.labs},
+                "min_cohort": self.min_cohort,
+                "plan_sha256": self.plan_sha256,
+                "roster_sha256": self.roster_sha256,
+                "run": self.run,
+                "threshold": self.threshold,
+            }
+        )
+
+    @property
+    def need(self) -> int:
+        """Fewest labs that any list of this protocol may name."""
+        return max(self.threshold, self.min_cohort)
+
+    def lab(self, name: str) -> PublicIdentity:
+        """The pinned keys of a lab; raises WrongKeys for a stranger."""
+        for public in self.labs:
+            if public.name == name:
+                return public
+        raise WrongKeys(f"{name!r} is not in the approved cohort", lab=name)  # guard: stranger
+
+    def check_size(self, labs: Sequence[str], what: str) -> None:
+        """Raise unless a list of labs is large enough for ``min_cohort`` and the threshold."""
+        if len(labs) < self.min_cohort:  # guard: min-cohort
+            raise CohortTooSmall(what, have=len(labs), need=self.min_cohort)
+        if len(labs) < self.threshold:  # guard: threshold
+            raise NotEnoughShares(what, have=len(labs), need=self.threshold)
+
+    def share_context(self, dealer: str, peer: str, first_slot: int) -> Context:
+        """The place in which one dealer's sealed shares for one peer are valid."""
+        return Context(
+            federation=self.federation,
+            run=self.run,
+            plan_sha256=self.plan_sha256,
+            roster_sha256=self.roster_sha256,
+            round=0,  # a set-up belongs to no round
+            slot=first_slot,
+            sender=dealer,
+            receiver=peer,
+            direction=Direction.LAB_TO_LAB,
+            content=CONTENT_SHARES,
+        )
+
+    def to_bytes(self) -> bytes:
+        return wire.encode(
+            {
+                "coordinator": self.coordinator.to_bytes(),
+                "federation": self.federation,
+                "labs": [lab.to_bytes() for lab in self.labs],
+                "min_cohort": self.min_cohort,
+                "plan_sha256": self.plan_sha256,
+                "roster_sha256": self.roster_sha256,
+                "run": self.run,
+                "threshold": self.threshold,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Cohort:
+        fields = wire.Fields.of(data, "cohort")
+        cohort = cls(
+            federation=fields.text("federation"),
+            run=fields.text("run"),
+            plan_sha256=fields.text("plan_sha256"),
+            roster_sha256=fields.text("roster_sha256"),
+            coordinator=PublicIdentity.from_bytes(fields.raw("coordinator")),
+            labs=tuple(PublicIdentity.from_bytes(lab) for lab in fields.items("labs")),
+            threshold=fields.uint("threshold"),
+            min_cohort=fields.uint("min_cohort"),
+        )
+        fields.end()
+        return cohort
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Who survived one attempt at one round: what labs sign before any share is released."""
+
+    view: bytes
+    round: int
+    slot: int
+    model_sha256: str
+    survivors: tuple[str, ...]
+
+    def to_bytes(self) -> bytes:
+        return wire.encode(
+            {
+                "model_sha256": self.model_sha256,
+                "round": self.round,
+                "slot": self.slot,
+                "survivors": list(self.survivors),
+                "view": self.view,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Statement:
+        fields = wire.Fields.of(data, "survivor set")
+        statement = cls(
+            view=fields.raw("view", HASH_BYTES),
+            round=fields.uint("round"),
+            slot=fields.uint("slot"),
+            model_sha256=fields.text("model_sha256"),
+            survivors=fields.names("survivors"),
+        )
+        fields.end()
+        return statement
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mask is used; each mask key is bound to all of it."""
+
+    view: bytes
+    round: int
+    slot: int
+    model_sha256: str
+    words: int
+    word_bits: int
+
+    def _info(self, label: bytes, *indices: int) -> bytes:
+        """label || model 32 || round u64 || slot u64 || words u64 || bits u16 || indices u16."""
+        return b"".join(
+            (
+                label,
+                bytes.fromhex(self.model_sha256),
+                self.round.to_bytes(8, "big"),
+                self.slot.to_bytes(8, "big"),
+                self.words.to_bytes(8, "big"),
+                self.word_bits.to_bytes(2, "big"),
+                *(index.to_bytes(2, "big") for index in indices),
+            )
+        )
+
+    def pair_mask(self, private: bytes, public: bytes, own: int, peer: int) -> Mask:
+        """The mask between labs ``own`` and ``peer`` (indices), as ``own`` adds it.
+
+        The lower index adds, the higher subtracts. Raises ValueError for a public key of low order.
+        """
+        shared = exchange(private, public)
+        low, high = min(own, peer), max(own, peer)
+        return Mask(self._derive(shared, _PAIR_MASK, low, high), 1 if own == low else -1)
+
+    def self_mask(self, seed: bytes, own: int) -> Mask:
+        """A lab's own mask, as it adds it."""
+        return Mask(self._derive(seed, _SELF_MASK, own), 1)
+
+    def _derive(self, secret: bytes, label: bytes, *indices: int) -> bytes:
+        info = self._info(label, *indices)
+        return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=self.view, info=info).derive(secret)
+
+
+def exchange(private: bytes, public: bytes) -> bytes:
+    """The X25519 shared secret; raises ValueError for a public key of low order."""
+    key = X25519PrivateKey.from_private_bytes(private)
+    return key.exchange(X25519PublicKey.from_public_bytes(public))
+
+
+def public_key(private: bytes) -> bytes:
+    """The X25519 public key of a private one: also its commitment."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def digest(label: str, *parts: wire.Value) -> bytes:
+    """SHA-256 over a label and values in canonical form: one meaning, one hash."""
+    return hashlib.sha256(wire.encode([label, *parts])).digest()
+
+
+def opening_digest(request: bytes) -> bytes:
+    """The hash of a signed ``begin``: names this set-up in all that follows."""
+    return digest("cytofed/1/secagg/opening", request)
+
+
+def transcript_digest(opening: bytes, lists: dict[str, bytes]) -> bytes:
+    """The hash of all signed key lists: equal at two labs only if they saw the same keys."""
+    return digest("cytofed/1/secagg/transcript", opening, lists)
+
+
+def view_digest(transcript: bytes, members: Sequence[str]) -> bytes:
+    """The hash of all key lists and the members."""
+    return digest("cytofed/1/secagg/view", transcript, list(members))
+
+
+def seed_commitment(opening: bytes, lab: str, slot: int, seed: bytes) -> bytes:
+    """Hiding because the seed has 256 bits of entropy; binding because SHA-256 is."""
+    return digest("cytofed/1/secagg/seed", opening, lab, slot, seed)
+
+
+def share_digest(
+    transcript: bytes, dealer: str, peer: str, slot: int, kind: Kind, share: bytes
+) -> bytes:
+    """What a dealer signs of each share: the peer that passes on another one is named."""
+    return digest("cytofed/1/secagg/share", transcript, dealer, peer, slot, kind, share)
+
+
+def cut(data: bytes, size: int, index: int) -> bytes:
+    """Row ``index`` of rows of ``size`` bytes."""
+    return data[index * size : (index + 1) * size]
+
+
+def check_key_list(
+    cohort: Cohort, opening: bytes, slots: int, lab: str, document: bytes
+) -> tuple[bytes, bytes]:
+    """Public keys and seed commitments of a signed key list, one row a slot; raises WrongKeys."""
+    try:
+        body = verify(document, label=LABEL_KEYS, signer=cohort.lab(lab))
+    except SignatureError as error:
+        raise WrongKeys(  # guard: key-list-signature
+            f"key list of {lab} does not bear its pinned signature: {error.message}", lab=lab
+        ) from error
+    fields = wire.Fields.of(body, f"key list of {lab}")
+    if fields.raw("opening", HASH_BYTES) != opening:  # guard: key-list-opening
+        raise WrongKeys(f"key list of {lab} was made for another set-up", lab=lab)
+    public = fields.raw("public", slots * KEY_BYTES)
+    commitments = fields.raw("commitments", slots * HASH_BYTES)
+    fields.end()
+    return public, commitments
+
+
+def check_distinct(publics: Mapping[str, bytes]) -> None:
+    """Raise WrongKeys if a slot key appears twice, at one lab or at two."""
+    owner: dict[bytes, str] = {}
+    for name, public in publics.items():
+        for row in range(len(public) // KEY_BYTES):
+            key = cut(public, KEY_BYTES, row)
+            if key in owner:  # guard: distinct-keys
+                raise WrongKeys(f"{name} has a slot key of {owner[key]}", lab=name)
+            owner[key] = name
+
+
+def share_hashes(transcript: bytes, dealer: str, peer: str, first_slot: int, rows: bytes) -> bytes:
+    """The hash of each share in ``rows``, in the same order."""
+    hashes = []
+    for row in range(len(rows) // ROW_BYTES):
+        part = cut(rows, ROW_BYTES, row)
+        kinds: tuple[Kind, Kind] = ("key", "seed")
+        for index, kind in enumerate(kinds):
+            held = cut(part, SHARE_BYTES, index)
+            hashes.append(share_digest(transcript, dealer, peer, first_slot + row, kind, held))
+    return b"".join(hashes)
+
+
+def read_share_manifest(manifest: bytes, slots: int, dealer: str) -> tuple[bytes, bytes]:
+    """Transcript and share hashes that a dealer signed with its sealed shares."""
+    fields = wire.Fields.of(manifest, f"share manifest of {dealer}")
+    transcript = fields.raw("transcript", HASH_BYTES)
+    hashes = fields.raw("hashes", slots * 2 * HASH_BYTES)
+    fields.end()
+    return transcript, hashes
+
+
+def check_agreements(
+    cohort: Cohort, statement: bytes, survivors: tuple[str, ...], agreements: Mapping[str, bytes]
+) -> None:
+    """Raise unless at least the threshold of survivors signed exactly this statement."""
+    for name, document in agreements.items():
+        if name not in survivors:  # guard: agreement-survivor
+            raise BadAgreement(f"{name} signed, but is not among the survivors", lab=name)
+        try:
+            signed = verify(document, label=LABEL_AGREED, signer=cohort.lab(name))
+        except SignatureError as error:
+            raise BadAgreement(  # guard: agreement-signature
+                f"agreement of {name} is not signed by it: {error.message}", lab=name
+            ) from error
+        if signed != statement:  # guard: agreement-statement
+            raise BadAgreement(f"{name} signed another survivor set", lab=name)
+    if len(agreements) < cohort.threshold:  # guard: agreement-count
+        raise NotEnoughShares("agreements", have=len(agreements), need=cohort.threshold)
