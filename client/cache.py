@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
+from zipfile import BadZipFile
 
 import numpy as np
 import PIL
@@ -351,7 +352,7 @@ def _load_memo(path: Path) -> _Memo:
         with np.load(path, allow_pickle=False) as archive:
             meta = json.loads(archive["meta"].tobytes())
             stat_N4, sha_N32 = archive["stat"], archive["sha256"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return empty  # lost or from another version: everything is read again
     names, problems = meta["paths"], {int(row): tuple(p) for row, p in meta["problems"].items()}
     if not len(names) == len(stat_N4) == len(sha_N32):
