@@ -35,7 +35,8 @@ from cytofed.metrics import spread
 from cytofed.plan import Plan, dump_plan, load_plan
 
 MANY_ROWS = 30
-"""Tables of labs or of absences show this many rows, worst or first, and count the rest."""
+"""Longer tables show only their first or worst rows and count the rest."""
+FEW_ROWS = 10
 
 Json = Mapping[str, Any]
 
@@ -392,7 +393,8 @@ def _per_class(run: Run, scores: Json) -> str:
 
 
 def _prf(scores: Json) -> list[str]:
-    return [f"{scores[key]:.3f}" for key in ("precision", "recall", "f1")]
+    """Two digits, as published: one image of a hundred is the third."""
+    return [f"{scores[key]:.2f}" for key in ("precision", "recall", "f1")]
 
 
 def _labs(run: Run) -> str:
@@ -412,9 +414,9 @@ def _labs(run: Run) -> str:
         f"{result.worst:.3f} ({escape(result.worst_lab)}). Each on the lab's own test images."
     )
     pooled = local_gaps(summary)
-    shown = sorted(labs, key=lambda lab: (federated[lab], lab))[:MANY_ROWS]
-    if len(labs) <= MANY_ROWS:
-        shown = list(labs)
+    shown = list(labs)
+    if len(labs) > MANY_ROWS:
+        shown = sorted(labs, key=lambda lab: (federated[lab], lab))[:FEW_ROWS]
     trained = _trained_images(summary)
     head = ["lab", "trained on", "macro F1", "own model", "difference", "on all test images"]
     head += ["blast recall"] if _blasts(labs) else []
@@ -587,10 +589,11 @@ def _privacy(run: Run) -> str:
     )
     labs = privacy.get("labs") or {}
     worst = sorted(labs, key=lambda lab: (-(labs[lab].get("epsilon") or math.inf), lab))
-    rows = [[lab, _number(labs[lab].get("epsilon"))] for lab in worst[:MANY_ROWS]]
+    shown = worst if len(worst) <= MANY_ROWS else worst[:FEW_ROWS]
+    rows = [[lab, _number(labs[lab].get("epsilon"))] for lab in shown]
     table = _scroll(_table(["lab", "epsilon"], rows, texts=1)) if rows else ""
-    if len(labs) > MANY_ROWS:
-        table += f"<p>The {MANY_ROWS} largest of {len(labs):,}.</p>"
+    if len(labs) > len(shown):
+        table += f"<p>The {len(shown)} largest of {len(labs):,}.</p>"
     parts.append(f'<p class="claim">{escape(claim)}</p><p>{escape(how)} {together}</p>{table}')
     parts.append(f"<p>{anonymous} Epsilon bounds how much.</p>")
     return _section("Privacy", "".join(parts))
@@ -733,10 +736,11 @@ def _figure(figure: Figure, name: str, label: str, caption: str) -> str:
     A wide one scrolls on a phone, where it would be too small; none grows beyond legible.
     """
     width_px = int(figure.get_figwidth() * 72)
-    least_px = int(0.9 * width_px) if width_px > 400 else 0
+    least_px = int(1.2 * width_px) if width_px > 400 else 0
     svg = figures.inline_svg(figure, name=name, label=label, min_width_px=least_px)
+    growth = 1.35 if least_px else 1.6
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure style="max-width:{int(1.6 * width_px)}px">{_scroll(svg)}{below}</figure>'
+    return f'<figure style="max-width:{int(growth * width_px)}px">{_scroll(svg)}{below}</figure>'
 
 
 def _table(
@@ -808,7 +812,7 @@ svg{{display:block;width:100%;height:auto;font-family:inherit}}
 .scroll{{overflow-x:auto}}
 .scroll:focus-visible,summary:focus-visible{{outline:2px solid var(--first);outline-offset:2px}}
 table{{border-collapse:collapse;font-size:14px;margin:4px 0 12px}}
-th,td{{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--grid);
+th,td{{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--grid);
 vertical-align:top}}
 thead th{{color:var(--muted);font-weight:500;vertical-align:bottom}}
 tbody th{{font-weight:600;white-space:nowrap}}

@@ -553,7 +553,7 @@ def _cell(axes: Axes, x: int, y: int, strength: float, text: str) -> None:
     patch = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=FIRST, alpha=max(0.06, strength))
     patch.set_linewidth(0)
     axes.add_patch(patch)
-    colour = PAPER if strength > 0.55 else INK
+    colour = PAPER if strength > 0.7 else INK
     number = axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=7)
     # Cells lie inside the axes; to measure each for the layout would take most of the time.
     patch.set_in_layout(False)
