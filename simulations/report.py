@@ -830,6 +830,8 @@ h1{{font-size:23px}}.lead{{font-size:16px}}
 .tiles{{grid-template-columns:1fr 1fr}}.tile dd{{font-size:22px}}}}
 @media print{{:root{{color-scheme:light;{_LIGHT}--page:#fff}}
 main{{max-width:none;padding:0}}section{{border:0;padding:0}}
+body{{font-size:13px}}table{{font-size:10px}}.grid{{grid-template-columns:1fr 1fr}}
+.grid.uneven{{grid-template-columns:2fr 3fr}}th,td{{padding-right:6px}}
 figure,table,.tile{{break-inside:avoid}}h2{{break-after:avoid}}.scroll{{overflow:visible}}
 svg{{min-width:0!important}}pre{{white-space:pre-wrap}}
 details::details-content{{content-visibility:visible;block-size:auto}}}}
@@ -924,7 +926,7 @@ def _print_classes(scores: Json, console: Console) -> None:
     shown = [code for code, s in per_class.items() if s["support"] > 0]
     for code in sorted(shown, key=lambda c: (-per_class[c]["support"], c)):
         strict = per_class[code]
-        tolerant = f"{loose[code]['f1']:.3f}" if code in loose else "–"
+        tolerant = f"{loose[code]['f1']:.2f}" if code in loose else "–"
         table.add_row(Text(code), f"{strict['support']:,}", *_prf(strict), tolerant)
     console.print(table)
     console.print()

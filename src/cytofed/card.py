@@ -111,15 +111,15 @@ def _codes(plan: Plan) -> str:
 def _training(summary: Mapping[str, Any], plan: Plan) -> str:
     train = plan.train
     per_round = (
-        f"{train.steps_per_round} steps"
+        f"local steps {train.steps_per_round}"
         if train.steps_per_round is not None
-        else f"{train.local_epochs:g} local epochs"
+        else f"local epochs {train.local_epochs:g}"
     )
     start = "random weights" if plan.model.start == "random" else _text(plan.model.start)
     seed = summary.get("seed", train.seed)
     return (
         "## Training\n\n"
-        f"- {summary.get('rounds', 0)} of {train.rounds} rounds, {per_round} each, batch "
+        f"- {summary.get('rounds', 0)} of {train.rounds} rounds, {per_round}, batch "
         f"{train.batch}, {train.optimizer}, learning rate {train.lr:g}, seed {seed}\n"
         f"- Start: {start}; trained part: {plan.model.trainable}\n"
         f"- Class imbalance: {train.balance}; classes a lab lacks are "
