@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
@@ -272,36 +273,35 @@ def clipped_head_sum(
     Guarantees: finite; a patient with a non-finite cell adds zero and is counted.
     Sensitivity: max_norm (add or remove one patient).
     """
-    counts = [len(rows) for rows in draw.rows]
-    cells_UK = torch.zeros(len(draw), max(counts), dtype=torch.long)
-    valid_UK = torch.zeros(len(draw), max(counts), dtype=torch.bool)
-    for index, rows in enumerate(draw.rows):
-        cells_UK[index, : len(rows)] = torch.from_numpy(rows)
-        valid_UK[index, : len(rows)] = True
-    device = features_NF.device
-    cells_UK, valid_UK = cells_UK.to(device), valid_UK.to(device)
+    counts_U = np.array([len(rows) for rows in draw.rows])
+    # Padded with the patient's own cells at weight 0: 0 x NaN of another's would be NaN here.
+    padded_UK = np.repeat([rows[0] for rows in draw.rows], counts_U.max()).reshape(len(draw), -1)
+    valid_UK = np.arange(padded_UK.shape[1]) < counts_U[:, None]
+    padded_UK[valid_UK] = np.concatenate(draw.rows)
+    device, shape = features_NF.device, (*padded_UK.shape, -1)
+    cells = torch.from_numpy(padded_UK).flatten().to(device)
+    weight_UK = torch.from_numpy(valid_UK / counts_U[:, None]).float().to(device)
     with torch.no_grad():
-        features_UKF = features_NF[cells_UK].float()
-        logits_UKC = head(features_UKF)
+        features = features_NF.index_select(0, cells).float()
+        logits = head(features)
         if present_C is not None:
-            logits_UKC = logits_UKC.masked_fill(~present_C, -math.inf)
-        allowed_UKC = targets_NC[cells_UK]
-        all_UKC = torch.softmax(logits_UKC, dim=-1)
-        set_UKC = torch.softmax(logits_UKC.masked_fill(~allowed_UKC, -math.inf), dim=-1)
-        residual_UKC = (all_UKC - set_UKC) / valid_UK.sum(1)[:, None, None]
-        residual_UKC = residual_UKC.masked_fill(~valid_UK[:, :, None], 0.0)
-        parts = [residual_UKC.mT @ features_UKF]
+            logits = logits.masked_fill(~present_C, -math.inf)
+        residual = torch.softmax(logits, dim=-1)
+        outside = ~targets_NC.index_select(0, cells)
+        residual -= torch.softmax(logits.masked_fill_(outside, -math.inf), dim=-1)
+        residual_UKC = residual.view(shape) * weight_UK[:, :, None]
+        gradients = [residual_UKC.mT @ features.view(shape)]
         if head.bias is not None:
-            parts.append(residual_UKC.sum(1))
-        norm_U = torch.cat([part.flatten(1) for part in parts], dim=1).norm(dim=1)
-        finite_U = norm_U.isfinite()
+            gradients.append(residual_UKC.sum(1))
+        norms = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in gradients]
+        norm_U = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         scale_U = (max_norm / (norm_U + 1e-6)).clamp(max=1.0)
-        tensors = []
-        for part in parts:
-            if not finite_U.all():  # 0 x NaN is NaN: zeroed before it is scaled
+        finite_U = norm_U.isfinite()
+        if not finite_U.all():  # 0 x NaN is NaN: zeroed, not scaled
+            scale_U[~finite_U] = 0
+            for part in gradients:
                 part[~finite_U] = 0
-                scale_U = scale_U.nan_to_num()
-            tensors.append(torch.tensordot(scale_U, part, dims=1))
+        tensors = [(scale_U @ part.flatten(1)).view(part.shape[1:]) for part in gradients]
     return ClippedSum(tuple(tensors), int((~finite_U).sum()))
 
 
