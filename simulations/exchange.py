@@ -31,6 +31,39 @@ class Packed:
     inline: bytes = b""
 
 
+@dataclass(frozen=True)
+class Task:
+    """One message to a virtual lab. Equal ``content_id``: the same content."""
+
+    message_id: str
+    kind: str
+    node: int
+    group: str
+    ttl_s: float
+    content: Packed
+    content_id: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A lab's reply: content, or an error's code and reason."""
+
+    message_id: str
+    content: Packed | None
+    error: tuple[int, str] = (0, "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a lab's training is."""
+
+    run: str
+    lab_node: int
+    round: int
+    done: float
+    loss: float
+
+
 def open_folder() -> Path:
     """A new folder in shared memory (or the temporary folder), named after this process."""
     shared = Path("/dev/shm")
@@ -82,9 +115,9 @@ def unpack(packed: Packed) -> RecordDict:
     else:
         with Path(packed.path).open("rb") as file:
             buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    arrays, start = {}, 0
+    record, start = ArrayRecord(), 0
     for name, dtype, shape, stype, size in packed.arrays:
         array = Array(dtype=dtype, shape=shape, stype=stype, data=b"")
         cast(Any, array).data = buffer[start : start + size]
-        arrays[name], start = array, start + size
-    return RecordDict({"header": ConfigRecord(packed.header), "parts": ArrayRecord(arrays)})
+        record[name], start = array, start + size
+    return RecordDict({"header": ConfigRecord(packed.header), "parts": record})

@@ -28,7 +28,7 @@ from flwr.supercore.run import Run
 from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, content_bytes, new_message
 from cytofed.simulations import exchange
-from cytofed.simulations.worker import Answer, Step, Task
+from cytofed.simulations.exchange import Answer, Step, Task
 from cytofed.start import Start, read_start
 
 _UNREAD_BYTES = 1 << 29
@@ -203,7 +203,16 @@ class InProcessGrid(Grid):
         return _Worker(process, ours)
 
     def _drive(self, index: int) -> None:
-        """Feed one worker until the grid closes; replace it when it dies."""
+        """Feed one worker until the grid closes; an error here ends the simulation, not a hang."""
+        try:
+            self._feed(index)
+        except Exception as error:
+            failure = CytofedError(f"a worker's thread failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._fail(failure)
+
+    def _feed(self, index: int) -> None:
+        """Give one worker a message after the other; replace it when it dies."""
         deaths = 0
         while True:
             message = self._next()

@@ -38,12 +38,12 @@ from cytofed.plan import Plan, dump_plan, load_plan, to_dict
 from cytofed.plan_check import check_plan
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
 from cytofed.server.rounds import Run, evaluate, final_weights, run_rounds, status
+from cytofed.simulations.exchange import Step
 from cytofed.simulations.inprocess import InProcessGrid
 from cytofed.simulations.partitions import Partition, assign, parse_partition
 from cytofed.simulations.report import write_report
 from cytofed.simulations.split import image_keys, pseudo_patients, test_split, units
 from cytofed.simulations.virtual import CENTRAL, FEDERATION, VirtualLabs, cut
-from cytofed.simulations.worker import Step
 from cytofed.start import Start, read_start
 from cytofed.strategies import make_strategy
 from cytofed.strategies.fedavg import fedavg

@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,46 +22,13 @@ from flwr.app import Context, Message, RecordDict
 from cytofed.messages import Order, new_message
 from cytofed.plan import load_plan
 from cytofed.simulations import exchange
-from cytofed.simulations.exchange import Packed
+from cytofed.simulations.exchange import Answer, Step
 from cytofed.start import read_start, write_start
 
 if TYPE_CHECKING:
     from cytofed.client.training import Progress
 
 _STEP_INTERVAL_S = 0.25
-
-
-@dataclass(frozen=True)
-class Task:
-    """One message to a virtual lab. Equal ``content_id``: the same content."""
-
-    message_id: str
-    kind: str
-    node: int
-    group: str
-    ttl_s: float
-    content: Packed
-    content_id: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A lab's reply: content, or an error's code and reason."""
-
-    message_id: str
-    content: Packed | None
-    error: tuple[int, str] = (0, "")
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far a lab's training is."""
-
-    run: str
-    lab_node: int
-    round: int
-    done: float
-    loss: float
 
 
 def serve(connection: Connection, folder: Path, exchange_folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from cytofed import __version__
-from cytofed.console import note, print_error, stdout
+from cytofed.console import note, print_error, say, stdout
 from cytofed.errors import CytofedError, InputError
 
 _FOLDER = click.Path(path_type=Path)
@@ -90,7 +90,7 @@ def simulate(**flags: Any) -> int:
         _print_json(summary)
     else:
         render_summary(summary, stdout)
-        stdout.print(f"Report: {request.out / 'report.html'}", markup=False)
+        say(f"Report: {request.out / 'report.html'}")
     return {"completed": 0, "incomplete": 4}.get(summary["status"], 1)
 
 
@@ -214,7 +214,7 @@ def report(run: Path, as_json: bool) -> int:
         _print_json(summary)
     else:
         render_summary(summary, stdout)
-        stdout.print(f"Report: {path}", markup=False)
+        say(f"Report: {path}")
     return 0
 
 
@@ -246,9 +246,9 @@ def plan_check(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
         found = {"plan_sha256": chosen.sha256, "ok": True, "warnings": warnings}
         _print_json(found)
     else:
-        stdout.print(f"ok: plan {chosen.name}, sha256 {chosen.sha256}", markup=False)
+        say(f"ok: plan {chosen.name}, sha256 {chosen.sha256}")
         for warning in warnings:
-            stdout.print(f"warning: {warning}", markup=False)
+            say(f"warning: {warning}")
     return 0
 
 
@@ -268,18 +268,17 @@ def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
         shown = {"plan_sha256": chosen.sha256, "plan": to_dict(chosen), "warnings": warnings}
         _print_json(shown | cost)
         return 0
-    stdout.print(dump_plan(chosen), markup=False, end="")
-    stdout.print(f"\nsha256   {chosen.sha256}", markup=False)
-    stdout.print(f"rounds   {cost['rounds']}", markup=False)
-    stdout.print(
+    say(dump_plan(chosen))
+    say(f"\nsha256   {chosen.sha256}")
+    say(f"rounds   {cost['rounds']}")
+    say(
         f"bytes    {cost['bytes']['up_per_lab_round']:,} up, "
         f"{cost['bytes']['down_per_lab_round']:,} down, per lab and round "
-        f"({cost['bytes']['parameters']:,} parameters)",
-        markup=False,
+        f"({cost['bytes']['parameters']:,} parameters)"
     )
-    stdout.print(f"privacy  {cost['privacy']['statement']}", markup=False)
+    say(f"privacy  {cost['privacy']['statement']}")
     for warning in warnings:
-        stdout.print(f"warning: {warning}", markup=False)
+        say(f"warning: {warning}")
     return 0
 
 

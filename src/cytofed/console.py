@@ -32,9 +32,14 @@ def print_error(error: CytofedError) -> None:
         print(f"cytofed: hint: {error.hint}", file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """One plain line on stdout, never wrapped or coloured."""
+    print(text)
+
+
 def note(text: str) -> None:
     """One plain line on stderr."""
-    stderr.print(text, markup=False, soft_wrap=True)
+    stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class RunProgress:

@@ -228,13 +228,13 @@ def new_message(
 def _pack(
     header: dict[str, str | int | float], parts: Mapping[str, npt.NDArray[Any]]
 ) -> RecordDict:
-    arrays = {}
+    record = ArrayRecord()
     for name, values in parts.items():
         little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        arrays[name] = Array(
+        record[name] = Array(
             dtype=values.dtype.name, shape=values.shape, stype=RAW, data=little.tobytes()
         )
-    return RecordDict({"header": ConfigRecord(dict(header)), "parts": ArrayRecord(arrays)})
+    return RecordDict({"header": ConfigRecord(dict(header)), "parts": record})
 
 
 def read_parts(
