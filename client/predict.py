@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cytofed.arrays import Float32
-from cytofed.client.cache import UnreadableImage, decode_cell, default_cache_dir, framing
+from cytofed.client.cache import decode_cell, default_cache_dir, framing
 from cytofed.client.cells import Cells, open_cells
-from cytofed.client.reader import IMAGE_SUFFIXES
+from cytofed.client.reader import UnreadableImage, find_images
 from cytofed.errors import InputError
 from cytofed.labels import Scheme, load_map, load_scheme
 from cytofed.metrics import Tally, summarise, tally
@@ -127,15 +127,10 @@ def _top(probs_C: Float32, info: ModelInfo, top: int) -> tuple[tuple[str, float]
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            found = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in IMAGE_SUFFIXES
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
+            found = find_images(path).paths
             if not found:
                 raise InputError(f"no image below {path}")
-            yield from found
+            yield from (path / name for name in found)
         elif path.exists():
             yield path
         else:

@@ -893,6 +893,12 @@ def render_summary(summary: Json, console: Console, *, run_dir: Path | None = No
         console.print(Text(line), soft_wrap=True)
 
 
+def render_scores(scores: Json, console: Console) -> None:
+    """Print the scores of one model: the object ``global`` of summary.json."""
+    _print_scores(scores, {}, console)
+    _print_classes(scores, console)
+
+
 def _print_scores(scores: Json, summary: Json, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     names = ["macro F1", "tolerant", "balanced accuracy", "accuracy", "weighted F1", "ECE"]

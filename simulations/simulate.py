@@ -41,7 +41,6 @@ from cytofed.server.rounds import Run, evaluate, final_weights, run_rounds, stat
 from cytofed.simulations.exchange import Step
 from cytofed.simulations.inprocess import InProcessGrid
 from cytofed.simulations.partitions import Partition, assign, parse_partition
-from cytofed.simulations.report import write_report
 from cytofed.simulations.split import image_keys, pseudo_patients, test_split, units
 from cytofed.simulations.virtual import CENTRAL, FEDERATION, VirtualLabs, cut
 from cytofed.start import Start, read_start
@@ -373,6 +372,8 @@ def make_start(plan_file: Path, folder: Path) -> Start:
 
 
 def _finish(world: World, results: Results, wall_s: float) -> dict[str, Any]:
+    from cytofed.simulations.report import write_report  # matplotlib takes a second
+
     out, plan = world.request.out, world.plan
     run = world.run(FEDERATION, results.nodes, world.strategy)
     weights_P = final_weights(results.federation)

@@ -89,8 +89,7 @@ def simulate(**flags: Any) -> int:
     if flags["as_json"]:
         _print_json(summary)
     else:
-        render_summary(summary, stdout)
-        say(f"Report: {request.out / 'report.html'}")
+        render_summary(summary, stdout, run_dir=request.out)
     return {"completed": 0, "incomplete": 4}.get(summary["status"], 1)
 
 
@@ -206,15 +205,14 @@ def predict(
 @_json
 def report(run: Path, as_json: bool) -> int:
     """Write RUN's report.html again and print its summary."""
-    from cytofed.simulations.report import read_summary, render_summary, write_report
+    from cytofed.simulations.report import read_run, render_summary, write_report
 
-    summary = read_summary(run)
-    path = write_report(run)
+    summary = dict(read_run(run).summary)
+    write_report(run)
     if as_json:
         _print_json(summary)
     else:
-        render_summary(summary, stdout)
-        say(f"Report: {path}")
+        render_summary(summary, stdout, run_dir=run)
     return 0
 
 
