@@ -705,7 +705,7 @@ class Ledger:
             if reached > limit:
                 raise OverBudget(
                     f"round {order.round} of run {order.run} would bring pool {self.pool!r} to "
-                    f"epsilon {shown(reached)} at delta {delta:g}, over its limit of {limit:g}{name}",
+                    f"epsilon {shown(reached)} at delta {delta:g}, over the limit {limit:g}{name}",
                     hint="the limit in client.yaml is lower than when the plan was approved",
                 )
 

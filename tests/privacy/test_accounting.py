@@ -1,0 +1,269 @@
+"""Prices agree with other implementations, and nothing resets them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cytofed.errors import InputError
+from cytofed.privacy import accounting
+from cytofed.privacy.accounting import (
+    Gaussian,
+    Guarantee,
+    NonPrivate,
+    PlanCost,
+    SubsampledGaussian,
+    across_labs,
+    epsilon_for,
+    event_from_dict,
+    event_to_dict,
+    max_rounds,
+    price,
+    sigma_for,
+)
+
+# (sampling rate, sigma, steps, delta): epsilon by PLD and Microsoft's PRV, by Opacus' PRV and RDP;
+# each computed with two implementations that agree to 1e-4.
+POINTS = {
+    (0.01, 1.0, 1000, 1e-5): (1.8282, 1.8384, 2.1014),
+    (0.032, 1.2, 2000, 1e-5): (6.9396, 6.9499, 7.5384),
+    (0.1, 2.0, 500, 1e-3): (3.9803, 3.9907, 4.5086),
+    (0.25, 4.0, 400, 1e-3): (4.2584, 4.2688, 4.7927),
+    (1.0, 10.0, 50, 1e-3): (2.0533, 2.0636, 2.3305),
+    (0.004, 0.8, 5000, 1e-6): (2.9073, 2.9175, 3.3925),
+    (0.0625, 0.6, 320, 1e-4): (20.8219, 20.8333, 23.5521),
+    (1.0, 1.0, 1, 1e-5): (4.3772, 4.3874, 4.7285),
+}
+
+
+@cache
+def pld(*mechanisms: tuple[float, float, int], delta: float) -> float:
+    """Google's dp-accounting: the second implementation."""
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    for rate, sigma, steps in mechanisms:
+        event = PoissonSampledDpEvent(rate, GaussianDpEvent(sigma))
+        accountant.compose(SelfComposedDpEvent(event, steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def dp_sgd(rate: float, sigma: float, steps: int) -> SubsampledGaussian:
+    return SubsampledGaussian("patient", rate, sigma, steps)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_epsilon_matches_reference_points(point: tuple[float, float, int, float]) -> None:
+    exact, prv_reference, rdp_reference = POINTS[point]
+    rate, sigma, steps, delta = point
+    event = dp_sgd(rate, sigma, steps)
+    prv = price([event], delta)
+    rdp = price([event], delta, accountant="RDP")
+    assert (prv.accountant, rdp.accountant) == ("PRV", "RDP")
+    assert prv.epsilon == pytest.approx(prv_reference, abs=1e-4)
+    assert rdp.epsilon == pytest.approx(rdp_reference, abs=1e-4)
+    assert exact <= prv.epsilon <= exact + 0.015 <= rdp.epsilon
+
+
+@pytest.mark.parametrize("point", [p for p in POINTS if p[2] <= 1000])
+def test_pld_le_prv_le_pld_plus_margin_le_rdp(point: tuple[float, float, int, float]) -> None:
+    rate, sigma, steps, delta = point
+    exact = pld((rate, sigma, steps), delta=delta)
+    event = dp_sgd(rate, sigma, steps)
+    prv = price([event], delta).epsilon
+    assert exact - 1e-3 <= prv <= exact + 0.015 <= price([event], delta, accountant="RDP").epsilon
+
+
+def test_training_and_evaluation_compose_as_in_another_implementation() -> None:
+    events = [dp_sgd(0.25, 3.0, 40), Gaussian("patient", 12.0, 3)]
+    exact = pld((0.25, 3.0, 40), (1.0, 12.0, 3), delta=1e-3)
+    prv = price(events, 1e-3).epsilon
+    assert exact - 1e-3 <= prv <= exact + 0.015
+    assert prv <= price(events, 1e-3, accountant="RDP").epsilon
+
+
+def test_one_gaussian_matches_the_closed_form() -> None:
+    """Balle and Wang 2018 (arXiv:1805.06530), theorem 8: delta of the Gaussian mechanism."""
+    sigma, epsilon = 2.0, price([Gaussian("patient", 2.0, 1)], 1e-3).epsilon
+
+    def cdf(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    a, b = 1 / (2 * sigma), epsilon * sigma
+    assert cdf(a - b) - math.exp(epsilon) * cdf(-a - b) <= 1e-3
+
+
+def test_three_rounds_cost_what_one_accountant_over_all_steps_says() -> None:
+    """The reset bug: a new accountant every round prints the first round's epsilon for ever."""
+    one_round = dp_sgd(0.25, 2.0, 10)
+    once = price([one_round], 1e-3).epsilon
+    thrice = price([one_round] * 3, 1e-3).epsilon
+    assert thrice == price([dp_sgd(0.25, 2.0, 30)], 1e-3).epsilon
+    assert thrice > 1.4 * once
+
+
+@pytest.mark.parametrize("accountant", ["PRV", "RDP"])
+def test_ours_is_opacus_own_accountant(accountant: str) -> None:
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    opacus = {"PRV": PRVAccountant, "RDP": RDPAccountant}[accountant]()
+    opacus.history = [(2.0, 0.1, 200), (9.0, 1.0, 2)]
+    events = [dp_sgd(0.1, 2.0, 200), Gaussian("patient", 9.0, 2)]
+    ours = price(events, 1e-4, accountant=accountant)  # type: ignore[arg-type]
+    assert ours.epsilon == pytest.approx(opacus.get_epsilon(1e-4), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "rate", "steps"),
+    [(8.0, 1e-3, 0.25, 40), (3.0, 1e-4, 1.0, 50), (0.05, 1e-3, 0.25, 40)],
+)
+def test_calibrated_sigma_costs_what_was_asked_and_hardly_less(
+    epsilon: float, delta: float, rate: float, steps: int
+) -> None:
+    sigma = sigma_for(epsilon, delta, rate, steps)
+    assert epsilon - 1e-3 <= epsilon_for(sigma, delta, rate, steps) <= epsilon
+    assert epsilon_for(sigma * 0.99, delta, rate, steps) > epsilon
+
+
+@pytest.mark.parametrize(
+    ("patients", "delta", "sigma"), [(150, 150**-1.1, 6.45), (945, 945**-1.1, 7.71)]
+)
+def test_calibrated_sigma_matches_reference_points(
+    patients: int, delta: float, sigma: float
+) -> None:
+    assert delta < 1 / patients
+    assert sigma_for(3.0, delta, 1.0, 50) == pytest.approx(sigma, abs=0.06)
+
+
+def test_sigma_is_calibrated_by_the_steps_that_run() -> None:
+    """By epochs, 10 epochs at rate .3 become int(10/.3) = 33 steps where 34 run."""
+    sigma = sigma_for(1.5, 1e-3, 0.3, 33)
+    assert epsilon_for(sigma, 1e-3, 0.3, 33) <= 1.5 < epsilon_for(sigma, 1e-3, 0.3, 34)
+
+
+@given(
+    rate=st.floats(0.05, 1),
+    sigma=st.floats(0.6, 20),
+    steps=st.integers(1, 200),
+    more=st.integers(1, 50),
+)
+@settings(max_examples=20, deadline=None)
+def test_more_steps_never_cost_less(rate: float, sigma: float, steps: int, more: int) -> None:
+    rate, sigma = round(rate, 1) or 0.1, round(sigma, 0) or 1.0
+    events = [dp_sgd(rate, sigma, steps)]
+    less = price(events, 1e-3, accountant="RDP").epsilon
+    assert price([*events, dp_sgd(rate, sigma, more)], 1e-3, accountant="RDP").epsilon >= less
+
+
+@pytest.mark.parametrize(
+    "event", [dp_sgd(0.1, 0.0, 1), Gaussian("patient", 0.0, 1), NonPrivate(), NonPrivate("patient")]
+)
+def test_what_is_not_private_costs_infinity(
+    event: SubsampledGaussian | Gaussian | NonPrivate,
+) -> None:
+    cost = price([event], 1e-3)
+    assert cost.epsilon == math.inf
+    assert "no differential privacy" in str(cost)
+
+
+def test_where_prv_fails_rdp_is_used_and_named() -> None:
+    tiny_noise = price([dp_sgd(0.25, 0.1, 400)], 1e-3)
+    assert tiny_noise.accountant == "RDP"
+    assert 1e3 < tiny_noise.epsilon < math.inf
+
+
+@pytest.mark.parametrize("sigma", [-1.0, math.nan, math.inf])
+def test_impossible_sigma_is_refused(sigma: float) -> None:
+    with pytest.raises(InputError, match="sigma"):
+        dp_sgd(0.1, sigma, 1)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.1, math.nan])
+def test_impossible_sampling_rate_is_refused(rate: float) -> None:
+    with pytest.raises(InputError, match="sampling_rate"):
+        dp_sgd(rate, 1.0, 1)
+
+
+def test_epsilon_too_low_for_any_noise_is_refused() -> None:
+    with pytest.raises(InputError, match="no noise reaches"):
+        sigma_for(1e-9, 1e-3, 1.0, 10**6)
+
+
+def test_images_and_patients_are_not_composed() -> None:
+    with pytest.raises(InputError, match="different units"):
+        price([dp_sgd(0.1, 1.0, 1), Gaussian("image", 1.0, 1)], 1e-3)
+
+
+@pytest.mark.parametrize("patients", [100, 1000])
+def test_delta_must_be_below_one_over_the_declared_patients(patients: int) -> None:
+    event = dp_sgd(0.25, 2.0, 10)
+    with pytest.raises(InputError, match=r"1/declared_patients") as error:
+        price([event], 1 / patients, declared_patients=patients)
+    wayout = float(error.value.hint.split("=")[1].split()[0])
+    assert price([event], wayout, declared_patients=patients).delta < 1 / patients
+
+
+def test_max_rounds_is_the_last_number_that_fits() -> None:
+    cost = PlanCost(1e-3, 150, 100, dp_sgd(0.25, 2.0, 4), Gaussian("patient", 10.0, 1), 5)
+    before = [Gaussian("patient", 5.0, 1)]
+    rounds = max_rounds(cost, epsilon=4.0, delta=1e-4, before=before)
+
+    def reached(number: int) -> float:
+        events = [*before, *cost.with_rounds(number).events()]
+        return price(events, 1e-4, accountant="RDP").epsilon
+
+    assert reached(rounds) <= 4.0 < reached(rounds + 1)
+    assert max_rounds(cost, epsilon=0.01, delta=1e-4) == 0
+    assert max_rounds(cost.with_rounds(2), epsilon=100.0, delta=1e-4) == 2
+
+
+@pytest.mark.parametrize(("rounds", "every", "evaluations"), [(10, 5, 2), (10, 3, 4), (1, 5, 1)])
+def test_a_plan_evaluates_every_few_rounds_and_at_its_end(
+    rounds: int, every: int, evaluations: int
+) -> None:
+    cost = PlanCost(1e-3, 9, rounds, dp_sgd(0.5, 1.0, 1), Gaussian("patient", 1.0, 1), every)
+    assert cost.evaluations == evaluations
+    assert cost.events()[1] == Gaussian("patient", 1.0, evaluations)
+
+
+def test_a_patient_at_two_labs_pays_at_both() -> None:
+    labs = [Guarantee(3.0, 1e-4, "patient", "PRV"), Guarantee(2.0, 1e-3, "patient", "PRV")]
+    apart, overlap = across_labs(labs, "disjoint"), across_labs(labs, "may_overlap")
+    assert (apart.epsilon, apart.delta) == (3.0, 1e-3)
+    assert overlap.epsilon == 5.0
+    assert overlap.delta == pytest.approx(1.1e-3)
+
+
+def test_an_epsilon_is_printed_with_delta_unit_and_adversary_and_never_too_low() -> None:
+    cost = Guarantee(3.0912, 1e-5, "patient", "PRV")
+    assert str(cost) == "epsilon 3.10 at delta 1e-05, per patient, add-or-remove"
+
+
+@given(st.floats(0.001, 1), st.floats(0, 100), st.integers(1, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_events_survive_json(rate: float, sigma: float, steps: int) -> None:
+    for event in (dp_sgd(rate, sigma, steps), Gaussian("image", sigma, steps), NonPrivate()):
+        assert event_from_dict(event_to_dict(event)) == event
+
+
+def test_gdp_is_not_offered() -> None:
+    """It underestimates: 1.6177 where 1.8282 is exact."""
+    text = inspect.getsource(accounting)
+    assert "GaussianAccountant" not in text
+    assert '"gdp"' not in text
+
+
+def test_prices_and_ledger_need_no_torch() -> None:
+    code = (
+        "import sys; import cytofed.privacy.ledger; from cytofed.privacy.accounting import *;"
+        "price([SubsampledGaussian('patient', .25, 4, 40)], 1e-3); sigma_for(8, 1e-3, 1.0, 4);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
