@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cytofed.errors import InputError
 from cytofed.privacy import accounting
 from cytofed.privacy.accounting import (
+    Event,
     Gaussian,
     Guarantee,
     NonPrivate,
@@ -72,7 +73,7 @@ def test_epsilon_matches_reference_points(point: tuple[float, float, int, float]
     assert exact <= prv.epsilon <= exact + 0.015 <= rdp.epsilon
 
 
-@pytest.mark.parametrize("point", [p for p in POINTS if p[2] <= 1000])
+@pytest.mark.parametrize("point", [point for point in POINTS if point[2] <= 1000])
 def test_pld_le_prv_le_pld_plus_margin_le_rdp(point: tuple[float, float, int, float]) -> None:
     rate, sigma, steps, delta = point
     exact = pld((rate, sigma, steps), delta=delta)
@@ -82,7 +83,7 @@ def test_pld_le_prv_le_pld_plus_margin_le_rdp(point: tuple[float, float, int, fl
 
 
 def test_training_and_evaluation_compose_as_in_another_implementation() -> None:
-    events = [dp_sgd(0.25, 3.0, 40), Gaussian("patient", 12.0, 3)]
+    events: list[Event] = [dp_sgd(0.25, 3.0, 40), Gaussian("patient", 12.0, 3)]
     exact = pld((0.25, 3.0, 40), (1.0, 12.0, 3), delta=1e-3)
     prv = price(events, 1e-3).epsilon
     assert exact - 1e-3 <= prv <= exact + 0.015

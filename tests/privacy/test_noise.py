@@ -83,8 +83,14 @@ def test_seeding_every_other_generator_does_not_repeat_the_noise() -> None:
 
 
 def test_two_rounds_or_labs_of_a_simulation_do_not_share_noise() -> None:
-    contexts = [(0, "lab-1", 1), (0, "lab-1", 2), (0, "lab-2", 1), (1, "lab-1", 1), (0, "lab-11")]
-    drawn = [SimulatedRandomness(seed, *rest).normals(8) for seed, *rest in contexts]
+    contexts = [
+        (0, "lab-1", 1),
+        (0, "lab-1", 2),
+        (0, "lab-2", 1),
+        (1, "lab-1", 1),
+        (0, "lab-11", 0),
+    ]
+    drawn = [SimulatedRandomness(seed, lab, number).normals(8) for seed, lab, number in contexts]
     assert len({tuple(noise) for noise in drawn}) == len(contexts)
 
 
