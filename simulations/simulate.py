@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from cytofed.console import RunProgress
 from cytofed.errors import CytofedError, InputError
 from cytofed.files import write_atomically
 from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
-from cytofed.metrics import Tally, absent_recall, spread, summarise, summarise_labs
+from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summarise_labs
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict
 from cytofed.plan_check import check_plan
@@ -248,10 +249,9 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
     return ""
 
 
-def sample_folders() -> tuple[Path, ...]:
-    """The image folders that ship in the package."""
-    sample = Path(str(resources.files("cytofed"))) / "sample"
-    return (sample / "marrow",)
+def sample_folder() -> Path:
+    """The images that ship in the package."""
+    return Path(str(resources.files("cytofed"))) / "sample"
 
 
 def _read(request: Request, progress: RunProgress) -> Cells:
@@ -259,7 +259,7 @@ def _read(request: Request, progress: RunProgress) -> Cells:
     scheme = load_scheme(plan.labels.scheme)
     maps: list[LabelMap | None] = [load_map(name) for name in request.labels]
     return open_cells(
-        request.data or sample_folders(),
+        request.data or (sample_folder() / "marrow",),
         scheme,
         maps=maps or None,
         patients=request.patients,
@@ -274,7 +274,7 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
     plan = request.plan
     seed = plan.train.seed
     key_N = image_keys(cells.paths(), cells.dhash_N)
-    unit_N = units(near_duplicate_groups(cells.dhash_N, 4), cells.patients_N)
+    unit_N = units(near_duplicate_groups(cells.dhash_N, images=cells.images), cells.patients_N)
     test_N = test_split(cells.class_N, unit_N, key_N, fraction=plan.evaluation.fraction, seed=seed)
     partition: Partition = assign(
         spec,
@@ -401,7 +401,6 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
     train_s = sum(record["train_s"] for record in records)
     updates = sum(len(record["received"]) for record in records)
     orders = sum(len(record["expected"]) for record in records)
-    wall_rounds_s = results.federation.wall_s
     workers = world.request.jobs or max(1, (os.cpu_count() or 1) // plan.train.threads)
     return {
         "status": status(run, results.federation),
@@ -412,14 +411,10 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
         "seed": plan.train.seed,
         "rounds": results.federation.round,
         "global": None if pooled is None else summarise(pooled, scheme),
-        "labs": lab_scores if per_lab else None,
+        "labs": _lab_scores(labs, results, train_counts, scheme) if per_lab else None,
         "over_labs": _over_labs(lab_scores) if per_lab else None,
-        "absent_recall": {
-            name: absent_recall(results.tallies[name], train_counts[k], scheme)
-            for k, name in enumerate(labs.names)
-            if per_lab and name in lab_scores
-        },
         "baselines": _baselines(results, scheme),
+        "gaps": _gaps(results, scheme),
         "participation": [
             {key: record[key] for key in ("round", "expected", "received", "absent")}
             for record in records
@@ -432,10 +427,10 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
         },
         "timing": {
             "wall_s": round(wall_s, 2),
-            "rounds_s": round(wall_rounds_s, 2),
-            "train_s": round(train_s, 2),
-            "overhead_s": round(max(0.0, wall_rounds_s - train_s / workers), 2),
+            "train_s": round(train_s / workers, 2),
+            "overhead_s": round(max(0.0, wall_s - train_s / workers), 2),
             "workers": workers,
+            "lab_train_s": round(train_s, 2),
         },
         "partition": {
             "spec": plan.simulation.partition,
@@ -458,6 +453,8 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
             for problem in source.listing.problems
         ],
         "warnings": _warnings(world),
+        "command": _command(world.request),
+        "attribution": _attribution(world.request),
         "versions": _versions(),
     }
 
@@ -465,6 +462,43 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
 def _pooled(tallies: Mapping[str, Tally], scheme: Scheme) -> Tally | None:
     pooled = sum(tallies.values(), Tally.empty(len(scheme.codes)))
     return pooled if pooled.confusion_CC.any() else None
+
+
+def _lab_scores(
+    labs: VirtualLabs, results: Results, train_counts_KC: Any, scheme: Scheme
+) -> dict[str, dict[str, Any]]:
+    """Scores of each lab; with the recall of classes that it had no training image of."""
+    found = summarise_labs(results.tallies, scheme)
+    for k, name in enumerate(labs.names):
+        if name in found:
+            recall = absent_recall(results.tallies[name], train_counts_KC[k], scheme)
+            found[name]["absent_recall"] = recall
+    return found
+
+
+def _gaps(results: Results, scheme: Scheme) -> dict[str, Any] | None:
+    """Federated minus central macro F1 on the pooled test images, with a bootstrap interval."""
+    ours, theirs = _pooled(results.tallies, scheme), None
+    if CENTRAL in results.baselines:
+        theirs = _pooled(results.baselines[CENTRAL], scheme)
+    if ours is None or theirs is None:
+        return None
+    return {"central": gap(ours, theirs, scheme, rng=np.random.default_rng(0))}
+
+
+def _command(request: Request) -> str:
+    """How to run this again; names of folders only, for the run directory gets published."""
+    data = [f"--data {shlex.quote(path.name)}" for path in request.data]
+    labels = [f"--labels {shlex.quote(Path(name).name)}" for name in request.labels]
+    patients = [f"--patients {shlex.quote(request.patients)}"] if request.patients else []
+    return " ".join(["cytofed simulate plan.yaml", *data, *labels, *patients])
+
+
+def _attribution(request: Request) -> list[str]:
+    if request.data:
+        return []
+    lines = (sample_folder() / "ATTRIBUTION.md").read_text().splitlines()
+    return [line.removeprefix("> ") for line in lines if line.startswith("> ")]
 
 
 def _over_labs(lab_scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

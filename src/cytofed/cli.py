@@ -235,8 +235,8 @@ _overrides = click.option(
 @_json
 def plan_check(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Check PLAN: keys, values, and that its parts fit together."""
-    from cytofed.plan_check import check_plan
     from cytofed.plan import load_plan
+    from cytofed.plan_check import check_plan
 
     chosen = load_plan(plan, overrides)
     warnings = check_plan(chosen)
@@ -256,8 +256,8 @@ def plan_check(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
 @_json
 def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Show PLAN with every key, its hash and its price."""
-    from cytofed.plan_check import check_plan, price
     from cytofed.plan import dump_plan, load_plan, to_dict
+    from cytofed.plan_check import check_plan, price
 
     chosen = load_plan(plan, overrides)
     warnings = check_plan(chosen)
