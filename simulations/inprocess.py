@@ -63,6 +63,7 @@ class InProcessGrid(Grid):
 
     ``folder``: description of the virtual labs, read by a worker at its first message. The workers
     build the start model of the plan in it as soon as they are up (``wait_for_start``).
+    ``labs``: the module that makes the labs' app, see ``cytofed.simulations.worker``.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class InProcessGrid(Grid):
         workers: int,
         threads: int = 1,
         on_step: Callable[[Step], None] | None = None,
+        labs: str = "cytofed.simulations.virtual",
     ) -> None:
         self._folder, self._threads, self._on_step = folder, threads, on_step
-        self._plan_file = plan_file
+        self._plan_file, self._labs = plan_file, labs
         self._exchange = exchange.open_folder()
         self._changed = threading.Condition()
         self._queue: list[_Queued] = []
@@ -190,7 +192,7 @@ class InProcessGrid(Grid):
             "OMP_NUM_THREADS": str(self._threads),
             "MKL_NUM_THREADS": str(self._threads),
         }
-        arguments = [theirs.fileno(), self._folder, self._exchange, self._plan_file]
+        arguments = [theirs.fileno(), self._exchange, self._labs, self._folder, self._plan_file]
         process = subprocess.Popen(
             [sys.executable, "-m", "cytofed.simulations.worker", *map(str, arguments)],
             pass_fds=[theirs.fileno()],

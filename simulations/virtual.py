@@ -25,10 +25,10 @@ from cytofed.client.cells import Cells, load_cells
 from cytofed.files import write_atomically
 from cytofed.labels import load_scheme
 from cytofed.messages import ERROR_CODE, Update, pack_update, read_parts, unpack_order
-from cytofed.plan import Plan, from_dict, to_dict
+from cytofed.plan import Plan, from_dict, load_plan, to_dict
 from cytofed.simulations.partitions import Partition, Stain
 from cytofed.simulations.population import fate as fate_of
-from cytofed.start import START_FILE
+from cytofed.start import START_FILE, read_start, write_start
 
 FEDERATION = "federation"
 CENTRAL = "central"
@@ -193,6 +193,21 @@ class FolderMemory:
 
 def _round_of(file: Path) -> int:
     return int(file.stem.removeprefix("round-"))
+
+
+def warm_up(plan_file: Path, folder: Path) -> None:
+    """What a worker can do before the labs are cut: import torch, build the start model."""
+    import torch
+
+    plan = load_plan(plan_file)
+    torch.set_num_threads(plan.train.threads)
+    if read_start(folder) is None:
+        write_start(plan, folder)  # workers that do so at the same time write the same bytes
+
+
+def open_app(folder: Path, *, on_step: OnStep | None = None) -> ClientApp:
+    """The app of the virtual labs that were saved in ``folder``."""
+    return virtual_app(VirtualLabs.load(folder), on_step=on_step)
 
 
 def virtual_app(labs: VirtualLabs, *, on_step: OnStep | None = None) -> ClientApp:

@@ -1,8 +1,9 @@
 """A worker process of a simulation: answers messages for whichever virtual lab they are meant.
 
-Started as ``python -m cytofed.simulations.worker FD FOLDER EXCHANGE PLAN``: one end of a pipe to
-the grid, the description of the virtual labs, a folder in shared memory, the plan's file. It ends
-when the pipe does, or when its parent is gone.
+Started as ``python -m cytofed.simulations.worker FD EXCHANGE LABS FOLDER PLAN``: one end of a pipe
+to the grid, a folder in shared memory, and where the labs come from: the module LABS has
+``warm_up(plan_file, folder)``, called at once, and ``open_app(folder, on_step=...)``, called at the
+first task. It ends when the pipe does, or when its parent is gone.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from cytofed.messages import Order, new_message
-from cytofed.plan import load_plan
 from cytofed.simulations import exchange
 from cytofed.simulations.exchange import Answer, Step
-from cytofed.start import read_start, write_start
 
 if TYPE_CHECKING:
     from cytofed.client.training import Progress
@@ -31,11 +33,12 @@ if TYPE_CHECKING:
 _STEP_INTERVAL_S = 0.25
 
 
-def serve(connection: Connection, folder: Path, exchange_folder: Path) -> None:
+def serve(
+    connection: Connection,
+    exchange_folder: Path,
+    open_app: Callable[[Callable[[Order, Progress], None]], ClientApp],
+) -> None:
     """Answer tasks until the other end closes."""
-    from cytofed.simulations.virtual import VirtualLabs, virtual_app
-
-    labs: VirtualLabs | None = None
     node = 0
     last_step = 0.0
 
@@ -47,7 +50,7 @@ def serve(connection: Connection, folder: Path, exchange_folder: Path) -> None:
             share = step.step / max(step.steps, 1)
             connection.send(Step(order.run, node, order.round, share, step.loss))
 
-    app = None
+    app: ClientApp | None = None
     numbers = itertools.count()
     cached: tuple[int, RecordDict | None] = (-1, None)
     while True:
@@ -56,8 +59,7 @@ def serve(connection: Connection, folder: Path, exchange_folder: Path) -> None:
         except EOFError:
             return
         if app is None:
-            labs = VirtualLabs.load(folder)
-            app = virtual_app(labs, on_step=report)
+            app = open_app(report)
         node = task.node
         if cached[0] != task.content_id:
             cached = (task.content_id, exchange.unpack(task.content))
@@ -90,16 +92,15 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    file_number, folder, exchange_folder, plan_file = sys.argv[1:]
+    file_number, exchange_folder, labs_module, folder, plan_file = sys.argv[1:]
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    # Before the first task, while the parent reads the data: torch and the start model. Workers
-    # that do so at the same time write the same bytes.
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if read_start(Path(folder)) is None:
-        write_start(load_plan(plan_file), Path(folder))
-    serve(Connection(int(file_number)), Path(folder), Path(exchange_folder))
+    labs = import_module(labs_module)
+    labs.warm_up(Path(plan_file), Path(folder))  # while the parent reads the data
+    serve(
+        Connection(int(file_number)),
+        Path(exchange_folder),
+        lambda report: labs.open_app(Path(folder), on_step=report),
+    )
 
 
 if __name__ == "__main__":
