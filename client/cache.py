@@ -342,7 +342,7 @@ def _hash_unknown(root: Path, paths: Sequence[str], facts: _Facts, memo: _Memo) 
             facts[path] = _Fact(_settled(stat), same.sha256, same.problem)
 
     unknown = [path for path in paths if facts[path] is None]
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         list(pool.map(look, unknown))
 
 
@@ -518,7 +518,7 @@ def _build(
             # Reserve the room first: a full disk is an error here, not a crash in the middle.
             os.posix_fallocate(build.fd, 0, _file_bytes(max(1, len(paths)), frame.size_px))
             done = 0
-            pool = ThreadPoolExecutor(_threads())
+            pool = ThreadPoolExecutor(thread_count())
             try:
                 starts = range(0, len(paths), _CHUNK)
                 for future in as_completed([pool.submit(build.chunk, start) for start in starts]):
@@ -592,5 +592,6 @@ def _prune(cache_dir: Path, *, keep: set[Path]) -> None:
                 path.unlink()
 
 
-def _threads() -> int:
+def thread_count() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
