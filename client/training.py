@@ -97,13 +97,13 @@ def train(
     batches = draw_batches(settings, cells.targets_NC, steps, seed)
     generator = torch.Generator().manual_seed(_seeds(seed)[1])
     started_s = time.perf_counter()
-    with _threads(settings.threads), _repeatable():
+    with steady(settings.threads):
         net.to(place)
         trained = models.manifest(net, plan.model.trainable)
         parameters = select(net, trained)
         optimizer = make_optimizer(parameters, settings)
         pull = _Pull(parameters, correction)
-        average = _Average(parameters, settings.ema)
+        average = Average(parameters, settings.ema)
         loss_sum, lr_sum, images = 0.0, 0.0, 0
         for step, index_B in enumerate(batches):
             progress = progress_start + (progress_end - progress_start) * step / steps
@@ -156,7 +156,7 @@ def predict(
         for start in range(0, len(cells), batch):
             index_B = np.arange(start, min(start + batch, len(cells)))
             images_B3HW = models.images_of(load_pixels(cells, index_B, stain).to(place))
-            with _autocast(place, cast):
+            with autocast(place, cast):
                 logits_BC = net(images_B3HW)
             parts.append(functional.softmax(logits_BC.float(), dim=1).cpu().numpy())
     if not parts:
@@ -287,7 +287,7 @@ def unit_gradient(
     for parameter in parameters:
         parameter.grad = None
     images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
-    with _autocast(images_B3HW.device, precision):
+    with autocast(images_B3HW.device, precision):
         logits_BC = net(images_B3HW)
     loss = objective(logits_BC, targets_BC)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -406,7 +406,7 @@ class _Pull:
                 gradient.add_(self.offset[index])
 
 
-class _Average:
+class Average:
     """Exponential moving average of the weights over the steps of one round."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -480,7 +480,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in questions)
 
 
-def _autocast(
+def autocast(
     device: torch.device, precision: torch.dtype
 ) -> contextlib.AbstractContextManager[Any]:
     if precision == torch.float32:
@@ -489,21 +489,16 @@ def _autocast(
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """The plan's number of threads: float sums, so weights, depend on it."""
+def steady(threads: int) -> Iterator[None]:
+    """What makes training repeat to the bit: the plan's number of threads, on which float sums
+    depend, and on a GPU deterministic kernels (on the CPU all that is used here is)."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _repeatable() -> Iterator[None]:
-    # On the CPU every operation used here repeats to the bit; on a GPU, cuDNN has to be told.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        yield
 
 
 def _seeds(seed: int) -> tuple[int, int]:
