@@ -12,6 +12,8 @@ import difflib
 import hashlib
 import json
 import math
+import re
+import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -221,7 +223,7 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     text, source = _read(name_or_path)
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: day 99 of a date
         raise InputError(f"{source} is not valid YAML: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -247,11 +249,11 @@ def dump_plan(plan: Plan) -> str:
 
 def _read(name_or_path: str | Path) -> tuple[str, str]:
     path = Path(name_or_path)
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read plan {path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read plan {path}: {error}") from None
     if str(name_or_path) in builtin_plans():
         text = (resources.files("cytofed") / "plans" / f"{name_or_path}.yaml").read_text("utf-8")
         return text, f"built-in plan {name_or_path}"
@@ -269,7 +271,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     node = tree
     *parents, last = key.strip().split(".")
@@ -290,7 +292,7 @@ def _build(kind: type[T], tree: Any, *, path: str, source: str) -> T:
     if tree is None:
         tree = {}
     if not isinstance(tree, Mapping):
-        raise InputError(f"{source}: {path or 'the plan'} expects keys, found {tree!r}")
+        raise InputError(f"{source}: {path or 'the plan'} expects keys, found {_shown(tree)}")
     if kind is StrategySpec:
         return cast(T, _build_strategy(tree, source))
     hints = get_type_hints(kind)
@@ -326,12 +328,13 @@ def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(get_args(hint), value, where, source)
     if origin is Literal:
-        if value in get_args(hint) and not isinstance(value, bool):
-            return value
+        for allowed in get_args(hint):
+            if value == allowed and not isinstance(value, bool):
+                return allowed  # 32 for 32.0: the hash is of the canonical value
         options = [str(a) for a in get_args(hint)]
-        near = difflib.get_close_matches(str(value), options, n=1)
+        near = difflib.get_close_matches(_shown(value).strip("'"), options, n=1)
         raise InputError(
-            f"{source}: {where} is {value!r}, expected one of {', '.join(options)}",
+            f"{source}: {where} is {_shown(value)}, expected one of {', '.join(options)}",
             hint=f"did you mean {near[0]!r}?" if near else "",
         )
     if origin is not None and issubclass(origin, Mapping):
@@ -342,19 +345,34 @@ def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
         if isinstance(value, bool):
             return value
     elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if whole and not isinstance(value, bool) and abs(value) < 2**63:
             return int(value)
     elif hint is float:
         number = _number(value)
         if number is not None:
             return number
-    elif hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    name = getattr(hint, "__name__", str(hint))
-    expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    raise InputError(f"{source}: {where} is {value!r}, expected {expected.get(name, 'a ' + name)}")
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:
+            return str(value)
+    expected = _EXPECTED.get(hint, "keys")
+    raise InputError(f"{source}: {where} is {_shown(value)}, expected {expected}")
+
+
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message: short, however large or deeply nested it is."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__} out of all bounds"
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str, source: str) -> Any:
@@ -378,7 +396,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -397,6 +415,10 @@ def _above_zero(where: str, value: float | None) -> None:
 def _check_values(plan: Plan) -> None:
     """Bounds of single values; what depends on the data is checked where the data is known."""
     train, privacy, simulation = plan.train, plan.privacy, plan.simulation
+    if not re.fullmatch(r"\w[\w .-]{0,63}", plan.name):  # it names folders and is shown to people
+        raise InputError(
+            f"name is {_shown(plan.name)}, expected up to 64 letters, digits, spaces, . _ or -"
+        )
     _bound("labels.scale.size_px", plan.labels.scale.size_px, 16, 1024)
     _above_zero("labels.scale.field_um", plan.labels.scale.field_um)
     _bound("model.width", plan.model.width, 8, 256)
