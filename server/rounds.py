@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from cytofed.arrays import Float32, Parts
 from cytofed.labels import Scheme
 from cytofed.messages import (
+    MAX_WEIGHT,
     BadMessage,
     Order,
     Update,
@@ -35,6 +36,8 @@ from cytofed.strategies.strategy import Mean, Strategy
 
 Cohort = Mapping[str, int]
 """The labs of a run: name -> Flower node id."""
+
+_REASON_CHARS = 200
 
 
 class Watch(Protocol):
@@ -131,9 +134,11 @@ def _collect_updates(
         try:
             update = unpack_update(_content_of(message), parts=parts, size=run.size)
             _check_sender(lab, run, number, update.lab, update.run, update.round)
-        except BadMessage as reason:
-            got.absent[lab] = reason.message
-            watch.absent(run.name, "train", number, lab, reason.message)
+            _check_share(update.weight, run)
+        except BadMessage as error:
+            reason = _one_line(error.message)
+            got.absent[lab] = reason
+            watch.absent(run.name, "train", number, lab, reason)
             continue
         got.up_bytes += content_bytes(_content_of(message).content)
         if run.strategy.combine is None:
@@ -166,8 +171,8 @@ def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> d
         try:
             evaluation = unpack_evaluation(_content_of(message), classes=len(run.scheme.codes))
             _check_sender(lab, run, number, evaluation.lab, evaluation.run, evaluation.round)
-        except BadMessage as reason:
-            watch.absent(run.name, "evaluate", number, lab, reason.message)
+        except BadMessage as error:
+            watch.absent(run.name, "evaluate", number, lab, _one_line(error.message))
             continue
         tallies[lab] = evaluation.tally
         watch.reply(run.name, "evaluate", number, lab, math.nan)
@@ -225,6 +230,24 @@ def _check_sender(lab: str, run: Run, number: int, *claimed: str | int) -> None:
         raise BadMessage(f"answers as {claimed}, expected {(lab, run.name, number)}")
 
 
+def _check_share(weight: float, run: Run) -> None:
+    """One lab may not use up the room that the sum has for the whole cohort."""
+    most = MAX_WEIGHT / len(run.cohort)
+    if weight > most:
+        raise BadMessage(f"weight is {weight:g}, above {most:g} for one of {len(run.cohort)} labs")
+
+
+def _one_line(reason: str) -> str:
+    """A reason as people may read it: a lab writes it, and it ends up in terminals and reports."""
+    plain = "".join(char if char.isprintable() else " " for char in reason[:_REASON_CHARS])
+    return plain if len(reason) <= _REASON_CHARS else f"{plain} ..."
+
+
+def _seconds(train_s: float) -> float:
+    """A lab's training time as it says, or 0 where that is no time at all."""
+    return train_s if 0 <= train_s < 1e9 else 0.0
+
+
 def _record(
     run: Run, number: int, got: Collected, tallies: Mapping[str, Tally], down_bytes: int
 ) -> Record:
@@ -246,7 +269,7 @@ def _record(
         "labs": labs if tallies and run.plan.evaluation.per_lab is not False else None,
         "up_bytes": got.up_bytes,
         "down_bytes": down_bytes * len(run.cohort),
-        "train_s": round(sum(update.train_s for update in got.updates.values()), 3),
+        "train_s": round(sum(_seconds(u.train_s) for u in got.updates.values()), 3),
     }
 
 

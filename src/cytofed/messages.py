@@ -37,7 +37,8 @@ RAW = "cytofed.raw"
 """Flower's ``stype`` of our arrays: the bytes of a C-contiguous little-endian array."""
 
 MAX_WEIGHT = 2.0**24
-"""Largest weight of one lab (number of training images)."""
+"""Largest weight of a whole cohort (number of training images); one lab's share is limited to
+``MAX_WEIGHT`` over the number of labs, so none can use it up."""
 
 MAX_UPDATE = 256.0
 """Largest absolute value of an update's coordinate that is taken for sane."""
@@ -142,8 +143,8 @@ def unpack_update(message: Message, *, parts: tuple[str, ...], size: int) -> Upd
             raise BadMessage(f"{name} has shape {values_P.shape}, expected ({size},)")
         _check_sane(name, values_P)
     weight = _number(header, "weight")
-    if not 0 < weight <= MAX_WEIGHT:
-        raise BadMessage(f"weight is {weight:g}, expected 0 < weight <= {MAX_WEIGHT:g}")
+    if not 1 <= weight <= MAX_WEIGHT:
+        raise BadMessage(f"weight is {weight:g}, expected 1 <= weight <= {MAX_WEIGHT:g}")
     return Update(
         lab=_text(header, "lab"),
         run=_text(header, "run"),
@@ -257,8 +258,11 @@ def read_parts(
             raise BadMessage(f"{name} is {array.stype} {array.dtype} {array.shape}")
         if len(array.data) != count * np.dtype(dtype).itemsize:
             raise BadMessage(f"{name} has {len(array.data)} bytes for shape {array.shape}")
-        little = np.dtype(dtype).newbyteorder("<")
-        parts[name] = np.frombuffer(array.data, dtype=little).reshape(array.shape)
+        flat = np.frombuffer(array.data, dtype=np.dtype(dtype).newbyteorder("<"))
+        try:
+            parts[name] = flat.reshape(array.shape)
+        except ValueError:  # no bytes, yet a shape beyond what an array can have
+            raise BadMessage(f"{name} has an absurd shape of {len(array.shape)} axes") from None
     return header, parts
 
 
