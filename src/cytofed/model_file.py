@@ -6,7 +6,6 @@ alone is enough for ``cytofed evaluate`` and ``cytofed predict``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import safetensors.numpy
 
 from cytofed.arrays import Float32
 from cytofed.errors import InputError
+from cytofed.files import write_atomically
 
 FORMAT = "cytofed-model-1"
 
@@ -85,9 +85,7 @@ def write_model(path: Path, arrays: Mapping[str, Float32], info: ModelInfo) -> N
         check_finite(name, array, source=str(path))
     # safetensors writes the buffer as it lies in memory, so strides must be plain.
     plain = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    part = path.with_name(f".{path.name}.part")
-    safetensors.numpy.save_file(plain, part, metadata=info.to_metadata())
-    os.replace(part, path)
+    write_atomically(path, safetensors.numpy.save(plain, metadata=info.to_metadata()))
 
 
 def read_model(path: Path) -> tuple[dict[str, Float32], ModelInfo]:
