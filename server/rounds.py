@@ -17,6 +17,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from cytofed.arrays import Float32, Parts
+from cytofed.errors import InputError
 from cytofed.labels import Scheme
 from cytofed.messages import (
     MAX_WEIGHT,
@@ -88,7 +89,14 @@ def run_rounds(
     """Run all rounds that ``progress`` has not seen; ``checkpoint`` is called after each.
 
     ``evaluate_rounds`` off: nothing is evaluated on the way.
+    Errors: InputError for a cohort too small for what the strategy promises.
     """
+    need = run.strategy.min_updates
+    if len(run.cohort) < need:
+        raise InputError(
+            f"strategy {run.strategy.name} as planned needs {need} labs, found {len(run.cohort)}",
+            hint="enrol more labs, or choose another strategy or its options",
+        )
     while progress.round < run.rounds:
         started = time.monotonic()
         after = _one_round(grid, run, progress, watch, evaluate_rounds)
@@ -111,7 +119,7 @@ def _one_round(
     got = _collect_updates(grid, run, number, order, watch)
 
     state = progress.state
-    applied = len(got.updates) >= run.plan.cohort.min_labs
+    applied = len(got.updates) >= max(run.plan.cohort.min_labs, run.strategy.min_updates)
     if applied:
         state = run.strategy.step(state, _mean(run, got))
 
@@ -281,8 +289,9 @@ def _headline(tally: Tally, scheme: Scheme) -> dict[str, float]:
 def status(run: Run, progress: Progress) -> str:
     """How a run ended.
 
-    ``completed``: every round moved the model, with at least ``min_labs``, and every lab of the
-    cohort contributed at least once. ``failed``: no round did. ``incomplete``: all between.
+    ``completed``: every round moved the model, with at least ``min_labs`` (and as many as the
+    strategy needs), and every lab of the cohort contributed at least once. ``failed``: no round
+    did. ``incomplete``: all between.
     """
     applied = [record for record in progress.records if record["applied"]]
     if not applied:

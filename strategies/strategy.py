@@ -77,6 +77,8 @@ class Strategy:
 
     ``combine`` is set where single updates are needed (median, Krum): it replaces the mean, takes
     the labs' updates in the order of their names, and rules out secure aggregation.
+    ``min_updates``: with fewer the strategy does not keep what it promises, so a round with fewer
+    does not move the model, and a run of fewer labs is refused.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Strategy:
     lab: LabHalf = field(default_factory=LabHalf)
     down: tuple[str, ...] = ("weights",)
     combine: Callable[[Sequence[Float32]], Float32] | None = None
+    min_updates: int = 1
 
     @property
     def needs_single_updates(self) -> bool:
