@@ -182,8 +182,7 @@ def list_cells(
         raise InputError(
             f"no images below {root}", hint=f"looked for {' '.join(sorted(ENDINGS))} and a CSV"
         )
-    chosen = label_map or _detect(candidates, scheme)
-    verdicts = _Judge(chosen, candidates.root).all(candidates.rows)
+    chosen, verdicts = _judged(candidates, [label_map] if label_map else _known_maps(scheme))
     _refuse_unmapped(verdicts, chosen, scheme, automatic=label_map is None)
 
     problems = list(candidates.problems)
@@ -455,6 +454,7 @@ class _Judge:
         self._map = label_map
         self._root_label = label_map.find(root.resolve().name)
         self._of_folder: dict[str, str | None] = {"": None}
+        self._of_pair: dict[tuple[str | None, str | None], _Verdict] = {}
         # Longest first: MMY before MY. A label ends where the letters end: BA is not in BAND_1.
         labels = sorted(label_map.rules, key=len, reverse=True)
         self._prefix = re.compile(
@@ -481,6 +481,11 @@ class _Judge:
             if plain is None:
                 return _Verdict("", problem="no label", detail="neither folder nor name says one")
             return _Verdict(plain, unmapped=True)
+        if (by_folder, by_prefix) not in self._of_pair:
+            self._of_pair[by_folder, by_prefix] = self._pair(by_folder, by_prefix)
+        return self._of_pair[by_folder, by_prefix]
+
+    def _pair(self, by_folder: str | None, by_prefix: str | None) -> _Verdict:
         if by_folder is None or by_prefix is None:
             label = by_folder or by_prefix or ""
             return _Verdict(label, self._map.rules[label])
@@ -508,16 +513,24 @@ def _plain_label(path: str) -> str | None:
     return match[0] if match else None
 
 
-def _detect(candidates: _Candidates, scheme: Scheme) -> LabelMap:
-    """The map of a known layout that leaves the fewest images unmapped."""
-    options = (*built_in_maps(scheme.name), identity_map(scheme))
+def _known_maps(scheme: Scheme) -> list[LabelMap]:
+    return [*built_in_maps(scheme.name), identity_map(scheme)]
 
-    def misses(label_map: LabelMap) -> int:
+
+def _judged(
+    candidates: _Candidates, options: Sequence[LabelMap]
+) -> tuple[LabelMap, list[_Verdict]]:
+    """The map that leaves the fewest images without a label, and what it says; first of equals."""
+    best: tuple[int, LabelMap, list[_Verdict]] | None = None
+    for label_map in options:
         verdicts = _Judge(label_map, candidates.root).all(candidates.rows)
-        return sum(verdict.unmapped or verdict.problem == "no label" for verdict in verdicts)
-
-    # The first of equals: a map of a known layout comes before the scheme's bare codes.
-    return min(options, key=misses)
+        misses = sum(verdict.unmapped or verdict.problem == "no label" for verdict in verdicts)
+        if best is None or misses < best[0]:
+            best = (misses, label_map, verdicts)
+        if misses == 0:
+            break
+    assert best is not None
+    return best[1], best[2]
 
 
 def _refuse_unmapped(

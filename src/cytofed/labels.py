@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cytofed.errors import InputError
 
 _HERE = Path(__file__).parent
 EXCLUDED = "excluded"
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,12 @@ def built_in_schemes() -> tuple[str, ...]:
 
 def built_in_maps(scheme: str) -> tuple[LabelMap, ...]:
     """The maps of known layouts into ``scheme``, in alphabetical order."""
-    maps = (load_map(path.stem) for path in sorted((_HERE / "maps").glob("*.yaml")))
-    return tuple(label_map for label_map in maps if label_map.scheme == scheme)
+    return tuple(label_map for label_map in _all_built_in_maps() if label_map.scheme == scheme)
+
+
+@cache  # they are part of the package and do not change
+def _all_built_in_maps() -> tuple[LabelMap, ...]:
+    return tuple(load_map(path.stem) for path in sorted((_HERE / "maps").glob("*.yaml")))
 
 
 def load_scheme(name: str) -> Scheme:
@@ -111,7 +116,10 @@ def load_scheme(name: str) -> Scheme:
 
     Raises InputError for an unknown name, an unknown key, or a tolerated pair of unknown codes.
     """
-    path = _find(name, "schemes", "label scheme")
+    return _scheme(_find(name, "schemes", "label scheme"))
+
+
+def _scheme(path: Path) -> Scheme:
     tree = _read(path, allowed=("name", "codes", "tolerated"))
     names = _mapping(tree, "codes", path)
     if not names:
@@ -231,9 +239,10 @@ def _find(name: str, kind: str, what: str) -> Path:
 
 def _read(path: Path, *, allowed: tuple[str, ...]) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        _refuse_double_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        tree = yaml.safe_load(text)
+        loader = _SafeLoader(path.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        _refuse_double_keys(node, path)
+        tree = loader.construct_document(node) if node is not None else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not isinstance(tree, dict):
