@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
 from cytofed.arrays import Float32, Manifest, Parts
+from cytofed.client.budget import Budget
 from cytofed.client.cells import Cells
 from cytofed.errors import CytofedError, InputError
 from cytofed.labels import Scheme
@@ -37,14 +39,19 @@ from cytofed.messages import (
 )
 from cytofed.metrics import tally
 from cytofed.plan import Plan
+from cytofed.privacy.noise import Randomness, SystemRandomness
+from cytofed.privacy.terms import terms_of
 from cytofed.seeds import derive
 from cytofed.strategies import make_strategy
-from cytofed.strategies.strategy import LocalRound, Strategy
+from cytofed.strategies.strategy import Correction, LocalRound, Strategy
 
 if TYPE_CHECKING:
     import torch
 
     from cytofed.client.training import Progress
+
+_KEPT_FEATURES = 64
+"""labs whose frozen features one process keeps"""
 
 _log = logging.getLogger("cytofed.lab")
 
@@ -73,6 +80,14 @@ class Lab:
     start: Path
     """the plan's start model: architecture and the tensors that are not trained"""
     memory: Memory = field(repr=False)
+    budget: Budget | None = field(default=None, repr=False)
+    """needed by plans with differential privacy"""
+    declared_patients: int | None = None
+    """the lab's own public figure; images with ``privacy.unit: image``"""
+    randomness: Callable[[Order], Randomness] = field(
+        default=lambda _order: SystemRandomness(), repr=False
+    )
+    """of sampling and noise; only a simulation gives another"""
 
 
 OnStep = Callable[[Order, "Progress"], None]
@@ -143,6 +158,7 @@ class _Net:
     manifest: Manifest
     strategy: Strategy
     device: torch.device
+    known_features: dict[str, Float32] = field(default_factory=dict)
 
     @staticmethod
     def build(lab: Lab) -> _Net:
@@ -159,28 +175,33 @@ class _Net:
             device,
         )
 
+    def features(self, lab: Lab) -> Float32 | None:
+        """The frozen encoder's features of a lab's images, computed once; None where it trains."""
+        from cytofed.client import private
+
+        if any(tensor.role != "head" for tensor in self.manifest.tensors):
+            return None
+        if lab.name not in self.known_features:
+            while len(self.known_features) >= _KEPT_FEATURES:
+                del self.known_features[next(iter(self.known_features))]
+            self.known_features[lab.name] = private.frozen_features(
+                self.net, lab.train, self.device, lab.plan.train
+            )
+        return self.known_features[lab.name]
+
 
 def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
     from cytofed import models
-    from cytofed.client import training
 
-    plan, half = lab.plan, net.strategy.lab
+    half = net.strategy.lab
     if len(lab.train) == 0:
         raise InputError(f"{lab.name} has no image to train on")
     memory = lab.memory.load(order.run, order.round)
     models.load_flat(net.net, net.manifest, _own_layers(order, memory, net))
-    trained = training.train(
-        net.net,
-        lab.train,
-        plan,
-        progress_start=(order.round - 1) / plan.train.rounds,
-        progress_end=order.round / plan.train.rounds,
-        absent_C=lab.absent_C,
-        correction=half.prepare(order.parts, memory),
-        seed=derive(plan.train.seed, "train", order.run, lab.name, order.round),
-        device=net.device,
-        on_step=None if on_step is None else lambda step: on_step(order, step),
-    )
+    correction = half.prepare(order.parts, memory)
+    step = None if on_step is None else partial(on_step, order)
+    private = lab.plan.privacy.unit != "none"
+    trained = (_train_privately if private else _train_plainly)(order, lab, net, correction, step)
     end_P = models.flatten(net.net, net.manifest)
     local = LocalRound(order.parts["weights"], end_P, trained.steps, trained.mean_lr)
     parts, remembered = half.finish(order.parts, memory, local)
@@ -188,14 +209,110 @@ def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
         remembered = {**remembered, "own": end_P}
     if remembered:
         lab.memory.save(order.run, order.round, remembered)
+    parts = {name: parts[name] for name in half.up}
+    if private:
+        assert lab.budget is not None
+        lab.budget.release(order, parts)
     return Update(
         lab=lab.name,
         run=order.run,
         round=order.round,
-        weight=float(len(lab.train)),
-        parts={name: parts[name] for name in half.up},
-        loss=trained.loss if math.isfinite(trained.loss) else math.nan,
+        weight=trained.weight,
+        parts=parts,
+        loss=trained.loss,
         train_s=trained.train_s,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What of local training goes into an update's header."""
+
+    weight: float
+    steps: int
+    mean_lr: float
+    loss: float
+    train_s: float
+
+
+def _train_plainly(
+    order: Order,
+    lab: Lab,
+    net: _Net,
+    correction: Correction | None,
+    on_step: Callable[[Progress], None] | None,
+) -> _Outcome:
+    from cytofed.client import training
+
+    plan = lab.plan
+    trained = training.train(
+        net.net,
+        lab.train,
+        plan,
+        progress_start=(order.round - 1) / plan.train.rounds,
+        progress_end=order.round / plan.train.rounds,
+        absent_C=lab.absent_C,
+        correction=correction,
+        seed=derive(plan.train.seed, "train", order.run, lab.name, order.round),
+        device=net.device,
+        on_step=on_step,
+    )
+    return _Outcome(
+        weight=float(len(lab.train)),
+        steps=trained.steps,
+        mean_lr=trained.mean_lr,
+        loss=trained.loss,
+        train_s=trained.train_s,
+    )
+
+
+def _train_privately(
+    order: Order,
+    lab: Lab,
+    net: _Net,
+    correction: Correction | None,
+    on_step: Callable[[Progress], None] | None,
+) -> _Outcome:
+    """One round under differential privacy: reserved in the ledger before anything is drawn."""
+    from cytofed.client import private
+
+    plan = lab.plan
+    terms = terms_of(plan)
+    if terms is None or lab.budget is None or lab.declared_patients is None:
+        raise InputError(
+            f"{lab.name} has no budget or no declared number of patients for a private plan",
+            hint="set patients_declared in client.yaml",
+        )
+    lab.budget.reserve(order)
+    randomness = lab.randomness(order)
+    trained = private.train_privately(
+        net.net,
+        lab.train,
+        plan,
+        terms,
+        declared_patients=lab.declared_patients,
+        randomness=randomness,
+        progress_start=(order.round - 1) / plan.train.rounds,
+        progress_end=order.round / plan.train.rounds,
+        absent_C=lab.absent_C,
+        correction=correction,
+        features_NF=net.features(lab),
+        device=net.device,
+        on_step=on_step,
+    )
+    _log.info(
+        "round %d: %d patients drawn, %d gradients not finite",
+        order.round,
+        trained.patients,
+        trained.non_finite,
+    )
+    return _Outcome(
+        weight=float(lab.declared_patients),  # public; the number of images is not
+        steps=trained.steps,
+        mean_lr=trained.mean_lr,
+        loss=math.nan,
+        # How long it took says how many patients were drawn: only a simulation tells.
+        train_s=trained.train_s if randomness.simulated else 0.0,
     )
 
 

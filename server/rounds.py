@@ -274,7 +274,7 @@ def _record(
         "absent": dict(sorted(got.absent.items())),
         "loss": {lab: round(loss, 6) for lab, loss in losses.items() if math.isfinite(loss)},
         "global": summary,
-        "labs": labs if tallies and run.plan.evaluation.per_lab is not False else None,
+        "labs": labs if tallies and run.plan.reports_per_lab else None,
         "up_bytes": got.up_bytes,
         "down_bytes": down_bytes * len(run.cohort),
         "train_s": round(sum(_seconds(u.train_s) for u in got.updates.values()), 3),

@@ -36,7 +36,9 @@ from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
 from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summarise_labs
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict
-from cytofed.plan_check import check_plan
+from cytofed.plan_check import check_plan, privacy_price
+from cytofed.privacy.accounting import price
+from cytofed.privacy.ledger import Ledger
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
 from cytofed.server.rounds import Run, evaluate, final_weights, run_rounds, status
 from cytofed.simulations.exchange import Step
@@ -395,7 +397,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
     plan, scheme, labs = world.plan, world.scheme, world.labs
     records = results.federation.records
     train_counts, test_counts = labs.counts_KC(1), labs.counts_KC(2)
-    per_lab = plan.evaluation.per_lab is not False
+    per_lab = plan.reports_per_lab
     pooled = _pooled(results.tallies, scheme)
     lab_scores = summarise_labs(results.tallies, scheme)
     train_s = sum(record["train_s"] for record in records)
@@ -419,7 +421,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
             {key: record[key] for key in ("round", "expected", "received", "absent")}
             for record in records
         ],
-        "privacy": {"unit": plan.privacy.unit},
+        "privacy": _privacy(world, run),
         "wire": {
             "up_bytes_per_lab_round": sum(r["up_bytes"] for r in records) // max(updates, 1),
             "down_bytes_per_lab_round": sum(r["down_bytes"] for r in records) // max(orders, 1),
@@ -438,11 +440,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
             "codes": list(scheme.codes),
             "train_counts_KC": train_counts.tolist(),
             "test_counts_KC": test_counts.tolist(),
-            "pseudo_patients": bool(
-                labs.cells.patients_N is not None
-                and len(labs.cells.patients_N)
-                and str(labs.cells.patients_N[0]).startswith("pseudo-")
-            ),
+            "pseudo_patients": _pseudo(labs),
         },
         "confusion": None
         if pooled is None
@@ -484,6 +482,35 @@ def _gaps(results: Results, scheme: Scheme) -> dict[str, Any] | None:
     if ours is None or theirs is None:
         return None
     return {"central": gap(ours, theirs, scheme, rng=np.random.default_rng(0))}
+
+
+def _privacy(world: World, run: Run) -> dict[str, Any]:
+    """The plan's terms, and what each lab's ledger says was spent on its patients."""
+    plan, labs = world.plan, world.labs
+    shown = privacy_price(plan)
+    if plan.privacy.unit == "none":
+        return shown
+    spent: dict[str, Any] = {}
+    for k, name in enumerate(labs.names):
+        declared = labs.declared(k)
+        events: tuple[Any, ...] = ()
+        if labs.ledger_of(name).is_file():
+            with Ledger.open(labs.ledger_of(name), pool=run.name, unit=plan.privacy.unit) as book:
+                events = book.spent_events()
+        epsilon = price(events, plan.privacy.delta).epsilon if events else 0.0
+        spent[name] = {"epsilon": epsilon, "declared_patients": declared}
+    pseudo = _pseudo(labs)
+    return shown | {
+        "labs": spent,
+        "pseudo_patients": pseudo,
+        "pseudo_patient_cells": plan.simulation.pseudo_patient_cells if pseudo else None,
+        "noise": "seeded: this run can be repeated, so it protects nobody",
+    }
+
+
+def _pseudo(labs: VirtualLabs) -> bool:
+    patients_N = labs.cells.patients_N
+    return patients_N is not None and bool(np.char.startswith(patients_N[:1], "pseudo-").all())
 
 
 def _command(request: Request) -> str:
@@ -547,6 +574,18 @@ def _warnings(world: World) -> list[str]:
         found.append(
             "Not differentially private (privacy.unit: none): the model may reveal single patients."
         )
+    else:
+        found.append(
+            "Scores are exact, which a simulation on public images may tell; a deployment would "
+            "add noise to them."
+        )
+    if _pseudo(world.labs):
+        found.append(
+            "The images have no patients: pseudo-patients of "
+            f"{world.plan.simulation.pseudo_patient_cells} cells were made up."
+        )
+    if world.plan.privacy.unit == "image":
+        found.append("privacy.unit is image: the guarantee is for one image, not for a patient.")
     problems = sum(len(source.listing.problems) for source in world.labs.cells.sources)
     if problems:
         found.append(f"{problems} files could not be used; see `cytofed data check`.")

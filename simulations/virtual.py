@@ -21,11 +21,14 @@ from safetensors.numpy import load_file, save
 
 from cytofed.arrays import Parts
 from cytofed.client.app import Lab, OnStep, lab_app
+from cytofed.client.budget import LedgerBudget
 from cytofed.client.cells import Cells, load_cells
 from cytofed.files import write_atomically
 from cytofed.labels import load_scheme
-from cytofed.messages import ERROR_CODE, Update, pack_update, read_parts, unpack_order
+from cytofed.messages import ERROR_CODE, Order, Update, pack_update, read_parts, unpack_order
 from cytofed.plan import Plan, from_dict, load_plan, to_dict
+from cytofed.privacy.noise import SimulatedRandomness
+from cytofed.privacy.terms import declared_of, terms_of
 from cytofed.simulations.partitions import Partition, Stain
 from cytofed.simulations.population import fate as fate_of
 from cytofed.start import START_FILE, read_start, write_start
@@ -141,7 +144,29 @@ class VirtualLabs:
             absent_C=absent_classes(self.plan, train),
             start=self.folder / START_FILE,
             memory=FolderMemory(self.folder / "memory", name),
+            budget=VirtualBudget(self.ledger_of(name), self.plan, self.declared(number)),
+            declared_patients=self.declared(number),
+            randomness=lambda order: SimulatedRandomness(
+                self.plan.train.seed, order.run, name, order.round
+            ),
         )
+
+    def ledger_of(self, name: str) -> Path:
+        """The ledger file of one lab: a machine of its own would have its own."""
+        return self.folder / "ledgers" / f"{name}.sqlite"
+
+    def declared(self, number: int) -> int | None:
+        """What a lab declares: the plan's figure, else its training patients (or images)."""
+        if self.plan.privacy.unit == "none":
+            return None
+        rows = self.rows(number, 1)
+        if number < len(self.names):
+            declared = declared_of(self.plan, self.names[number])
+            if declared is not None:
+                return declared
+        if self.plan.privacy.unit == "image" or self.cells.patients_N is None:
+            return len(rows)
+        return len(np.unique(self.cells.patients_N[rows]))
 
 
 def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Path) -> VirtualLabs:
@@ -166,6 +191,34 @@ def absent_classes(plan: Plan, train: Cells) -> npt.NDArray[np.bool_]:
     used = [train.sources[number].listing.absent for number in np.unique(train.source_N)]
     declared = frozenset.intersection(*used) if used else frozenset()
     return np.array([code in declared for code in scheme.codes])
+
+
+@dataclass(frozen=True)
+class VirtualBudget:
+    """A virtual lab's ledger; the simulation approves its own plan, once per run.
+
+    Runs (the federation, a baseline) are alternatives, not successive releases: each draws on a
+    pool of its own.
+    """
+
+    path: Path
+    plan: Plan
+    declared_patients: int | None
+
+    def reserve(self, order: Order) -> None:
+        terms = terms_of(self.plan)
+        assert terms is not None
+        assert self.declared_patients is not None
+        book = self._of(order)
+        if order.round == 1 or not self.path.is_file():
+            book.approve(order.plan_sha256, terms, self.declared_patients)
+        book.reserve(order)
+
+    def release(self, order: Order, parts: Parts) -> None:
+        self._of(order).release(order, parts)
+
+    def _of(self, order: Order) -> LedgerBudget:
+        return LedgerBudget(self.path, order.run, "simulation", self.plan.privacy.unit)
 
 
 @dataclass(frozen=True)

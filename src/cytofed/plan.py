@@ -191,6 +191,12 @@ class Plan:
     simulation: Simulation = field(default_factory=Simulation)
 
     @property
+    def reports_per_lab(self) -> bool:
+        """Whether scores of single labs are told: by default only without privacy."""
+        told = self.evaluation.per_lab
+        return self.privacy.unit == "none" if told is None else told
+
+    @property
     def sha256(self) -> str:
         """Hex SHA-256 of the canonical JSON of all but ``simulation``, defaults included."""
         shared = {k: v for k, v in to_dict(self).items() if k != "simulation"}

@@ -11,6 +11,7 @@ from typing import Any
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
+from cytofed.privacy.terms import terms_of
 from cytofed.strategies import make_strategy
 
 
@@ -21,20 +22,48 @@ def check_plan(plan: Plan) -> list[str]:
     """
     strategy = make_strategy(plan.strategy)
     load_scheme(plan.labels.scheme)
-    warnings = []
     if plan.secure_aggregation.enabled and strategy.needs_single_updates:
         raise InputError(
-            f"strategy {strategy.name} needs every single update, and secure aggregation hides them",
+            f"strategy {strategy.name} needs single updates, and secure aggregation hides them",
             hint="choose a strategy that needs the mean only, or switch secure_aggregation off",
         )
-    if plan.privacy.unit != "none" or plan.secure_aggregation.enabled:
+    if plan.secure_aggregation.enabled:
         raise InputError(
-            "differential privacy and secure aggregation are not available in this version",
-            hint="leave privacy.unit at none and secure_aggregation.enabled at false",
+            "secure aggregation is not available in this version",
+            hint="leave secure_aggregation.enabled at false",
         )
-    warnings.append(
-        "privacy.unit is none: not differentially private, the model may reveal single patients"
-    )
+    if plan.privacy.unit == "none":
+        return ["privacy.unit is none: not differentially private, the model may reveal a patient"]
+    return _check_private(plan)
+
+
+def _check_private(plan: Plan) -> list[str]:
+    """What must not depend on data under differential privacy (design: privacy)."""
+    if plan.train.balance != "none":
+        raise InputError(
+            f"train.balance is {plan.train.balance}: it takes class counts from private images, so "
+            "one patient's gradient would depend on another",
+            hint="set train.balance=none",
+        )
+    if plan.evaluation.per_lab:
+        raise InputError(
+            "evaluation.per_lab tells scores of single labs, which differential privacy does not "
+            "cover",
+            hint="leave evaluation.per_lab out",
+        )
+    if plan.evaluation.sigma is not None:
+        raise InputError(
+            "evaluation.sigma: noised evaluation is not available in this version",
+            hint="leave evaluation.sigma out",
+        )
+    terms_of(plan)
+    warnings = []
+    if plan.privacy.unit == "image":
+        warnings.append("privacy.unit is image: the guarantee is for one image; a patient has many")
+    if plan.privacy.declared_patients is None:
+        warnings.append(
+            "privacy.declared_patients is not set: a simulation counts, a deployment stops"
+        )
     return warnings
 
 
@@ -53,9 +82,17 @@ def price(plan: Plan) -> dict[str, Any]:
             "up_per_lab_round": 4 * parameters * len(strategy.lab.up),
             "down_per_lab_round": 4 * parameters * len(strategy.down),
         },
-        "privacy": {
-            "unit": plan.privacy.unit,
+        "privacy": privacy_price(plan),
+    }
+
+
+def privacy_price(plan: Plan) -> dict[str, Any]:
+    """The privacy terms of a plan, training alone: epsilon never without unit and adversary."""
+    terms = terms_of(plan)
+    if terms is None:
+        return {
+            "unit": "none",
             "epsilon": None,
             "statement": "none: not differentially private",
-        },
-    }
+        }
+    return terms.to_json()

@@ -1,0 +1,87 @@
+"""The lab's budget as the lab half sees it: nothing is trained that was not reserved.
+
+In a deployment a person's approval makes the hold; a simulation approves for its virtual labs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cytofed.arrays import Parts
+from cytofed.messages import Order
+from cytofed.plan import Unit
+from cytofed.privacy import ledger
+from cytofed.privacy.ledger import Ledger
+from cytofed.privacy.terms import Terms
+
+
+class Budget(Protocol):
+    """Spends a round before its training and names the one update that may leave."""
+
+    def reserve(self, order: Order) -> None:
+        """Errors: RefusedError where no approval covers the order or a limit would be passed."""
+
+    def release(self, order: Order, parts: Parts) -> None:
+        """Errors: VerificationError where the round has released another update."""
+
+
+@dataclass(frozen=True)
+class LedgerBudget:
+    """A budget on the ledger file at ``path``, for one pool and federation."""
+
+    path: Path
+    pool: str
+    federation: str
+    unit: Unit
+
+    def approve(self, plan_sha256: str, terms: Terms, declared_patients: int) -> None:
+        """Hold the full price of a plan. Approving again while a hold is active changes nothing."""
+        Ledger.create(self.path)
+        with self._open() as book:
+            book.hold(
+                federation=self.federation,
+                plan_sha256=plan_sha256,
+                cost=terms.cost(declared_patients),
+                prv=terms.guarantee,
+            )
+
+    def reserve(self, order: Order) -> None:
+        with self._open() as book:
+            book.reserve(self._entry(order))
+
+    def release(self, order: Order, parts: Parts) -> None:
+        entry = self._entry(order)
+        with self._open() as book:
+            book.release(entry, _sha256(parts))
+            book.settle(entry)
+
+    @contextmanager
+    def _open(self) -> Iterator[Ledger]:
+        with Ledger.open(self.path, pool=self.pool, unit=self.unit) as book:
+            yield book
+
+    def _entry(self, order: Order) -> ledger.Order:
+        weights = _sha256(order.parts)
+        text = f"{order.kind} {order.run} {order.round} {order.plan_sha256} {weights}"
+        return ledger.Order(
+            federation=self.federation,
+            run=order.run,
+            round=order.round,
+            slot=0,
+            plan_sha256=order.plan_sha256,
+            weights_sha256=weights,
+            order_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        )
+
+
+def _sha256(parts: Parts) -> str:
+    digest = hashlib.sha256()
+    for name, values in parts.items():
+        digest.update(f"{name} {values.size} ".encode())
+        digest.update(values.data)
+    return digest.hexdigest()
