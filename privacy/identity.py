@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -70,6 +71,10 @@ class PublicIdentity:
             raise InputError(f"{self.name}: public key cannot be read: {error}") from error
 
     def hpke_key(self) -> MLKEM768X25519PublicKey:
+        return self._hpke_key
+
+    @cached_property
+    def _hpke_key(self) -> MLKEM768X25519PublicKey:
         if len(self.sealing) != _MLKEM_BYTES + _X25519_BYTES:
             raise ValueError(f"HPKE key has {len(self.sealing)} bytes, expected 1216")
         return MLKEM768X25519PublicKey(
@@ -77,7 +82,7 @@ class PublicIdentity:
             X25519PublicKey.from_public_bytes(self.sealing[_MLKEM_BYTES:]),
         )
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over name and both keys, in hex: what a lab pins and what people compare."""
         return hashlib.sha256(

@@ -22,7 +22,7 @@ from cytofed.errors import InputError
 
 Words = NDArray[np.uint32] | NDArray[np.uint16]
 
-CHUNK_BYTES = 1 << 18  # a chunk of the vector and one of keystream stay in the second-level cache
+CHUNK_BYTES = 1 << 17  # a chunk of the vector and one of keystream stay in the second-level cache
 _BLOCK_BYTES = 16
 
 
@@ -37,7 +37,7 @@ class Mask:
 def add_masks(words_W: Words, masks: Sequence[Mask], *, threads: int = 1) -> None:
     """Add every mask to ``words_W`` in place, modulo the ring.
 
-    Extra memory: 512 KiB a thread. Raises InputError for another dtype or layout.
+    Extra memory: 256 KiB a thread. Raises InputError for another dtype or layout.
     """
     check_words(words_W)
     count = -(-words_W.nbytes // CHUNK_BYTES)

@@ -1,0 +1,182 @@
+"""Proof that the attack tests need the guards, and that every guard has an attack test.
+
+Guards are marked in the source by a trailing comment ``# guard: NAME`` on an ``if``, a ``raise`` or
+a call. For each, this script loads the modules with that one guard taken out (the ``if`` never
+true, the ``raise`` or call gone) and runs every attack test that names it: each must fail. Run it
+as ``python tests/attacks/mutate.py``; ``make test-faults`` does so too.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, ModuleType
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = "cytofed.privacy"
+# In the order in which they import each other.
+MODULES = (
+    "wire",
+    "identity",
+    "sealing",
+    "masks",
+    "encoding",
+    "shares",
+    "secagg",
+    "secagg_lab",
+    "secagg_coordinator",
+)
+STAGE = "tests.attacks.stage"
+TESTS = (
+    "tests.attacks.test_setup_lies",
+    "tests.attacks.test_round_lies",
+    "tests.attacks.test_message_lies",
+)
+_GUARD = re.compile(r"# guard: ([a-z0-9-]+)")
+
+
+def source_of(name: str) -> Path:
+    if name.startswith("tests."):
+        return REPO / Path(*name.split(".")).with_suffix(".py")
+    return REPO / "privacy" / f"{name.rpartition('.')[2]}.py"
+
+
+def guards_of(name: str) -> dict[str, int]:
+    """Guard names in a module and their lines."""
+    found: dict[str, int] = {}
+    for number, line in enumerate(source_of(name).read_text().splitlines(), start=1):
+        for guard in _GUARD.findall(line):
+            if guard in found:
+                raise SystemExit(f"guard {guard} is marked twice in {name}")
+            found[guard] = number
+    return found
+
+
+class Remover(ast.NodeTransformer):
+    """Takes out the statement whose guard comment stands on ``line``."""
+
+    def __init__(self, line: int) -> None:
+        self.line = line
+        self.removed = 0
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        if node.lineno <= self.line < node.body[0].lineno:
+            self.removed += 1
+            node.test = ast.copy_location(ast.Constant(False), node.test)
+        return node
+
+    def _drop(self, node: ast.stmt) -> ast.AST:
+        if node.lineno <= self.line <= (node.end_lineno or node.lineno):
+            self.removed += 1
+            return ast.copy_location(ast.Pass(), node)
+        return node
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        return self._drop(node)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        return self._drop(node)
+
+
+def compiled(name: str, line: int | None = None) -> CodeType:
+    """A module's code, with the guard on ``line`` taken out if one is given."""
+    path = source_of(name)
+    tree = ast.parse(path.read_text())
+    if line is not None:
+        remover = Remover(line)
+        remover.generic_visit(tree)
+        ast.fix_missing_locations(tree)
+        if remover.removed != 1:
+            raise SystemExit(f"{path.name}:{line}: {remover.removed} statements bear this guard")
+    return compile(tree, str(path), "exec")
+
+
+@contextmanager
+def loaded(codes: dict[str, CodeType]) -> Iterator[list[ModuleType]]:
+    """Fresh modules from ``codes`` in place of the real ones, in order."""
+    before = {name: sys.modules.get(name) for name in codes}
+    fresh = []
+    try:
+        for name, code in codes.items():
+            module = ModuleType(name)
+            module.__file__ = str(source_of(name))
+            _install(name, module)
+            exec(code, module.__dict__)
+            fresh.append(module)
+        yield fresh
+    finally:
+        for name, old in before.items():
+            _install(name, old)
+
+
+def _install(name: str, module: ModuleType | None) -> None:
+    parent, _, leaf = name.rpartition(".")
+    if module is None:
+        sys.modules.pop(name, None)
+        return
+    sys.modules[name] = module
+    if parent in sys.modules:  # "from package import module" looks at the package first
+        setattr(sys.modules[parent], leaf, module)
+
+
+def attacks_in(modules: list[ModuleType]) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
+    for module in modules:
+        for name, test in sorted(vars(module).items()):
+            if name.startswith("test_") and module.__name__ in TESTS:
+                yield test, getattr(test, "guards", ())
+
+
+def fails(test: Callable[[], None]) -> bool:
+    try:
+        test()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # pytest.fail is no Exception
+        return True
+    return False
+
+
+def survivors() -> tuple[list[str], int, int]:
+    """What disproves the suite, as lines; and how many guards and mutated tests were tried."""
+    importlib.import_module("cytofed.privacy")
+    names = [f"{PACKAGE}.{leaf}" for leaf in MODULES] + [STAGE, *TESTS]
+    codes = {name: compiled(name) for name in names}
+    guards = {}
+    for name in names[: len(MODULES)]:
+        for guard, line in guards_of(name).items():
+            if guard in guards:
+                raise SystemExit(f"guard {guard} is marked twice")
+            guards[guard] = (name, line)
+    wrong = []
+    with loaded(codes) as modules:
+        tests = list(attacks_in(modules))
+        wrong += [f"{test.__name__} fails as it is" for test, _ in tests if fails(test)]
+    named = {guard for _, wanted in tests for guard in wanted}
+    wrong += [f"guard {guard} has no attack test" for guard in sorted(set(guards) - named)]
+    wrong += [f"guard {guard} is in no source" for guard in sorted(named - set(guards))]
+    tried = 0
+    for guard, (name, line) in guards.items():
+        with loaded({**codes, name: compiled(name, line)}) as modules:
+            for test, wanted in attacks_in(modules):
+                if guard in wanted:
+                    tried += 1
+                    if not fails(test):
+                        wrong.append(f"{test.__name__} passes without the guard {guard}")
+    return wrong, len(guards), tried
+
+
+def main() -> int:
+    sys.path.insert(0, str(REPO))
+    wrong, guards, tried = survivors()
+    print("\n".join(wrong) or f"{guards} guards removed one by one, {tried} attack tests failed")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
