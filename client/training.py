@@ -104,6 +104,7 @@ def train(
         optimizer = make_optimizer(parameters, settings)
         pull = _Pull(parameters, correction)
         average = Average(parameters, settings.ema)
+        level = HeadLevel(net, objective.present_C)
         loss_sum, lr_sum, images = 0.0, 0.0, 0
         for step, index_B in enumerate(batches):
             progress = progress_start + (progress_end - progress_start) * step / steps
@@ -128,6 +129,7 @@ def train(
             if on_step is not None:
                 on_step(Progress(step + 1, steps, loss, lr))
         average.finish()
+        level.restore()
         optimizer.zero_grad(set_to_none=True)
     return Trained(
         loss=loss_sum / steps,
@@ -425,6 +427,29 @@ class Average:
     def finish(self) -> None:
         for mean, parameter in zip(self.mean, self.parameters, strict=False):
             parameter.copy_(mean)
+
+
+class HeadLevel:
+    """Keeps the logits of present classes on a level with those of masked ones.
+
+    A softmax over the present classes does not see a shift that all of them share, but an
+    optimizer drifts along it: AdamW pushes all of them down, since each is wrong more often than
+    right. After the round the masked classes, which never moved, would win. Taking the shared
+    part of the change out again leaves the lab's own loss as it is.
+    """
+
+    def __init__(self, net: nn.Module, present_C: Tensor) -> None:
+        self.head = net.get_submodule("head")
+        self.rows = torch.nonzero(present_C).flatten()
+        self.needed = len(self.rows) < len(present_C)
+        self.start = [p.detach()[self.rows].clone() for p in self.head.parameters()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Subtract the mean change of the present rows from each of them."""
+        if self.needed:
+            for parameter, start in zip(self.head.parameters(), self.start, strict=True):
+                parameter[self.rows] -= (parameter[self.rows] - start).mean(dim=0)
 
 
 # --- where and how it is computed

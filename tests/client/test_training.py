@@ -418,6 +418,33 @@ def test_masking_saves_the_recall_of_a_class_absent_at_a_lab() -> None:
     assert recall[True] > recall[False] + 0.3
 
 
+def test_classes_that_nobody_trained_are_not_predicted() -> None:
+    """They are masked, so no gradient moves them, and yet they must not win."""
+    cells = blobs((16, 16, 16), classes=21)
+    plan = changed(steps_per_round=60, balance="none")
+    net = models.build(plan.model, 21, seed=0)
+    absent = np.asarray(~cells.targets_NC.any(axis=0))
+    options: dict[str, Any] = {"progress_start": 0, "progress_end": 1, "device": "cpu"}
+    training.train(net, cells, plan, absent_C=absent, seed=1, **options)
+    assert not absent[training.predict(net, cells, device="cpu").argmax(axis=1)].any()
+
+
+def test_levelling_the_head_leaves_a_labs_own_probabilities_alone() -> None:
+    net = models.build(PLAN.model, 4, seed=0)
+    torch.nn.init.normal_(net.head.weight, generator=torch.Generator().manual_seed(0))
+    present = torch.tensor([True, False, True, True])
+    level = training.HeadLevel(net, present)
+    with torch.no_grad():
+        net.head.weight[present] -= 1.0
+        images = torch.rand((3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+        before = net(images)
+        level.restore()
+        after = net(images)
+    torch.testing.assert_close(before[:, present].softmax(1), after[:, present].softmax(1))
+    assert torch.equal(before[:, 1], after[:, 1])
+    assert (after[:, present] > before[:, present]).all()
+
+
 def test_an_image_of_an_absent_class_is_named() -> None:
     with pytest.raises(InputError, match=r"16 images .* the first is 016\.png"):
         run(blobs(), absent_C=np.array([False, True, False, False]))
