@@ -17,6 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -228,12 +229,11 @@ def load_rgb(data: bytes, *, at_least_px: tuple[int, int] | None = None) -> Imag
     """
     if not data:
         raise UnreadableImage("empty", "0 bytes")
+    plain = _plain_jpeg(data, at_least_px)
+    if plain is not None:
+        return plain
     try:
-        file = io.BytesIO(data)
-        if data.startswith(b"\xff\xd8\xff"):  # nearly all; sparing Pillow the search
-            image: Image.Image = JpegImagePlugin.JpegImageFile(file)
-        else:
-            image = Image.open(file, formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # decoders raise anything on hostile bytes
         raise _reason(data, error) from error
     if image.width * image.height > MAX_FRAME_PX:
@@ -247,6 +247,40 @@ def load_rgb(data: bytes, *, at_least_px: tuple[int, int] | None = None) -> Imag
         return _to_rgb(image)
     except Exception as error:
         raise _reason(data, error) from error
+
+
+def _plain_jpeg(data: bytes, at_least_px: tuple[int, int] | None) -> Image.Image | None:
+    """A whole JPEG of three components, None for all else; the same pixels as by Image.open.
+
+    Pillow reads headers in Python, which takes nearly as long as decoding a small cell.
+    """
+    size = _jpeg_size(data)
+    if size is None or size[0] * size[1] > MAX_FRAME_PX:
+        return None
+    scale = 1
+    if at_least_px is not None:
+        spare = min(size[0] // max(1, at_least_px[0]), size[1] // max(1, at_least_px[1]))
+        scale = next((step for step in (8, 4, 2) if spare >= step), 1)
+    scaled = (-(-size[0] // scale), -(-size[1] // scale))
+    with suppress(ValueError):  # truncated or odd: Image.open says what it is
+        return Image.frombytes("RGB", scaled, data, "jpeg", "RGB", "", scale, 0)
+    return None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by the frame header of an 8-bit JPEG of three components."""
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+            bits, components = data[at + 4], data[at + 9]
+            height, width = (int.from_bytes(data[at + k : at + k + 2]) for k in (5, 7))
+            usual = bits == 8 and components == 3 and width > 0 and height > 0
+            return (width, height) if usual else None
+        if not 0xC4 <= marker <= 0xFE or marker in range(0xD0, 0xDB):  # no header segment
+            return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -259,6 +259,22 @@ def test_deep_grey_keeps_its_brightness(bits: int, kind: str) -> None:
     assert np.abs(found[:, :, 0].astype(int) - grey_HW).max() <= 1
 
 
+@pytest.mark.parametrize("at_least_px", [None, (128, 128), (64, 64), (50, 1), (16, 16), (1, 1)])
+def test_shortcut_for_plain_jpegs_gives_the_same_pixels(
+    sample: Path, at_least_px: tuple[int, int] | None
+) -> None:
+    files = [path.read_bytes() for path in sorted(sample.rglob("*.jpg"))[::40]]
+    odd = Image.fromarray(gradient(101)[:77])
+    files += [encoded(odd, "JPEG"), encoded(odd, "JPEG", progressive=True, subsampling=0)]
+    files += [encoded(odd.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    for data in files:
+        with Image.open(io.BytesIO(data)) as image:
+            if at_least_px:
+                image.draft("RGB", at_least_px)
+            expected = image.convert("RGB")
+        assert load_rgb(data, at_least_px=at_least_px).tobytes() == expected.tobytes()
+
+
 def test_exif_orientation_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
