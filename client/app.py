@@ -24,18 +24,23 @@ from flwr.clientapp.typing import Mod
 from cytofed.arrays import Float32, Manifest, Parts
 from cytofed.client.budget import Budget
 from cytofed.client.cells import Cells
+from cytofed.client.secure import SecureLab
 from cytofed.errors import CytofedError, InputError
 from cytofed.labels import Scheme
 from cytofed.messages import (
     ERROR_CODE,
     Evaluation,
     Hello,
+    Masked,
     Order,
     Update,
     pack_evaluation,
     pack_hello,
+    pack_masked,
+    pack_step,
     pack_update,
     unpack_order,
+    unpack_step,
 )
 from cytofed.metrics import tally
 from cytofed.plan import Plan
@@ -84,6 +89,8 @@ class Lab:
     """needed by plans with differential privacy"""
     declared_patients: int | None = None
     """the lab's own public figure; images with ``privacy.unit: image``"""
+    secure: SecureLab | None = field(default=None, repr=False)
+    """needed by plans with secure aggregation"""
     randomness: Callable[[Order], Randomness] = field(
         default=lambda _order: SystemRandomness(), repr=False
     )
@@ -94,31 +101,35 @@ OnStep = Callable[[Order, "Progress"], None]
 
 
 def lab_app(
-    open_lab: Callable[[Context], Lab],
+    open_lab: Callable[[Context, str], Lab],
     *,
     mods: list[Mod] | None = None,
     on_step: OnStep | None = None,
 ) -> ClientApp:
-    """The app; ``open_lab`` finds the lab that a Flower context stands for."""
+    """The app; ``open_lab`` finds the lab that a context stands for, as it takes part in a run."""
     app = ClientApp(mods=[_errors_as_replies, *(mods or [])])
     nets: dict[str, _Net] = {}
 
     def ready(message: Message, context: Context) -> tuple[Order, Lab, _Net]:
-        order, lab = unpack_order(message), open_lab(context)
+        order = unpack_order(message)
+        lab = open_lab(context, order.run)
         if order.plan_sha256 != lab.plan.sha256:
             raise InputError(
                 f"order is of plan {order.plan_sha256[:12]}, "
                 f"{lab.name} approved {lab.plan.sha256[:12]}"
             )
         if lab.plan.sha256 not in nets:
-            nets.clear()
+            nets.clear()  # one plan at a time
             nets[lab.plan.sha256] = _Net.build(lab)
         return order, lab, nets[lab.plan.sha256]
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         order, lab, net = ready(message, context)
-        return Message(pack_update(_train(order, lab, net, on_step)), reply_to=message)
+        update = _train(order, lab, net, on_step)
+        if lab.plan.secure_aggregation.enabled:
+            return Message(pack_masked(_masked(order, lab, net, update)), reply_to=message)
+        return Message(pack_update(update), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -127,8 +138,14 @@ def lab_app(
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        lab = open_lab(context)
+        lab = open_lab(context, unpack_order(message).run)
         return Message(pack_hello(Hello(lab.name, len(lab.train))), reply_to=message)
+
+    @app.query("secagg")
+    def secagg(message: Message, context: Context) -> Message:
+        request = unpack_step(message)
+        lab = open_lab(context, request.run)
+        return Message(pack_step(_secure(lab).answer(request)), reply_to=message)
 
     return app
 
@@ -222,6 +239,21 @@ def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
         loss=trained.loss,
         train_s=trained.train_s,
     )
+
+
+def _masked(order: Order, lab: Lab, net: _Net, update: Update) -> Masked:
+    """The update as ring words under this slot's masks; loss and weight are only in the sum."""
+    masked = _secure(lab).mask(order, lab.plan, net.strategy, update.parts, update.weight)
+    if masked.clamped:
+        _log.warning("round %d: %.2g of the update was clamped", order.round, masked.clamped)
+    words_W = masked.words_W
+    return Masked(lab.name, order.run, order.round, order.slot, words_W, update.train_s)
+
+
+def _secure(lab: Lab) -> SecureLab:
+    if lab.secure is None:
+        raise InputError(f"{lab.name} has no keys for secure aggregation")
+    return lab.secure
 
 
 @dataclass(frozen=True)

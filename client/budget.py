@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cytofed.arrays import Parts
+from cytofed.arrays import Parts, parts_sha256
 from cytofed.messages import Order
 from cytofed.plan import Unit
 from cytofed.privacy import ledger
@@ -57,7 +57,7 @@ class LedgerBudget:
     def release(self, order: Order, parts: Parts) -> None:
         entry = self._entry(order)
         with self._open() as book:
-            book.release(entry, _sha256(parts))
+            book.release(entry, parts_sha256(parts))
             book.settle(entry)
 
     @contextmanager
@@ -66,7 +66,7 @@ class LedgerBudget:
             yield book
 
     def _entry(self, order: Order) -> ledger.Order:
-        weights = _sha256(order.parts)
+        weights = parts_sha256(order.parts)
         text = f"{order.kind} {order.run} {order.round} {order.plan_sha256} {weights}"
         return ledger.Order(
             federation=self.federation,
@@ -78,10 +78,3 @@ class LedgerBudget:
             order_sha256=hashlib.sha256(text.encode()).hexdigest(),
         )
 
-
-def _sha256(parts: Parts) -> str:
-    digest = hashlib.sha256()
-    for name, values in parts.items():
-        digest.update(f"{name} {values.size} ".encode())
-        digest.update(values.data)
-    return digest.hexdigest()

@@ -17,7 +17,12 @@ from cytofed.messages import MAX_UPDATE, MAX_WEIGHT
 FRACTION_BITS = 30
 """One unit of the sum is 2^-30. MAX_UPDATE (2^8) times a total weight of 2^24 fits in int64."""
 
-_CHUNK = 1 << 15  # values at a time: the scratch arrays stay in the processor's cache
+_CHUNK = 1 << 14  # values at a time: the scratch arrays stay in the processor's cache
+
+_ROUNDING = 1.5 * 2.0**52
+_ROUNDING_BITS = np.array(_ROUNDING).view(np.int64)
+"""Where |x| < 2^51, the bits of ``x + _ROUNDING`` are those of ``_ROUNDING`` plus the integer
+nearest to x: half the time of rounding and converting one after the other."""
 
 
 class Sum:
@@ -45,18 +50,34 @@ class Sum:
             raise CytofedError("the mean of no updates is not defined")
         scale = 1.0 / (self._weight * 2.0**FRACTION_BITS)
         assert MAX_UPDATE * MAX_WEIGHT * 2.0**FRACTION_BITS < 2.0**63
-        return {name: (total * scale).astype(np.float32) for name, total in self._totals.items()}
+        return {name: _scaled(total_P, scale) for name, total_P in self._totals.items()}
 
 
 def add_fixed_point(total_P: npt.NDArray[np.int64], values_P: Float32, weight: float) -> None:
-    """``total_P += round(values_P * weight * 2^FRACTION_BITS)``, in place."""
+    """``total_P += round(values_P * weight * 2^FRACTION_BITS)``, in place; ties to even.
+
+    ``values_P`` lie within MAX_UPDATE.
+    """
     scale = weight * 2.0**FRACTION_BITS
     scaled = np.empty(_CHUNK, dtype=np.float64)
-    whole = np.empty(_CHUNK, dtype=np.int64)
+    fits = MAX_UPDATE * scale < 2.0**51
     for start in range(0, len(total_P), _CHUNK):
-        values = values_P[start : start + _CHUNK]
-        count = len(values)
-        np.multiply(values, scale, out=scaled[:count], dtype=np.float64)
-        np.rint(scaled[:count], out=scaled[:count])
-        np.copyto(whole[:count], scaled[:count], casting="unsafe")
-        total_P[start : start + count] += whole[:count]
+        total = total_P[start : start + _CHUNK]
+        part = scaled[: len(total)]
+        np.copyto(part, values_P[start : start + _CHUNK])
+        np.multiply(part, scale, out=part)
+        if fits:
+            np.add(part, _ROUNDING, out=part)
+            np.add(total, part.view(np.int64), out=total)
+            np.subtract(total, _ROUNDING_BITS, out=total)
+        else:
+            np.add(total, np.rint(part, out=part).astype(np.int64), out=total)
+
+
+def _scaled(total_P: npt.NDArray[np.int64], scale: float) -> Float32:
+    mean_P = np.empty(len(total_P), np.float32)
+    scaled = np.empty(_CHUNK, dtype=np.float64)
+    for start in range(0, len(total_P), _CHUNK):
+        total = total_P[start : start + _CHUNK]
+        mean_P[start : start + _CHUNK] = np.multiply(total, scale, out=scaled[: len(total)])
+    return mean_P

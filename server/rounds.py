@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from cytofed.arrays import Float32, Parts
@@ -22,8 +21,8 @@ from cytofed.labels import Scheme
 from cytofed.messages import (
     MAX_WEIGHT,
     BadMessage,
+    Masked,
     Order,
-    Update,
     content_bytes,
     pack_order,
     unpack_evaluation,
@@ -31,12 +30,12 @@ from cytofed.messages import (
 )
 from cytofed.metrics import Tally, summarise
 from cytofed.plan import Plan
+from cytofed.privacy.secagg import SecaggError
 from cytofed.server.aggregate import Sum
+from cytofed.server.asking import Cohort, ask, content_of
 from cytofed.server.checkpoints import Progress, Record
+from cytofed.server.secure import Absent, SecureRun
 from cytofed.strategies.strategy import Mean, Strategy
-
-Cohort = Mapping[str, int]
-"""The labs of a run: name -> Flower node id."""
 
 _REASON_CHARS = 200
 
@@ -61,6 +60,8 @@ class Run:
     cohort: Cohort
     size: int
     """P"""
+    secure: SecureRun | None = None
+    """with secure aggregation: the coordinator sees sums only"""
 
     @property
     def rounds(self) -> int:
@@ -69,12 +70,16 @@ class Run:
 
 @dataclass
 class Collected:
-    """What came back in one round."""
+    """What came back in one round. ``mean`` is None where too few labs were left."""
 
-    total: Sum
-    updates: dict[str, Update] = field(default_factory=dict)
+    mean: Parts | None = None
+    received: list[str] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
     up_bytes: int = 0
+    train_s: float = 0.0
+    failed: str = ""
+    """why the model did not move, where it did not"""
 
 
 def run_rounds(
@@ -115,32 +120,32 @@ def _one_round(
 ) -> Progress:
     number = progress.round + 1
     down = {name: progress.state[name] for name in run.strategy.down}
-    order = pack_order(Order("train", run.name, number, run.plan.sha256, down))
-    got = _collect_updates(grid, run, number, order, watch)
+    watch.order(run.name, "train", number, run.rounds, len(run.cohort))
+    collect = _collect_updates if run.secure is None else _collect_sum
+    got = collect(grid, run, number, down, watch)
 
     state = progress.state
-    applied = len(got.updates) >= max(run.plan.cohort.min_labs, run.strategy.min_updates)
-    if applied:
-        state = run.strategy.step(state, _mean(run, got))
+    if got.mean is not None:
+        mean = Mean(got.mean, received=len(got.received), cohort=len(run.cohort))
+        state = run.strategy.step(state, mean)
 
     tallies: dict[str, Tally] = {}
     due = number % run.plan.evaluation.every == 0 or number == run.rounds
     if evaluate_rounds and due:
         tallies = evaluate(grid, run, number, {"weights": state["weights"]}, watch)
-    record = {"applied": applied, **_record(run, number, got, tallies, content_bytes(order))}
+    record = _record(run, number, got, tallies, sum(part.nbytes for part in down.values()))
     return Progress(number, state, (*progress.records, record), progress.wall_s)
 
 
-def _collect_updates(
-    grid: Grid, run: Run, number: int, order: RecordDict, watch: Watch
-) -> Collected:
+def _collect_updates(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -> Collected:
+    """Every lab's update, checked and added up as it arrives."""
     parts = run.strategy.lab.up
-    got = Collected(Sum(parts, run.size))
-    watch.order(run.name, "train", number, run.rounds, len(run.cohort))
+    order = pack_order(Order("train", run.name, number, run.plan.sha256, down))
+    got, total, kept = Collected(), Sum(parts, run.size), dict[str, Float32]()
     timeout_s = run.plan.cohort.round_timeout_s
     for lab, message in ask(grid, run.cohort, "train", number, order, timeout_s=timeout_s):
         try:
-            update = unpack_update(_content_of(message), parts=parts, size=run.size)
+            update = unpack_update(content_of(message), parts=parts, size=run.size)
             _check_sender(lab, run, number, update.lab, update.run, update.round)
             _check_share(update.weight, run)
         except BadMessage as error:
@@ -148,22 +153,51 @@ def _collect_updates(
             got.absent[lab] = reason
             watch.absent(run.name, "train", number, lab, reason)
             continue
-        got.up_bytes += content_bytes(_content_of(message).content)
         if run.strategy.combine is None:
-            got.total.add(update.parts, update.weight)
-            update = replace(update, parts={})  # added up; do not keep it
-        got.updates[lab] = update
+            total.add(update.parts, update.weight)
+        else:
+            kept[lab] = update.parts["weights"]
+        got.received.append(lab)
+        got.loss[lab] = update.loss
+        got.train_s += _seconds(update.train_s)
+        got.up_bytes += content_bytes(content_of(message).content)
         watch.reply(run.name, "train", number, lab, update.loss)
+    need = max(run.plan.cohort.min_labs, run.strategy.min_updates)
+    if len(got.received) < need:
+        got.failed = f"{len(got.received)} labs answered, {need} are needed"
+    elif run.strategy.combine is None:
+        got.mean = total.mean()
+    else:
+        got.mean = {"weights": run.strategy.combine([kept[lab] for lab in sorted(kept)])}
     return got
 
 
-def _mean(run: Run, got: Collected) -> Mean:
-    if run.strategy.combine is None:
-        parts = got.total.mean()
+def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -> Collected:
+    """The mean over the labs that survive the round, and nothing of a single one."""
+    assert run.secure is not None
+    got = Collected()
+
+    def received(masked: Masked, size_bytes: int) -> None:
+        got.received.append(masked.lab)
+        got.train_s += _seconds(masked.train_s)
+        got.up_bytes += size_bytes
+        watch.reply(run.name, "train", number, masked.lab, math.nan)
+
+    absent = Absent(
+        got.absent,
+        lambda lab, reason: watch.absent(run.name, "train", number, lab, reason),
+        _one_line,
+    )
+    try:
+        total = run.secure.collect(grid, number, down, absent, received=received)
+    except SecaggError as error:
+        got.failed = _one_line(error.message)
+        return got
+    if len(total.survivors) < run.plan.cohort.min_labs:
+        got.failed = f"{len(total.survivors)} labs answered, {run.plan.cohort.min_labs} are needed"
     else:
-        updates = [got.updates[lab].parts["weights"] for lab in sorted(got.updates)]
-        parts = {"weights": run.strategy.combine(updates)}
-    return Mean(parts, received=len(got.updates), cohort=len(run.cohort))
+        got.mean = total.mean
+    return got
 
 
 def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> dict[str, Tally]:
@@ -177,7 +211,7 @@ def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> d
     timeout_s = run.plan.cohort.round_timeout_s
     for lab, message in ask(grid, run.cohort, "evaluate", number, order, timeout_s=timeout_s):
         try:
-            evaluation = unpack_evaluation(_content_of(message), classes=len(run.scheme.codes))
+            evaluation = unpack_evaluation(content_of(message), classes=len(run.scheme.codes))
             _check_sender(lab, run, number, evaluation.lab, evaluation.run, evaluation.round)
         except BadMessage as error:
             watch.absent(run.name, "evaluate", number, lab, _one_line(error.message))
@@ -185,52 +219,6 @@ def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> d
         tallies[lab] = evaluation.tally
         watch.reply(run.name, "evaluate", number, lab, math.nan)
     return tallies
-
-
-def ask(
-    grid: Grid,
-    cohort: Cohort,
-    kind: str,
-    number: int,
-    content: RecordDict,
-    *,
-    timeout_s: float,
-) -> Iterator[tuple[str, Message | None]]:
-    """Send one order to every lab; yield (lab, reply) as replies arrive.
-
-    Labs without a reply by the deadline, or that could not be sent to, come last with None. The
-    content is shared by all messages, so memory does not grow with the cohort.
-    """
-    waiting: dict[str, str] = {}
-    unsent = []
-    for lab, node in cohort.items():
-        message = grid.create_message(content, kind, node, str(number), ttl=timeout_s)
-        ids = [i for i in grid.push_messages([message]) if i]
-        if ids:
-            waiting[ids[0]] = lab
-        else:
-            unsent.append(lab)
-    deadline = time.monotonic() + timeout_s
-    pause_s = 0.001
-    while waiting and time.monotonic() < deadline:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            lab = waiting.pop(reply.metadata.reply_to_message_id, "")
-            if lab:
-                yield lab, reply
-        pause_s = 0.001 if replies else min(pause_s * 2, 0.05)
-        if waiting and not replies:
-            time.sleep(pause_s)
-    for lab in [*waiting.values(), *unsent]:
-        yield lab, None
-
-
-def _content_of(message: Message | None) -> Message:
-    if message is None:
-        raise BadMessage("no answer before the deadline")
-    if message.has_error():
-        raise BadMessage(message.error.reason or f"error {message.error.code}")
-    return message
 
 
 def _check_sender(lab: str, run: Run, number: int, *claimed: str | int) -> None:
@@ -265,19 +253,20 @@ def _record(
         pooled = sum(tallies.values(), Tally.empty(len(run.scheme.codes)))
         summary = _headline(pooled, run.scheme)
     labs = {lab: _headline(tally, run.scheme) for lab, tally in tallies.items()}
-    received = sorted(got.updates)
-    losses = {lab: got.updates[lab].loss for lab in received}
+    loss = {lab: round(got.loss[lab], 6) for lab in sorted(got.loss)}
     return {
         "round": number,
+        "applied": got.mean is not None,
+        "failed": got.failed or None,
         "expected": sorted(run.cohort),
-        "received": received,
+        "received": sorted(got.received),
         "absent": dict(sorted(got.absent.items())),
-        "loss": {lab: round(loss, 6) for lab, loss in losses.items() if math.isfinite(loss)},
+        "loss": {lab: value for lab, value in loss.items() if math.isfinite(value)},
         "global": summary,
         "labs": labs if tallies and run.plan.reports_per_lab else None,
         "up_bytes": got.up_bytes,
         "down_bytes": down_bytes * len(run.cohort),
-        "train_s": round(sum(_seconds(u.train_s) for u in got.updates.values()), 3),
+        "train_s": round(got.train_s, 3),
     }
 
 

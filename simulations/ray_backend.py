@@ -20,16 +20,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 from cytofed.console import RunProgress
 from cytofed.errors import CytofedError, InputError
-from cytofed.messages import Order, pack_order, unpack_hello
+from cytofed.messages import ERROR_CODE, Order, pack_order, unpack_hello
 from cytofed.plan import Plan
-from cytofed.server.rounds import ask
+from cytofed.server.asking import ask
 from cytofed.simulations.simulate import Request, Results, World, make_start, run_all
 from cytofed.simulations.virtual import CENTRAL, open_app
 from cytofed.start import Start, read_start
@@ -88,7 +88,16 @@ def _opened(folder: str) -> ClientApp:
 
 def _answer(folder: str, message: Message, context: Context) -> Message:
     """In a Ray worker. The app is opened once there; what travels with a message is its folder."""
-    return _opened(folder)(message, context)
+    return to_bytes(_opened(folder)(message, context))
+
+
+def to_bytes(message: Message) -> Message:
+    """The message with its arrays as ``bytes``: what Ray can pickle."""
+    if message.has_content():
+        for record in message.content.array_records.values():
+            for array in record.values():
+                array.data = bytes(array.data)  # no copy where they are
+    return message
 
 
 def run_on_ray(
@@ -104,7 +113,7 @@ def run_on_ray(
     import ray
     from flwr.simulation import run_simulation
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # errors arrive as replies
     stop = threading.Event()
     outcome: Future[_T] = Future()
     server = ServerApp()
@@ -179,6 +188,14 @@ def find_labs(grid: Grid, names: tuple[str, ...], plan: Plan) -> Mapping[str, in
     return found
 
 
+def _brief(reply: Message) -> Message:
+    """An error of Ray's as one line; its reason is a traceback of many."""
+    if reply.has_error() and reply.error.code != ERROR_CODE:
+        lines = (reply.error.reason or "").strip().splitlines() or [f"error {reply.error.code}"]
+        reply.error = Error(reply.error.code, f"Ray: {lines[-1][-300:]}")
+    return reply
+
+
 class _StoppableGrid(Grid):
     """Flower's Grid until ``stop`` is set; then its next use raises and so ends the round loop.
 
@@ -208,7 +225,8 @@ class _StoppableGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        return self._checked().create_message(content, message_type, dst_node_id, group_id, ttl)
+        grid = self._checked()
+        return to_bytes(grid.create_message(content, message_type, dst_node_id, group_id, ttl))
 
     def get_node_ids(self) -> Iterable[int]:
         return self._checked().get_node_ids()
@@ -217,7 +235,7 @@ class _StoppableGrid(Grid):
         return self._checked().push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._checked().pull_messages(message_ids)
+        return map(_brief, self._checked().pull_messages(message_ids))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

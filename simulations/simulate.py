@@ -44,8 +44,9 @@ from cytofed.server.rounds import Run, evaluate, final_weights, run_rounds, stat
 from cytofed.simulations.exchange import Step
 from cytofed.simulations.inprocess import InProcessGrid
 from cytofed.simulations.partitions import Partition, assign, parse_partition
+from cytofed.simulations.secure import make_keys, open_secure_run
 from cytofed.simulations.split import image_keys, pseudo_patients, test_split, units
-from cytofed.simulations.virtual import CENTRAL, FEDERATION, VirtualLabs, cut
+from cytofed.simulations.virtual import CENTRAL, FEDERATION, VirtualLabs, baseline_plan, cut
 from cytofed.start import Start, read_start
 from cytofed.strategies import make_strategy
 from cytofed.strategies.fedavg import fedavg
@@ -113,8 +114,22 @@ class World:
     def scheme(self) -> Scheme:
         return load_scheme(self.plan.labels.scheme)
 
-    def run(self, name: str, cohort: Mapping[str, int], strategy: Strategy) -> Run:
-        return Run(name, self.plan, strategy, self.scheme, cohort, self.start.manifest.size)
+    def run(self, cohort: Mapping[str, int]) -> Run:
+        """The federation itself."""
+        size = self.start.manifest.size
+        weights = {
+            name: float(self.labs.declared(k) or len(self.labs.rows(k, 1)))
+            for k, name in enumerate(self.labs.names)
+        }
+        secure = open_secure_run(
+            self.private, self.plan, self.strategy, size=size, nodes=cohort, weights=weights
+        )
+        return Run(FEDERATION, self.plan, self.strategy, self.scheme, cohort, size, secure)
+
+    def baseline(self, name: str, cohort: Mapping[str, int]) -> Run:
+        """A model that is not federated, at the same amount of training."""
+        plan = baseline_plan(self.plan)
+        return Run(name, plan, fedavg(), self.scheme, cohort, self.start.manifest.size)
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
     ``nodes``: name -> node id of every lab and of ``central``.
     """
     labs = {name: nodes[name] for name in world.labs.names}
-    run = world.run(FEDERATION, labs, world.strategy)
+    run = world.run(labs)
     federation = _resumed(grid, run, world)
     tallies = evaluate(grid, run, run.rounds, {"weights": final_weights(federation)}, world.watch)
     baselines: dict[str, Mapping[str, Tally]] = {}
@@ -159,7 +174,7 @@ def _baseline(
     labs: Mapping[str, int],
 ) -> Mapping[str, Tally]:
     """A federation of one: as many epochs over the same images, then tested at every lab."""
-    run = world.run(name, cohort, fedavg())
+    run = world.baseline(name, cohort)
     progress = _resumed(grid, run, world, evaluate_rounds=False)
     everyone = replace(run, cohort=labs)
     return evaluate(grid, everyone, run.rounds, {"weights": final_weights(progress)}, world.watch)
@@ -300,6 +315,7 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
         cells = replace(cells, patients_N=patients_N)
     labs = cut(plan, cells, partition, test_N, private)
     labs.save()
+    make_keys(private, plan, labs.names)
     return labs
 
 
@@ -377,7 +393,7 @@ def _finish(world: World, results: Results, wall_s: float) -> dict[str, Any]:
     from cytofed.simulations.report import write_report  # matplotlib takes a second
 
     out, plan = world.request.out, world.plan
-    run = world.run(FEDERATION, results.nodes, world.strategy)
+    run = world.run(results.nodes)
     weights_P = final_weights(results.federation)
     summary = _summary(world, run, results, wall_s)
     write_model(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from cytofed.client.cells import Cells, load_cells
 from cytofed.files import write_atomically
 from cytofed.labels import load_scheme
 from cytofed.messages import ERROR_CODE, Order, Update, pack_update, read_parts, unpack_order
-from cytofed.plan import Plan, from_dict, load_plan, to_dict
+from cytofed.plan import Plan, SecureAggregation, StrategySpec, from_dict, load_plan, to_dict
 from cytofed.privacy.noise import SimulatedRandomness
 from cytofed.privacy.terms import declared_of, terms_of
 from cytofed.simulations.partitions import Partition, Stain
 from cytofed.simulations.population import fate as fate_of
+from cytofed.simulations.secure import open_secure_lab
 from cytofed.start import START_FILE, read_start, write_start
 
 FEDERATION = "federation"
@@ -130,22 +131,24 @@ class VirtualLabs:
         )
         return flat.reshape(len(self.names), classes)
 
-    def lab(self, number: int) -> Lab:
-        """Lab ``number`` of K, or ``central`` for K itself."""
+    def lab(self, number: int, run: str = FEDERATION) -> Lab:
+        """Lab ``number`` of K, or ``central`` for K itself, as it takes part in ``run``."""
+        plan = self.plan if run == FEDERATION else baseline_plan(self.plan)
         name = CENTRAL if number == len(self.names) else self.names[number]
         cells = stained(self.cells, self.lab_N, self.stains)
         train = cells.take(self.rows(number, 1))
         return Lab(
             name=name,
-            plan=self.plan,
-            scheme=load_scheme(self.plan.labels.scheme),
+            plan=plan,
+            scheme=load_scheme(plan.labels.scheme),
             train=train,
             test=cells.take(self.rows(number, 2)),
-            absent_C=absent_classes(self.plan, train),
+            absent_C=absent_classes(plan, train),
             start=self.folder / START_FILE,
             memory=FolderMemory(self.folder / "memory", name),
-            budget=VirtualBudget(self.ledger_of(name), self.plan, self.declared(number)),
+            budget=VirtualBudget(self.ledger_of(name), plan, self.declared(number)),
             declared_patients=self.declared(number),
+            secure=open_secure_lab(self.folder, plan, name),
             randomness=lambda order: SimulatedRandomness(
                 self.plan.train.seed, order.run, name, order.round
             ),
@@ -167,6 +170,11 @@ class VirtualLabs:
         if self.plan.privacy.unit == "image" or self.cells.patients_N is None:
             return len(rows)
         return len(np.unique(self.cells.patients_N[rows]))
+
+
+def baseline_plan(plan: Plan) -> Plan:
+    """The plan of the central model and the labs' own: as much training, nothing federated."""
+    return replace(plan, strategy=StrategySpec(), secure_aggregation=SecureAggregation())
 
 
 def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Path) -> VirtualLabs:
@@ -269,21 +277,23 @@ def virtual_app(labs: VirtualLabs, *, on_step: OnStep | None = None) -> ClientAp
     def number_of(context: Context) -> int:
         return int(context.node_config["partition-id"])
 
-    opened: dict[int, Lab] = {}
+    opened: dict[tuple[int, bool], Lab] = {}
 
-    def open_lab(context: Context) -> Lab:
-        number = number_of(context)
-        if number not in opened:
+    def open_lab(context: Context, run: str) -> Lab:
+        key = (number_of(context), run == FEDERATION)
+        if key not in opened:
             while len(opened) >= 64:  # bounded: there may be thousands of labs
                 del opened[next(iter(opened))]
-            opened[number] = labs.lab(number)
-        return opened[number]
+            opened[key] = labs.lab(key[0], run)
+        return opened[key]
 
     def fail_on_purpose(
         message: Message, context: Context, call_next: Callable[[Message, Context], Message]
     ) -> Message:
+        if message.metadata.message_type != "train":
+            return call_next(message, context)
         order = unpack_order(message)
-        if order.kind != "train" or order.run != FEDERATION:
+        if order.run != FEDERATION:
             return call_next(message, context)
         plan, name = labs.plan, labs.names[number_of(context)]
         fate = fate_of(plan.simulation.population, order.round, labs.names, plan.train.seed)

@@ -87,3 +87,12 @@ def weights_sha256(manifest: Manifest, weights_P: Float32) -> str:
     digest = hashlib.sha256(manifest.to_json().encode())
     digest.update(np.ascontiguousarray(weights_P, dtype="<f4").data)
     return digest.hexdigest()
+
+
+def parts_sha256(parts: Parts) -> str:
+    """Hex SHA-256 of named vectors, names and sizes included."""
+    digest = hashlib.sha256()
+    for name, values in parts.items():
+        digest.update(f"{name} {values.size} ".encode())
+        digest.update(np.ascontiguousarray(values, dtype="<f4").data)
+    return digest.hexdigest()

@@ -47,6 +47,9 @@ ERROR_CODE = 100
 """Flower error code of a lab that says why it did not answer; the reason is the text."""
 
 
+_CHUNK = 1 << 15  # values at a time: the second look at them is into the processor's cache
+
+
 class BadMessage(CytofedError):
     """A reply or order that does not keep to the protocol. It is its sender's failure."""
 
@@ -60,6 +63,33 @@ class Order:
     round: int
     plan_sha256: str
     parts: Parts = field(default_factory=dict, repr=False)
+    slot: int = 0
+    """the attempt at the round; each slot of secure aggregation serves one"""
+    labs: int = 0
+    """size of the cohort"""
+    max_weight: float = 0.0
+    """public bound of the labs' weights, for secure aggregation"""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A lab's answer to a train order under secure aggregation: ring words that say nothing."""
+
+    lab: str
+    run: str
+    round: int
+    slot: int
+    words_W: npt.NDArray[np.uint32] | npt.NDArray[np.uint16] = field(repr=False)
+    train_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One message of secure aggregation's protocol: a request, or the reply to it."""
+
+    run: str
+    step: str
+    body: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -99,6 +129,9 @@ def pack_order(order: Order) -> RecordDict:
         "run": order.run,
         "round": order.round,
         "plan_sha256": order.plan_sha256,
+        "slot": order.slot,
+        "labs": order.labs,
+        "max_weight": order.max_weight,
     }
     return _pack(header, order.parts)
 
@@ -115,6 +148,9 @@ def unpack_order(message: Message) -> Order:
         round=_whole(header, "round"),
         plan_sha256=_text(header, "plan_sha256"),
         parts=parts,
+        slot=_whole(header, "slot"),
+        labs=_whole(header, "labs"),
+        max_weight=_number(header, "max_weight"),
     )
 
 
@@ -154,6 +190,48 @@ def unpack_update(message: Message, *, parts: tuple[str, ...], size: int) -> Upd
         loss=_number(header, "loss"),
         train_s=_number(header, "train_s"),
     )
+
+
+def pack_masked(masked: Masked) -> RecordDict:
+    header: dict[str, str | int | float] = {
+        "lab": masked.lab,
+        "run": masked.run,
+        "round": masked.round,
+        "slot": masked.slot,
+        "train_s": masked.train_s,
+    }
+    return _pack(header, {"words": masked.words_W})
+
+
+def unpack_masked(message: Message, *, words: int, dtype: np.dtype[Any]) -> Masked:
+    """The masked vector that a message carries. Errors: BadMessage for its shape or type."""
+    header, found = read_parts(message, dtype.type)
+    if {name: values.shape for name, values in found.items()} != {"words": (words,)}:
+        raise BadMessage(f"expected {words} words, found {sorted(found)}")
+    return Masked(
+        lab=_text(header, "lab"),
+        run=_text(header, "run"),
+        round=_whole(header, "round"),
+        slot=_whole(header, "slot"),
+        words_W=found["words"],
+        train_s=_number(header, "train_s"),
+    )
+
+
+def pack_step(step: Step) -> RecordDict:
+    return _pack({"run": step.run, "step": step.step, "body": step.body}, {})
+
+
+def unpack_step(message: Message) -> Step:
+    """A request or reply of secure aggregation; its body is checked by the protocol itself.
+
+    Errors: BadMessage.
+    """
+    header, _ = read_parts(message, np.float32)
+    body = header.get("body")
+    if not isinstance(body, bytes):
+        raise BadMessage("body is not bytes")
+    return Step(run=_text(header, "run"), step=_text(header, "step"), body=body)
 
 
 def pack_evaluation(evaluation: Evaluation) -> RecordDict:
@@ -227,15 +305,22 @@ def new_message(
 
 
 def _pack(
-    header: dict[str, str | int | float], parts: Mapping[str, npt.NDArray[Any]]
+    header: Mapping[str, str | int | float | bytes], parts: Mapping[str, npt.NDArray[Any]]
 ) -> RecordDict:
     record = ArrayRecord()
     for name, values in parts.items():
         little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        record[name] = Array(
-            dtype=values.dtype.name, shape=values.shape, stype=RAW, data=little.tobytes()
+        record[name] = array_of(
+            values.dtype.name, values.shape, RAW, little.reshape(-1).view(np.uint8).data
         )
     return RecordDict({"header": ConfigRecord(dict(header)), "parts": record})
+
+
+def array_of(dtype: str, shape: tuple[int, ...], stype: str, data: memoryview) -> Array:
+    """Flower's Array over ``data`` itself; its constructor insists on ``bytes``, a copy."""
+    array = Array(dtype=dtype, shape=shape, stype=stype, data=b"")
+    cast(Any, array).data = data
+    return array
 
 
 def read_parts(
@@ -267,7 +352,11 @@ def read_parts(
 
 
 def _check_sane(name: str, values_P: Float32) -> None:
-    low, high = float(values_P.min(initial=0)), float(values_P.max(initial=0))
+    low = high = 0.0
+    for start in range(0, len(values_P), _CHUNK):
+        chunk = values_P[start : start + _CHUNK]
+        # np.min and np.max keep NaN, Python's do not.
+        low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())
     if math.isnan(low) or math.isnan(high):
         raise BadMessage(f"{name} contains NaN")
     if max(-low, high) > MAX_UPDATE:

@@ -131,6 +131,8 @@ class SecureAggregation:
     bits: Literal[32, 16] = 32
     range: float = 1.0
     """largest absolute value of an update's coordinate; larger ones are clamped"""
+    control_range: float = 16.0
+    """the same for parts that are gradients (control variates)"""
 
 
 @dataclass(frozen=True)
@@ -448,6 +450,7 @@ def _check_values(plan: Plan) -> None:
     _bound("secure_aggregation.threshold", plan.secure_aggregation.threshold, 2)
     _bound("secure_aggregation.min_cohort", plan.secure_aggregation.min_cohort, 3)
     _above_zero("secure_aggregation.range", plan.secure_aggregation.range)
+    _above_zero("secure_aggregation.control_range", plan.secure_aggregation.control_range)
     _bound("cohort.min_labs", plan.cohort.min_labs, 1)
     _above_zero("cohort.approval_days", plan.cohort.approval_days)
     _above_zero("cohort.wait_s", plan.cohort.wait_s)

@@ -11,6 +11,7 @@ from typing import Any
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
+from cytofed.privacy.secagg import check_rules
 from cytofed.privacy.terms import terms_of
 from cytofed.strategies import make_strategy
 
@@ -27,11 +28,9 @@ def check_plan(plan: Plan) -> list[str]:
             f"strategy {strategy.name} needs single updates, and secure aggregation hides them",
             hint="choose a strategy that needs the mean only, or switch secure_aggregation off",
         )
-    if plan.secure_aggregation.enabled:
-        raise InputError(
-            "secure aggregation is not available in this version",
-            hint="leave secure_aggregation.enabled at false",
-        )
+    settings, labs = plan.secure_aggregation, plan.simulation.labs
+    if settings.enabled and labs is not None:
+        check_rules(labs, threshold=settings.threshold, min_cohort=settings.min_cohort)
     if plan.privacy.unit == "none":
         return ["privacy.unit is none: not differentially private, the model may reveal a patient"]
     return _check_private(plan)

@@ -1,0 +1,112 @@
+"""The lab's half of secure aggregation around the protocol: state on disk, words out.
+
+The protocol itself is ``privacy.secagg_lab``, pure. Here its state is loaded, moved by one step and
+saved *before* the reply leaves, so that no slot ever serves twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from cytofed.arrays import Parts, parts_sha256
+from cytofed.errors import RefusedError
+from cytofed.messages import BadMessage, Order, Step
+from cytofed.plan import Plan
+from cytofed.privacy import secagg_lab
+from cytofed.privacy.encoding import Encoded, encode
+from cytofed.privacy.identity import Identity
+from cytofed.privacy.masks import Words
+from cytofed.privacy.secagg import Cohort, SecaggError
+from cytofed.privacy.secagg_lab import LabState
+from cytofed.secure_round import encoding_of
+from cytofed.strategies.strategy import Strategy
+
+
+class StateFile(Protocol):
+    """Where a lab keeps the protocol's state; it holds secrets."""
+
+    def load(self, run: str) -> bytes | None: ...
+    def save(self, run: str, state: bytes) -> None:
+        """On the disk when this returns."""
+
+
+@dataclass(frozen=True)
+class SecureLab:
+    """A lab's keys, the cohort that it pinned when it approved the plan, and its state."""
+
+    identity: Identity
+    cohort: Cohort
+    states: StateFile = field(repr=False)
+    rounding: Callable[[Order], np.random.Generator] = field(
+        default=lambda _order: np.random.default_rng(), repr=False
+    )
+    """of stochastic rounding; not secret"""
+
+    def answer(self, request: Step) -> Step:
+        """One step of the protocol. Errors: SecaggError when the lab was lied to; it stops."""
+        steps = {
+            "advertise": secagg_lab.advertise,
+            "share": secagg_lab.share,
+            "accept": secagg_lab.accept,
+            "agree": secagg_lab.agree,
+            "reveal": secagg_lab.reveal,
+        }
+        if request.step not in steps:
+            raise BadMessage(f"unknown step {request.step!r} of secure aggregation")
+        self._check_run(request.run)
+        state, reply = self._moved(
+            lambda before: steps[request.step](before, self.identity, request.body)
+        )
+        self.states.save(request.run, state.to_bytes())
+        return Step(request.run, request.step, reply)
+
+    def mask(
+        self, order: Order, plan: Plan, strategy: Strategy, parts: Parts, weight: float
+    ) -> Encoded:
+        """The update as masked words. Errors: as ``secagg_lab.mask``; RefusedError for a cohort
+        or weight bound that is not the approved one."""
+        self._check_run(order.run)
+        if order.labs != len(self.cohort.labs):
+            raise RefusedError(
+                f"order for a cohort of {order.labs} labs, {len(self.cohort.labs)} were approved"
+            )
+        size = parts["weights"].size
+        encoding = encoding_of(
+            plan, strategy, size=size, labs=order.labs, max_weight=order.max_weight
+        )
+        flat = np.concatenate([parts[name] for name in strategy.lab.up])
+        encoded = encode(flat, encoding, rng=self.rounding(order), weight=weight)
+        words_W: Words = encoded.words_W
+
+        def step(before: LabState) -> tuple[LabState, bytes]:
+            after = secagg_lab.mask(
+                before,
+                words_W,
+                round=order.round,
+                slot=order.slot,
+                model_sha256=parts_sha256(order.parts),
+            )
+            return after, b""
+
+        state, _ = self._moved(step)
+        self.states.save(order.run, state.to_bytes())
+        return encoded
+
+    def _moved(self, step: Callable[[LabState], tuple[LabState, bytes]]) -> tuple[LabState, bytes]:
+        kept = self.states.load(self.cohort.run)
+        name = self.identity.name
+        before = LabState(self.cohort, name) if kept is None else LabState.from_bytes(kept)
+        try:
+            return step(before)
+        except SecaggError as lie:
+            if lie.state is not None:
+                self.states.save(self.cohort.run, lie.state.to_bytes())
+            raise
+
+    def _check_run(self, run: str) -> None:
+        if run != self.cohort.run:
+            raise RefusedError(f"run {run!r} is not the approved one, {self.cohort.run!r}")

@@ -1,0 +1,74 @@
+"""One order to many labs over any Grid, replies as they arrive, every wait bounded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from cytofed.messages import BadMessage
+
+Cohort = Mapping[str, int]
+"""The labs of a run: name -> Flower node id."""
+
+
+def ask(
+    grid: Grid,
+    cohort: Cohort,
+    kind: str,
+    number: int,
+    content: RecordDict,
+    *,
+    timeout_s: float,
+) -> Iterator[tuple[str, Message | None]]:
+    """Send the same content to every lab; yield (lab, reply) as replies arrive.
+
+    The content is shared by all messages, so memory does not grow with the cohort. Labs without a
+    reply by the deadline, or that could not be sent to, come last with None.
+    """
+    contents = {lab: (node, content) for lab, node in cohort.items()}
+    return ask_each(grid, contents, kind, number, timeout_s=timeout_s)
+
+
+def ask_each(
+    grid: Grid,
+    contents: Mapping[str, tuple[int, RecordDict]],
+    kind: str,
+    number: int,
+    *,
+    timeout_s: float,
+) -> Iterator[tuple[str, Message | None]]:
+    """As ``ask``, each lab with a content of its own: lab -> (node id, content)."""
+    waiting: dict[str, str] = {}
+    unsent = []
+    for lab, (node, content) in contents.items():
+        message = grid.create_message(content, kind, node, str(number), ttl=timeout_s)
+        ids = [i for i in grid.push_messages([message]) if i]
+        if ids:
+            waiting[ids[0]] = lab
+        else:
+            unsent.append(lab)
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.001
+    while waiting and time.monotonic() < deadline:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            lab = waiting.pop(reply.metadata.reply_to_message_id, "")
+            if lab:
+                yield lab, reply
+        pause_s = 0.001 if replies else min(pause_s * 2, 0.05)
+        if waiting and not replies:
+            time.sleep(pause_s)
+    for lab in [*waiting.values(), *unsent]:
+        yield lab, None
+
+
+def content_of(message: Message | None) -> Message:
+    """The reply itself. Errors: BadMessage where there is none, or the lab says why not."""
+    if message is None:
+        raise BadMessage("no answer before the deadline")
+    if message.has_error():
+        raise BadMessage(message.error.reason or f"error {message.error.code}")
+    return message

@@ -1,0 +1,254 @@
+"""The coordinator's half of secure aggregation around the protocol: who is asked what, when.
+
+The protocol itself is ``privacy.secagg_coordinator``, pure. The coordinator ends with the sum of
+the survivors' vectors and with nothing of any single lab.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from cytofed.arrays import Float32, Parts, parts_sha256
+from cytofed.errors import InputError
+from cytofed.files import write_atomically
+from cytofed.messages import (
+    BadMessage,
+    Masked,
+    Order,
+    Step,
+    content_bytes,
+    pack_order,
+    pack_step,
+    unpack_masked,
+    unpack_step,
+)
+from cytofed.plan import Plan
+from cytofed.privacy import secagg_coordinator as protocol
+from cytofed.privacy.encoding import Encoding, decode
+from cytofed.privacy.identity import Identity
+from cytofed.privacy.masks import add_words
+from cytofed.privacy.secagg import Cohort, SecaggError
+from cytofed.privacy.secagg_coordinator import Opening, Poll, Setup
+from cytofed.secure_round import encoding_of
+from cytofed.server.asking import ask, ask_each, content_of
+from cytofed.strategies.strategy import Strategy
+
+SLOTS = 16
+"""vectors per set-up; a new one is made when they are used up"""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """What a round of secure aggregation gives: the mean, who is in it, who is not and why."""
+
+    mean: Parts
+    survivors: tuple[str, ...]
+
+
+@dataclass
+class Absent:
+    """Collects who failed, by name and reason."""
+
+    reasons: dict[str, str]
+    tell: Callable[[str, str], None]
+    clean: Callable[[str], str]
+    """makes a lab's words fit to be printed"""
+
+    def add(self, lab: str, reason: str) -> None:
+        if lab not in self.reasons:
+            self.reasons[lab] = self.clean(reason)
+            self.tell(lab, self.reasons[lab])
+
+
+@dataclass
+class SecureRun:
+    """Secure aggregation of one run. ``counter_file`` keeps the set-up's number and the next slot:
+    both only rise, also over crashes."""
+
+    cohort: Cohort
+    identity: Identity
+    plan: Plan
+    strategy: Strategy
+    size: int
+    max_weight: float
+    nodes: Mapping[str, int]
+    counter_file: Path
+    _setup: Setup | None = None
+    _next_slot: int = 0
+
+    @property
+    def encoding(self) -> Encoding:
+        return encoding_of(
+            self.plan,
+            self.strategy,
+            size=self.size,
+            labs=len(self.cohort.labs),
+            max_weight=self.max_weight,
+        )
+
+    def collect(
+        self,
+        grid: Grid,
+        number: int,
+        down: Parts,
+        absent: Absent,
+        *,
+        received: Callable[[Masked, int], None],
+    ) -> SecureSum:
+        """One round: masked vectors in, the mean of the survivors out.
+
+        ``received`` is told of every vector and its bytes. Errors: SecaggError when too few labs
+        are left, before anything is revealed; the round then fails.
+        """
+        setup = self._ready(grid, absent)
+        slot = self._take_slot()
+        order = Order(
+            "train",
+            self.cohort.run,
+            number,
+            self.plan.sha256,
+            down,
+            slot=slot,
+            labs=len(self.cohort.labs),
+            max_weight=self.max_weight,
+        )
+        total_W = np.zeros(self.encoding.words, self.encoding.dtype)
+        survivors = []
+        members = {lab: self.nodes[lab] for lab in setup.members}
+        timeout_s = self.plan.cohort.round_timeout_s
+        for lab, message in ask(
+            grid, members, "train", number, pack_order(order), timeout_s=timeout_s
+        ):
+            try:
+                masked = self._masked(lab, number, slot, message)
+            except BadMessage as reason:
+                absent.add(lab, reason.message)
+                continue
+            add_words(total_W, masked.words_W)
+            survivors.append(lab)
+            received(masked, content_bytes(content_of(message).content))
+        poll = protocol.call_survivors(
+            setup,
+            self.identity,
+            round=number,
+            slot=slot,
+            model_sha256=parts_sha256(down),
+            survivors=survivors,
+        )
+        agreed = self._ask(
+            grid, "agree", dict.fromkeys(survivors, poll.request), number, absent,
+            lambda lab, reply: _agreement(poll, lab, reply),
+        )  # fmt: skip
+        request = protocol.call_reveal(poll, self.identity, agreed)
+        revealed = self._ask(
+            grid, "reveal", dict.fromkeys(survivors, request), number, absent,
+            lambda lab, reply: protocol.check_revealed(poll, lab, reply),
+        )  # fmt: skip
+        protocol.unmask(poll, total_W, revealed)
+        mean_P = decode(total_W, self.encoding, count=len(survivors)).mean_P
+        split = np.split(mean_P.astype(np.float32), len(self.strategy.lab.up))
+        mean: dict[str, Float32] = dict(zip(self.strategy.lab.up, split, strict=True))
+        return SecureSum(mean, tuple(sorted(survivors)))
+
+    def _ready(self, grid: Grid, absent: Absent) -> Setup:
+        """The set-up in use, or a new one: keys, shares, and everyone's word for the same view."""
+        if self._setup is not None and self._next_slot in self._setup.slots:
+            return self._setup
+        kept = self._load_counter()
+        first = max(self._next_slot, kept["next_slot"])
+        # Before anything is sent: a lab takes a number that it has seen for a lie.
+        self._save_counter(kept["setup"] + 1, first + SLOTS)
+        opening = protocol.begin(
+            self.cohort, self.identity, setup=kept["setup"] + 1, first_slot=first, slots=SLOTS
+        )
+        everyone = [lab.name for lab in self.cohort.labs]
+        lists = self._ask(
+            grid, "advertise", dict.fromkeys(everyone, opening.request), 0, absent,
+            lambda lab, reply: _key_list(opening, lab, reply),
+        )  # fmt: skip
+        announced = protocol.announce(opening, self.identity, lists)
+        dealt = self._ask(
+            grid, "share", dict.fromkeys(announced.order, announced.request), 0, absent,
+            lambda lab, reply: protocol.check_shares(announced, lab, reply),
+        )  # fmt: skip
+        setup = protocol.deliver(announced, self.identity, dealt)
+        self._ask(
+            grid, "accept", setup.requests, 0, absent,
+            lambda lab, reply: protocol.check_ready(setup, lab, reply),
+        )  # fmt: skip
+        self._setup, self._next_slot = setup, first
+        return setup
+
+    def _take_slot(self) -> int:
+        slot = self._next_slot
+        self._next_slot += 1
+        return slot
+
+    def _masked(self, lab: str, number: int, slot: int, message: Message | None) -> Masked:
+        masked = unpack_masked(
+            content_of(message), words=self.encoding.words, dtype=self.encoding.dtype
+        )
+        claimed = (masked.lab, masked.run, masked.round, masked.slot)
+        if claimed != (lab, self.cohort.run, number, slot):
+            raise BadMessage(f"answers as {claimed}, expected {(lab, number, slot)}")
+        return masked
+
+    def _ask(
+        self,
+        grid: Grid,
+        step: str,
+        requests: Mapping[str, bytes],
+        number: int,
+        absent: Absent,
+        check: Callable[[str, bytes], T],
+    ) -> dict[str, T]:
+        """Send each lab its request; the checked replies by lab, failures in ``absent``."""
+        found: dict[str, T] = {}
+        for lab, message in self._replies(grid, step, requests, number):
+            try:
+                found[lab] = check(lab, unpack_step(content_of(message)).body)
+            except (BadMessage, SecaggError) as reason:
+                absent.add(lab, f"{step}: {reason.message}")
+        return found
+
+    def _replies(
+        self, grid: Grid, step: str, requests: Mapping[str, bytes], number: int
+    ) -> Iterator[tuple[str, Message | None]]:
+        contents = {
+            lab: (self.nodes[lab], pack_step(Step(self.cohort.run, step, request)))
+            for lab, request in requests.items()
+        }
+        timeout_s = self.plan.cohort.wait_s
+        return ask_each(grid, contents, "query.secagg", number, timeout_s=timeout_s)
+
+    def _load_counter(self) -> dict[str, int]:
+        if not self.counter_file.is_file():
+            return {"setup": 0, "next_slot": 0}
+        kept = json.loads(self.counter_file.read_text())
+        if not all(isinstance(kept.get(key), int) for key in ("setup", "next_slot")):
+            raise InputError(f"{self.counter_file} is damaged", hint="start a new run")
+        return {"setup": kept["setup"], "next_slot": kept["next_slot"]}
+
+    def _save_counter(self, setup: int, next_slot: int) -> None:
+        text = json.dumps({"setup": setup, "next_slot": next_slot})
+        write_atomically(self.counter_file, text, mode=0o600)
+
+
+def _agreement(poll: Poll, lab: str, reply: bytes) -> bytes:
+    protocol.check_agreed(poll, lab, reply)
+    return reply
+
+
+def _key_list(opening: Opening, lab: str, reply: bytes) -> bytes:
+    protocol.check_keys(opening, lab, reply)
+    return reply
