@@ -1,8 +1,9 @@
 """Arrays between processes of one machine, without a copy through a pipe.
 
 A message's content becomes a small description plus one file in shared memory; the other side
-maps it. Files are unlinked as soon as they are not needed; what a killed process left behind is
-removed by the next.
+maps it. The grid's process owns the files and hands them out as slots, which are used again: pages
+that are there need not be zeroed, and a mapping need not be made. What a killed process left
+behind is removed by the next.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from cytofed.messages import array_of
 
 _INLINE = 1 << 16
 """Contents up to this many bytes go through the pipe itself."""
@@ -30,10 +36,18 @@ class Packed:
     path: str | None
     inline: bytes = b""
 
+    @property
+    def size(self) -> int:
+        """Bytes of all arrays."""
+        return sum(row[-1] for row in self.arrays)
+
 
 @dataclass(frozen=True)
 class Task:
-    """One message to a virtual lab. Equal ``content_id``: the same content."""
+    """One message to a virtual lab. Equal ``content_id``: the same content.
+
+    ``reply_path``: the file for the arrays of the answer; what is in it may be overwritten.
+    """
 
     message_id: str
     kind: str
@@ -42,6 +56,7 @@ class Task:
     ttl_s: float
     content: Packed
     content_id: int
+    reply_path: str
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,62 @@ def _alive(pid: int) -> bool:
     return True
 
 
+class Slot:
+    """One file for the arrays of one content at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def view(self, size: int) -> memoryview:
+        """The first ``size`` bytes. Mapped once, and again where the file has grown."""
+        if self._map is None or len(self._map) < size:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._map)[:size]
+
+
+class Slots:
+    """The files of one grid. ``keep_bytes``: as much is kept for the next content; safe to share
+    between threads."""
+
+    def __init__(self, folder: Path, *, keep_bytes: int) -> None:
+        self._folder, self._keep_bytes = folder, keep_bytes
+        self._lock = threading.Lock()
+        self._free: list[Slot] = []
+        self._made = 0
+
+    def take(self) -> Slot:
+        """A slot that nobody else has, the one given back last if there is one."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            self._made += 1
+            return Slot(self._folder / f"slot-{self._made}")
+
+    def give_back(self, slot: Slot) -> None:
+        """Nobody looks at ``slot`` any more."""
+        with self._lock:
+            self._free.append(slot)
+            excess = sum(free.size for free in self._free) - self._keep_bytes
+            while excess > 0:
+                oldest = self._free.pop(0)
+                excess -= oldest.size
+                oldest.path.unlink(missing_ok=True)
+
+    def lend(self, packed: Packed, slot: Slot) -> RecordDict:
+        """The content that lies in ``slot``, which comes back when the content is dropped."""
+        whole = np.frombuffer(slot.view(packed.size), np.uint8)
+        weakref.finalize(whole, self.give_back, slot)
+        return _with_arrays(packed, whole.data)
+
+
 def pack(content: RecordDict, path: Path) -> Packed:
-    """Describe ``content``; large array data is written to the new file ``path``."""
+    """Describe ``content``; large array data is written to ``path``, which may exist."""
     header = dict(cast(ConfigRecord, content["header"]))
     record = cast(ArrayRecord, content["parts"])
     arrays = tuple(
@@ -100,7 +169,8 @@ def pack(content: RecordDict, path: Path) -> Packed:
     if sum(row[-1] for row in arrays) <= _INLINE:
         inline = b"".join(bytes(array.data) for array in record.values())
         return Packed(header, arrays, None, inline)
-    with path.open("xb", buffering=0) as file:
+    # Not truncated: pages that are there are cheaper than new ones.
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
         for array in record.values():
             view = memoryview(array.data)
             while view:
@@ -109,15 +179,15 @@ def pack(content: RecordDict, path: Path) -> Packed:
 
 
 def unpack(packed: Packed) -> RecordDict:
-    """The content again; arrays are views of the mapped file, which may be unlinked after this."""
+    """The content again. Its arrays are views of the file: valid until that is written anew."""
     if packed.path is None:
-        buffer = memoryview(packed.inline)
-    else:
-        with Path(packed.path).open("rb") as file:
-            buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return _with_arrays(packed, memoryview(packed.inline))
+    return _with_arrays(packed, Slot(Path(packed.path)).view(packed.size))
+
+
+def _with_arrays(packed: Packed, buffer: memoryview) -> RecordDict:
     record, start = ArrayRecord(), 0
     for name, dtype, shape, stype, size in packed.arrays:
-        array = Array(dtype=dtype, shape=shape, stype=stype, data=b"")
-        cast(Any, array).data = buffer[start : start + size]
-        record[name], start = array, start + size
+        record[name] = array_of(dtype, shape, stype, buffer[start : start + size])
+        start += size
     return RecordDict({"header": ConfigRecord(packed.header), "parts": record})

@@ -32,7 +32,7 @@ from cytofed.simulations.exchange import Answer, Step, Task
 from cytofed.start import Start, read_start
 
 _UNREAD_BYTES = 1 << 29
-"""Workers pause while replies of this size wait to be pulled."""
+"""Workers pause while replies of this size wait to be pulled; free slots keep no more."""
 
 _RESTARTS = 3
 
@@ -42,6 +42,7 @@ class _Content:
     """A content shared by messages, and how many of them are still to be answered."""
 
     packed: exchange.Packed
+    slot: exchange.Slot
     number: int
     open: int = 0
 
@@ -79,6 +80,7 @@ class InProcessGrid(Grid):
         self._folder, self._threads, self._on_step = folder, threads, on_step
         self._plan_file, self._labs = plan_file, labs
         self._exchange = exchange.open_folder()
+        self._slots = exchange.Slots(self._exchange, keep_bytes=_UNREAD_BYTES)
         self._changed = threading.Condition()
         self._queue: list[_Queued] = []
         self._numbers = itertools.count()
@@ -192,7 +194,7 @@ class InProcessGrid(Grid):
             "OMP_NUM_THREADS": str(self._threads),
             "MKL_NUM_THREADS": str(self._threads),
         }
-        arguments = [theirs.fileno(), self._exchange, self._labs, self._folder, self._plan_file]
+        arguments = [theirs.fileno(), self._labs, self._folder, self._plan_file]
         process = subprocess.Popen(
             [sys.executable, "-m", "cytofed.simulations.worker", *map(str, arguments)],
             pass_fds=[theirs.fileno()],
@@ -246,37 +248,42 @@ class InProcessGrid(Grid):
     def _ask(self, worker: _Worker, message: Message) -> Message:
         metadata = message.metadata
         content = self._contents[id(message.content)]
-        worker.connection.send(
-            Task(
-                metadata.message_id,
-                metadata.message_type,
-                metadata.dst_node_id,
-                metadata.group_id,
-                metadata.ttl,
-                content.packed,
-                content.number,
-            )
+        slot = self._slots.take()
+        task = Task(
+            metadata.message_id,
+            metadata.message_type,
+            metadata.dst_node_id,
+            metadata.group_id,
+            metadata.ttl,
+            content.packed,
+            content.number,
+            str(slot.path),
         )
-        while True:
+        try:
+            worker.connection.send(task)
             got = worker.connection.recv()
-            if isinstance(got, Answer):
-                break
-            if self._on_step:
-                self._on_step(got)
+            while not isinstance(got, Answer):
+                if self._on_step:
+                    self._on_step(got)
+                got = worker.connection.recv()
+        except BaseException:
+            self._slots.give_back(slot)
+            raise
+        if got.content is not None and got.content.path:
+            return Message(self._slots.lend(got.content, slot), reply_to=message)
+        self._slots.give_back(slot)
         if got.content is None:
             return Message(Error(*got.error), reply_to=message)
-        reply = Message(exchange.unpack(got.content), reply_to=message)
-        if got.content.path:
-            Path(got.content.path).unlink()
-        return reply
+        return Message(exchange.unpack(got.content), reply_to=message)
 
     def _share(self, content: RecordDict) -> None:
         """Put a content where workers find it, once for all messages that carry it."""
         shared = self._contents.get(id(content))
         if shared is None:
-            number = next(self._numbers)
-            packed = exchange.pack(content, self._exchange / f"down-{number}")
-            shared = self._contents[id(content)] = _Content(packed, number)
+            slot = self._slots.take()
+            packed = exchange.pack(content, slot.path)
+            shared = _Content(packed, slot, next(self._numbers))
+            self._contents[id(content)] = shared
         shared.open += 1
 
     def _deliver(self, message: Message, reply: Message) -> None:
@@ -285,8 +292,7 @@ class InProcessGrid(Grid):
             shared.open -= 1
             if shared.open == 0:
                 del self._contents[id(message.content)]
-                if shared.packed.path:
-                    Path(shared.packed.path).unlink()
+                self._slots.give_back(shared.slot)
             self._replies[message.metadata.message_id] = reply
             self._unread_bytes += _size(reply)
             self._changed.notify_all()

@@ -1,14 +1,13 @@
 """A worker process of a simulation: answers messages for whichever virtual lab they are meant.
 
-Started as ``python -m cytofed.simulations.worker FD EXCHANGE LABS FOLDER PLAN``: one end of a pipe
-to the grid, a folder in shared memory, and where the labs come from: the module LABS has
-``warm_up(plan_file, folder)``, called at once, and ``open_app(folder, on_step=...)``, called at the
-first task. It ends when the pipe does, or when its parent is gone.
+Started as ``python -m cytofed.simulations.worker FD LABS FOLDER PLAN``: one end of a pipe to the
+grid, and where the labs come from: the module LABS has ``warm_up(plan_file, folder)``, called at
+once, and ``open_app(folder, on_step=...)``, called at the first task. It ends when the pipe does,
+or when its parent is gone.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import sys
@@ -35,7 +34,6 @@ _STEP_INTERVAL_S = 0.25
 
 def serve(
     connection: Connection,
-    exchange_folder: Path,
     open_app: Callable[[Callable[[Order, Progress], None]], ClientApp],
 ) -> None:
     """Answer tasks until the other end closes."""
@@ -51,7 +49,6 @@ def serve(
             connection.send(Step(order.run, node, order.round, share, step.loss))
 
     app: ClientApp | None = None
-    numbers = itertools.count()
     cached: tuple[int, RecordDict | None] = (-1, None)
     while True:
         try:
@@ -74,8 +71,7 @@ def serve(
             message_id=task.message_id,
         )
         reply = app(message, Context(0, task.node, {"partition-id": task.node}, RecordDict(), {}))
-        path = exchange_folder / f"up-{os.getpid()}-{next(numbers)}"
-        connection.send(_answer(task.message_id, reply, path))
+        connection.send(_answer(task.message_id, reply, Path(task.reply_path)))
 
 
 def _answer(message_id: str, reply: Message, path: Path) -> Answer:
@@ -92,13 +88,12 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    file_number, exchange_folder, labs_module, folder, plan_file = sys.argv[1:]
+    file_number, labs_module, folder, plan_file = sys.argv[1:]
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     labs = import_module(labs_module)
     labs.warm_up(Path(plan_file), Path(folder))  # while the parent reads the data
     serve(
         Connection(int(file_number)),
-        Path(exchange_folder),
         lambda report: labs.open_app(Path(folder), on_step=report),
     )
 
