@@ -322,12 +322,14 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: Train) -> torch
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # Less than half the time of the other kinds for a small net, where calls cost most.
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     if settings.optimizer == "sgd":
         nesterov = settings.momentum > 0
         return torch.optim.SGD(
-            groups, settings.lr, momentum=settings.momentum, nesterov=nesterov, foreach=True
+            groups, settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=fused
         )
-    return torch.optim.AdamW(groups, settings.lr, betas=(settings.momentum, 0.999), foreach=True)
+    return torch.optim.AdamW(groups, settings.lr, betas=(settings.momentum, 0.999), fused=fused)
 
 
 def learning_rate(settings: Train, progress: float) -> float:
