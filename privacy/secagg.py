@@ -29,11 +29,12 @@ both are pure: values in, values out. The coordinator asks, labs answer::
 
 A *view* is what all members must have in common: every key list, and who is a member.
 
-**What this does not hide**: the sums themselves, round by round (a secure sum is not differential
-privacy); that a lab took part. The survivor set is unique as long as fewer than ``2 threshold -
-labs`` labs help the coordinator to lie (a third of the labs at the default threshold). A hostile
-lab can stop a run and spoil a sum; the former names it, the latter does not. Pairwise masks use
-X25519: they don't withstand a future quantum computer, although the shares' sealing does.
+**What this does not hide**: the sums themselves, round by round, and what several of them say
+together (a secure sum is not differential privacy); that a lab took part. The survivor set is
+unique as long as fewer than ``2 threshold - labs`` labs help the coordinator to lie (a third of the
+labs at the default threshold). A hostile lab can stop a run and spoil a sum; the former names it,
+the latter does not. Pairwise masks use X25519: they don't withstand a future quantum computer,
+although the shares' sealing does.
 
 ::
 

@@ -6,8 +6,8 @@ make a new set-up. **Save the set-up's number and its last slot before ``begin``
 only rise, and a lab takes a repeat for a lie. Likewise save that a round's survivors were called;
 ask no second set for it.
 
-The masked vectors travel sealed, with round and slot in their context, and are summed as they come
-(:func:`~cytofed.privacy.masks.add_words`): memory does not grow with the labs.
+The masked vectors travel sealed, one of each lab, with round and slot in their context, and are
+summed as they come (:func:`~cytofed.privacy.masks.add_words`): memory does not grow with the labs.
 """
 
 from __future__ import annotations

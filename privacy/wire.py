@@ -30,7 +30,8 @@ from cytofed.errors import VerificationError
 Value = int | bytes | str | Sequence["Value"] | Mapping[str, "Value"]
 
 MAX_DEPTH = 6
-MAX_MESSAGE_BYTES = 1 << 26  # 64 MiB: far above any control message; tensors have their own limit
+MAX_MESSAGE_BYTES = 1 << 24  # far above any control message; tensors have their own limit
+MAX_ITEMS = 1 << 18  # bounds what a message of many tiny items takes in memory
 MAX_NAME_CHARS = 256
 MAX_ARRAYS = 10_000
 MAX_DIMENSIONS = 8
@@ -98,13 +99,13 @@ def decode(data: bytes | memoryview, *, limit: int = MAX_MESSAGE_BYTES) -> Any:
     if len(data) > limit:  # guard: message-size
         raise MalformedMessage(f"message of {len(data)} bytes, expected at most {limit}")
     view = memoryview(data)
-    value, end = _read(view, 0, 0)
+    value, end = _read(view, 0, 0, [MAX_ITEMS])
     if end != len(view):  # guard: trailing-bytes
         raise MalformedMessage(f"{len(view) - end} bytes after the end of the message")
     return value
 
 
-def _read(view: memoryview, at: int, depth: int) -> tuple[Any, int]:
+def _read(view: memoryview, at: int, depth: int, budget: list[int]) -> tuple[Any, int]:
     major, number, at = _read_head(view, at)
     if major == _UINT:
         return number, at
@@ -121,24 +122,27 @@ def _read(view: memoryview, at: int, depth: int) -> tuple[Any, int]:
     # Each item takes at least a byte: a false count is caught before anything is built.
     if number > len(view) - at:  # guard: item-count
         raise MalformedMessage(f"{number} items announced, {len(view) - at} bytes left")
+    budget[0] -= number
+    if budget[0] < 0:  # guard: item-budget
+        raise MalformedMessage(f"more than {MAX_ITEMS} items in one message")
     if major == _ARRAY:
         items = []
         for _ in range(number):
-            item, at = _read(view, at, depth + 1)
+            item, at = _read(view, at, depth + 1, budget)
             items.append(item)
         return items, at
     fields: dict[str, Any] = {}
     previous = b""
     for _ in range(number):
         start = at
-        key, at = _read(view, at, depth + 1)
+        key, at = _read(view, at, depth + 1, budget)
         if not isinstance(key, str):
             raise MalformedMessage(f"map key at byte {start} is not text")
         encoded = bytes(view[start:at])
         if encoded <= previous:  # guard: key-order
             raise MalformedMessage(f"map key {key!r} is repeated or out of order")
         previous = encoded
-        fields[key], at = _read(view, at, depth + 1)
+        fields[key], at = _read(view, at, depth + 1, budget)
     return fields, at
 
 
@@ -216,6 +220,8 @@ class Fields:
         values = self._pop(name, dict)
         if not all(isinstance(value, bytes) for value in values.values()):
             raise MalformedMessage(f"{self._what}: field {name!r} holds something else than bytes")
+        if any(len(key) > MAX_NAME_CHARS for key in values):  # guard: name-length
+            raise MalformedMessage(f"{self._what}: field {name!r} has an endless name")
         return dict(values)
 
     def inner(self, name: str) -> Fields:

@@ -294,6 +294,19 @@ def test_announced_count_beyond_the_message_is_refused() -> None:
     malformed(b"\x9b\x00\x00\x00\xff\x00\x00\x00\x00abc", "1095216660480 items announced")
 
 
+@guarded_by("item-budget")
+def test_message_of_countless_empty_items_is_refused() -> None:
+    malformed(b"\x9a\x00\x04\x00\x01" + b"\xa0" * (2**18 + 1), "more than 262144 items")
+
+
+@guarded_by("name-length")
+def test_endless_name_is_refused() -> None:
+    """Names end up in errors and logs."""
+    fields = wire.Fields.of(wire.encode({"lists": {"x" * 300: b""}}), "announce")
+    with pytest.raises(MalformedMessage, match="endless name"):
+        fields.blobs("lists")
+
+
 @guarded_by("nesting")
 def test_deep_nesting_is_refused() -> None:
     malformed(b"\x81" * 7 + b"\0", "nested deeper")

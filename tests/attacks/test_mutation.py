@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(900)
 def test_every_guard_is_needed_and_every_attack_test_needs_its_guard() -> None:
     script = Path(__file__).with_name("mutate.py")
     done = subprocess.run(

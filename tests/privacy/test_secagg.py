@@ -83,6 +83,16 @@ def test_forty_labs_of_which_thirteen_drop_sum_exactly() -> None:
     assert np.array_equal(unmasked(stage), true_sum(stage))
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("count", range(3, 41))
+def test_cohort_of_any_size_sums_exactly_with_as_many_dropouts_as_it_bears(count: int) -> None:
+    stage = advertised(fresh(count), slots=1)
+    stage = accepted(dealt(announced(stage)))
+    survivors = names(count)[-stage.cohort.need :]
+    stage = revealed(agreed(polled(masked(stage, survivors))))
+    assert np.array_equal(unmasked(stage), true_sum(stage))
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), count=SIZES)
 def test_nothing_is_revealed_below_the_threshold(data: st.DataObject, count: int) -> None:
