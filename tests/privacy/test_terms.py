@@ -1,0 +1,98 @@
+"""A plan's privacy settings in steps, noise and price."""
+
+from __future__ import annotations
+
+import pytest
+
+from cytofed.errors import InputError
+from cytofed.plan import Plan, load_plan
+from cytofed.plan_check import check_plan
+from cytofed.privacy.accounting import epsilon_for
+from cytofed.privacy.terms import declared_of, private_steps, terms_of
+
+
+def private(*overrides: str) -> Plan:
+    return load_plan("demo", ["privacy.unit=patient", *overrides])
+
+
+def test_a_unit_alone_gives_the_documented_defaults() -> None:
+    terms = terms_of(private())
+    assert terms is not None
+    assert (terms.delta, terms.training.sampling_rate) == (1e-3, 0.25)
+    assert (terms.max_norm, terms.cells_per_unit) == (1.0, 16)
+    assert 7.9 < terms.guarantee.epsilon <= 8.0
+    assert "per patient, add-or-remove" in str(terms.guarantee)
+
+
+def test_no_unit_has_no_terms() -> None:
+    assert terms_of(load_plan("demo")) is None
+
+
+def test_epsilon_and_sigma_follow_from_each_other_over_all_steps() -> None:
+    terms = terms_of(private("privacy.epsilon=3"))
+    assert terms is not None
+    assert terms.steps == private_steps(private()) * private().train.rounds
+    back = terms_of(private(f"privacy.sigma={terms.training.sigma!r}"))
+    assert back is not None
+    assert back.guarantee.epsilon == pytest.approx(terms.guarantee.epsilon, abs=1e-6)
+    whole = epsilon_for(terms.training.sigma, 1e-3, 0.25, terms.steps)
+    assert whole == pytest.approx(terms.guarantee.epsilon, abs=1e-6)
+
+
+def test_local_epochs_become_steps_by_the_sampling_rate() -> None:
+    assert private_steps(private("train.local_epochs=3", "privacy.sampling_rate=0.25")) == 12
+    assert private_steps(private("train.local_epochs=0.1")) == 1
+    assert private_steps(private("train.steps_per_round=7")) == 7
+
+
+def test_both_epsilon_and_sigma_are_refused() -> None:
+    with pytest.raises(InputError, match="both"):
+        private("privacy.epsilon=1", "privacy.sigma=1")
+
+
+def test_delta_not_below_one_over_declared_patients_is_refused() -> None:
+    with pytest.raises(InputError, match="delta"):
+        terms_of(private("privacy.declared_patients=1000"))
+    assert terms_of(private("privacy.declared_patients=999")) is not None
+
+
+def test_a_lab_that_the_plan_does_not_list_is_named() -> None:
+    plan = private("privacy.declared_patients={lab-1: 40}")
+    assert declared_of(plan, "lab-1") == 40
+    with pytest.raises(InputError, match="lab-2"):
+        declared_of(plan, "lab-2")
+
+
+@pytest.mark.parametrize("balance", ["sampler", "weights", "logits"])
+def test_class_counts_of_private_images_are_refused(balance: str) -> None:
+    with pytest.raises(InputError, match=balance):
+        check_plan(private(f"train.balance={balance}"))
+
+
+def test_scores_of_single_labs_are_refused_and_off_by_default() -> None:
+    with pytest.raises(InputError, match="per_lab"):
+        check_plan(private("evaluation.per_lab=true"))
+    assert not private().reports_per_lab
+    assert load_plan("demo").reports_per_lab
+
+
+def test_image_units_are_labelled() -> None:
+    warnings = check_plan(load_plan("demo", ["privacy.unit=image"]))
+    assert any("one image" in warning for warning in warnings)
+
+
+def test_robust_rules_and_secure_aggregation_do_not_go_together() -> None:
+    overrides = ["strategy.name=median", "secure_aggregation.enabled=true"]
+    with pytest.raises(InputError, match="median"):
+        check_plan(load_plan("demo", overrides))
+
+
+@pytest.mark.parametrize(("labs", "threshold"), [(4, 2), (2, 2), (41, 28)])
+def test_unsafe_thresholds_and_cohorts_are_refused(labs: int, threshold: int) -> None:
+    overrides = [
+        "secure_aggregation.enabled=true",
+        f"secure_aggregation.threshold={threshold}",
+        f"simulation.labs={labs}",
+    ]
+    with pytest.raises(InputError):
+        check_plan(load_plan("demo", overrides))

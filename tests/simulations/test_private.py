@@ -1,0 +1,126 @@
+"""A federation under patient-level differential privacy, each virtual lab on its own ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cytofed.errors import InputError
+from cytofed.privacy.accounting import epsilon_for
+from cytofed.privacy.ledger import Ledger
+from cytofed.simulations.simulate import Request
+
+Small = Callable[..., Request]
+PRIVATE = ("privacy.unit=patient", "simulation.pseudo_patient_cells=4", "simulation.labs=2")
+
+
+def test_every_lab_pays_what_one_accountant_over_all_steps_says(
+    small: Small, directly: Callable[[Request], dict]
+) -> None:
+    request = small(*PRIVATE, "train.rounds=3")
+    privacy = directly(request)["privacy"]
+    assert privacy["unit"] == "patient"
+    assert privacy["steps"] == 3 * 2
+    expected = epsilon_for(privacy["sigma"], 1e-3, 0.25, 6)
+    assert privacy["epsilon"] == pytest.approx(expected)
+    for lab in ("lab-1", "lab-2"):
+        assert privacy["labs"][lab]["epsilon"] == pytest.approx(expected, abs=1e-3)
+    one_round = epsilon_for(privacy["sigma"], 1e-3, 0.25, 2)
+    assert privacy["labs"]["lab-1"]["epsilon"] > one_round + 0.1, "not reset each round"
+
+
+def test_a_lab_that_dropped_out_has_spent_less(
+    small: Small, directly: Callable[[Request], dict]
+) -> None:
+    request = small(*PRIVATE, "train.rounds=2", "simulation.population.dropout=0.5")
+    summary = directly(request)
+    spent = {lab: entry["epsilon"] for lab, entry in summary["privacy"]["labs"].items()}
+    trained = {
+        lab: sum(lab in record["received"] for record in summary["participation"]) for lab in spent
+    }
+    assert sum(trained.values()) == 2
+    for lab in spent:
+        assert (spent[lab] > 0) == (trained[lab] > 0)
+
+
+def test_the_ledger_holds_one_settled_event_per_round(
+    small: Small, directly: Callable[[Request], dict]
+) -> None:
+    request = small(*PRIVATE, "train.rounds=3")
+    directly(request)
+    path = request.out / "checkpoints" / "ledgers" / "lab-1.sqlite"
+    with Ledger.open(path, pool="federation") as ledger:
+        events = ledger.summary()["events"]
+    assert [event["round"] for event in events] == [1, 2, 3]
+    assert {event["state"] for event in events} == {"settled"}
+
+
+def test_no_loss_and_no_score_of_a_single_lab_is_told(
+    small: Small, directly: Callable[[Request], dict]
+) -> None:
+    request = small(*PRIVATE)
+    summary = directly(request)
+    assert summary["labs"] is None
+    for line in (request.out / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["loss"] == {}
+        assert record["labs"] is None
+
+
+def test_pseudo_patients_and_seeded_noise_are_labelled_everywhere(
+    small: Small, directly: Callable[[Request], dict]
+) -> None:
+    request = small(*PRIVATE)
+    summary = directly(request)
+    assert summary["privacy"]["pseudo_patients"] is True
+    assert "seeded" in summary["privacy"]["noise"]
+    assert any("pseudo-patients" in warning for warning in summary["warnings"])
+    for name in ("model_card.md", "report.html"):
+        assert "pseudo" in (request.out / name).read_text()
+
+
+def test_same_seed_same_noise_same_weights(
+    small: Small, directly: Callable[[Request], dict], tmp_path: Path
+) -> None:
+    first = directly(small(*PRIVATE, out=tmp_path / "a"))
+    again = directly(small(*PRIVATE, out=tmp_path / "b"))
+    other = directly(small(*PRIVATE, "train.seed=1", out=tmp_path / "c"))
+    assert first["weights_sha256"] == again["weights_sha256"] != other["weights_sha256"]
+
+
+def test_declared_patients_too_many_for_delta_are_refused_before_training(
+    small: Small, directly: Callable[[Request], dict]
+) -> None:
+    with pytest.raises(InputError, match="delta"):
+        directly(small(*PRIVATE, "privacy.declared_patients=5000"))
+
+
+def test_private_and_secure_go_together(small: Small, directly: Callable[[Request], dict]) -> None:
+    request = small(
+        "privacy.unit=patient",
+        "simulation.pseudo_patient_cells=3",
+        "simulation.labs=4",
+        "secure_aggregation.enabled=true",
+    )
+    summary = directly(request)
+    assert summary["status"] == "completed"
+    assert summary["privacy"]["labs"]["lab-4"]["epsilon"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "local_norms", "fedadam"])
+def test_strategies_train_under_privacy(
+    strategy: str, small: Small, directly: Callable[[Request], dict]
+) -> None:
+    summary = directly(small(*PRIVATE, f"strategy.name={strategy}"))
+    assert summary["status"] == "completed"
+
+
+def test_a_simulation_of_the_head_alone_trains_in_closed_form(
+    small: Small, directly: Callable[[Request], dict]
+) -> None:
+    summary = directly(small(*PRIVATE, "model.trainable=head"))
+    assert summary["status"] == "completed"
+    assert summary["wire"]["up_bytes_per_lab_round"] < 20_000
