@@ -43,7 +43,7 @@ from cytofed.errors import InputError
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
-_VERSION = 1
+_VERSION = 2
 _HEADER_BYTES = 4096  # one page: the pixels behind it are page-aligned
 _CHUNK = 32  # images that a thread takes at once
 _RACY_NS = 2_000_000_000  # a file this young may change again within the same time stamp
@@ -97,7 +97,7 @@ class CellFile:
     pixels_NHWC: np.memmap  # uint8
     sha256_N32: np.ndarray  # uint8: SHA-256 of each image file
     dhash_N: np.ndarray  # uint64: difference hash
-    background_N3: np.ndarray  # float32: mean RGB of the border, 0..255
+    background_N3: np.ndarray  # float32: bright end of the border's RGB, 0..255
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +234,8 @@ def summaries(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Difference hash (uint64 N) and background (float32 N3) of uint8 images of one size.
 
     The hash says of each of 8 x 8 blocks whether it is brighter than its left neighbour; the
-    background is the mean RGB of the outermost 1/32, 0..255.
+    background is the 95th percentile of each channel in the outermost 1/32, 0..255: there glass is
+    brighter than any cell, while a mean would follow the neighbours and with them the class.
     Guarantees: the same on every machine, as all sums are exact integers.
     """
     count, height, width, _ = pixels_NHWC.shape
@@ -252,13 +253,17 @@ def summaries(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bits_N64 = (grey_N89[:, :, 1:] > grey_N89[:, :, :-1]).reshape(count, 64)
     dhash_N = np.packbits(bits_N64, axis=1).view(">u8")[:, 0].astype(np.uint64)
 
-    ends_NWC = pixels_NHWC[:, :thick].sum(axis=1, dtype=np.int64)
-    ends_NWC += pixels_NHWC[:, -thick:].sum(axis=1, dtype=np.int64)
-    sides_NWC = bands_N8WC.sum(axis=1, dtype=np.int64) - ends_NWC
-    border_N3 = ends_NWC.sum(axis=1) + sides_NWC[:, :thick].sum(axis=1)
-    border_N3 += sides_NWC[:, -thick:].sum(axis=1)
-    area = 2 * thick * (width + height - 2 * thick)
-    return dhash_N, (border_N3 / area).astype(np.float32)
+    inner = slice(thick, -thick)
+    sides = (
+        pixels_NHWC[:, :thick].reshape(count, -1, 3),
+        pixels_NHWC[:, -thick:].reshape(count, -1, 3),
+        pixels_NHWC[:, inner, :thick].reshape(count, -1, 3),
+        pixels_NHWC[:, inner, -thick:].reshape(count, -1, 3),
+    )
+    border_N3A = np.ascontiguousarray(np.concatenate(sides, axis=1).transpose(0, 2, 1))
+    bright = border_N3A.shape[2] * 95 // 100
+    border_N3A.partition(bright, axis=2)
+    return dhash_N, border_N3A[:, :, bright].astype(np.float32)
 
 
 # --- what is known of the files -------------------------------------------------------------------

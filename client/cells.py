@@ -33,7 +33,7 @@ class Source:
     listing: Listing  # readable images only; the others are its problems
     pixels_NHWC: np.memmap  # uint8
     dhash_N: np.ndarray  # uint64
-    background_N3: np.ndarray  # float32, 0..255: mean RGB of the frame's border
+    background_N3: np.ndarray  # float32, 0..255: RGB of the glass at the border
     file: Path  # the cache file
 
 
@@ -101,7 +101,7 @@ class Cells:
 
     @property
     def background_N3(self) -> np.ndarray:
-        """float32 mean RGB of each frame's border, 0..255."""
+        """float32 RGB of the glass at each frame's border, 0..255."""
         return self._gather([source.background_N3 for source in self.sources])
 
     @property
