@@ -110,6 +110,9 @@ def _request(
 ) -> Any:
     from cytofed.simulations.simulate import Request, choose_plan, default_out, earlier_request
 
+    given = partition.partition(":")[0] if partition else ""
+    if labs is None and given in ("sources", "column"):
+        overrides = ("simulation.labs=null", *overrides)  # as many as the data has
     for key, value in (
         ("simulation.labs", labs),
         ("simulation.partition", partition),
