@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,12 @@ from cytofed.privacy.ledger import Ledger
 from cytofed.simulations.simulate import Request
 
 Small = Callable[..., Request]
+Simulate = Callable[[Request], dict[str, Any]]
 PRIVATE = ("privacy.unit=patient", "simulation.pseudo_patient_cells=4", "simulation.labs=2")
 
 
 def test_every_lab_pays_what_one_accountant_over_all_steps_says(
-    small: Small, directly: Callable[[Request], dict]
+    small: Small, directly: Simulate
 ) -> None:
     request = small(*PRIVATE, "train.rounds=3")
     privacy = directly(request)["privacy"]
@@ -32,9 +34,7 @@ def test_every_lab_pays_what_one_accountant_over_all_steps_says(
     assert privacy["labs"]["lab-1"]["epsilon"] > one_round + 0.1, "not reset each round"
 
 
-def test_a_lab_that_dropped_out_has_spent_less(
-    small: Small, directly: Callable[[Request], dict]
-) -> None:
+def test_a_lab_that_dropped_out_has_spent_less(small: Small, directly: Simulate) -> None:
     request = small(*PRIVATE, "train.rounds=2", "simulation.population.dropout=0.5")
     summary = directly(request)
     spent = {lab: entry["epsilon"] for lab, entry in summary["privacy"]["labs"].items()}
@@ -46,9 +46,7 @@ def test_a_lab_that_dropped_out_has_spent_less(
         assert (spent[lab] > 0) == (trained[lab] > 0)
 
 
-def test_the_ledger_holds_one_settled_event_per_round(
-    small: Small, directly: Callable[[Request], dict]
-) -> None:
+def test_the_ledger_holds_one_settled_event_per_round(small: Small, directly: Simulate) -> None:
     request = small(*PRIVATE, "train.rounds=3")
     directly(request)
     path = request.out / "checkpoints" / "ledgers" / "lab-1.sqlite"
@@ -58,9 +56,7 @@ def test_the_ledger_holds_one_settled_event_per_round(
     assert {event["state"] for event in events} == {"settled"}
 
 
-def test_no_loss_and_no_score_of_a_single_lab_is_told(
-    small: Small, directly: Callable[[Request], dict]
-) -> None:
+def test_no_loss_and_no_score_of_a_single_lab_is_told(small: Small, directly: Simulate) -> None:
     request = small(*PRIVATE)
     summary = directly(request)
     assert summary["labs"] is None
@@ -71,7 +67,7 @@ def test_no_loss_and_no_score_of_a_single_lab_is_told(
 
 
 def test_pseudo_patients_and_seeded_noise_are_labelled_everywhere(
-    small: Small, directly: Callable[[Request], dict]
+    small: Small, directly: Simulate
 ) -> None:
     request = small(*PRIVATE)
     summary = directly(request)
@@ -83,7 +79,7 @@ def test_pseudo_patients_and_seeded_noise_are_labelled_everywhere(
 
 
 def test_same_seed_same_noise_same_weights(
-    small: Small, directly: Callable[[Request], dict], tmp_path: Path
+    small: Small, directly: Simulate, tmp_path: Path
 ) -> None:
     first = directly(small(*PRIVATE, out=tmp_path / "a"))
     again = directly(small(*PRIVATE, out=tmp_path / "b"))
@@ -92,13 +88,13 @@ def test_same_seed_same_noise_same_weights(
 
 
 def test_declared_patients_too_many_for_delta_are_refused_before_training(
-    small: Small, directly: Callable[[Request], dict]
+    small: Small, directly: Simulate
 ) -> None:
     with pytest.raises(InputError, match="delta"):
         directly(small(*PRIVATE, "privacy.declared_patients=5000"))
 
 
-def test_private_and_secure_go_together(small: Small, directly: Callable[[Request], dict]) -> None:
+def test_private_and_secure_go_together(small: Small, directly: Simulate) -> None:
     request = small(
         "privacy.unit=patient",
         "simulation.pseudo_patient_cells=3",
@@ -111,15 +107,13 @@ def test_private_and_secure_go_together(small: Small, directly: Callable[[Reques
 
 
 @pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "local_norms", "fedadam"])
-def test_strategies_train_under_privacy(
-    strategy: str, small: Small, directly: Callable[[Request], dict]
-) -> None:
+def test_strategies_train_under_privacy(strategy: str, small: Small, directly: Simulate) -> None:
     summary = directly(small(*PRIVATE, f"strategy.name={strategy}"))
     assert summary["status"] == "completed"
 
 
 def test_a_simulation_of_the_head_alone_trains_in_closed_form(
-    small: Small, directly: Callable[[Request], dict]
+    small: Small, directly: Simulate
 ) -> None:
     summary = directly(small(*PRIVATE, "model.trainable=head"))
     assert summary["status"] == "completed"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from cytofed.errors import InputError
@@ -13,16 +15,17 @@ from cytofed.model_file import read_model
 from cytofed.simulations.simulate import Request
 
 Small = Callable[..., Request]
+Simulate = Callable[[Request], dict[str, Any]]
 SECURE = ("secure_aggregation.enabled=true", "simulation.labs=4")
 
 
-def weights(out: Path) -> np.ndarray:
+def weights(out: Path) -> npt.NDArray[np.float32]:
     arrays, _ = read_model(out / "model.safetensors")
     return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])
 
 
 def test_one_round_gives_the_same_model_up_to_the_quantisation_step(
-    small: Small, directly: Callable[[Request], dict], tmp_path: Path
+    small: Small, directly: Simulate, tmp_path: Path
 ) -> None:
     plain = small("train.rounds=1", "simulation.labs=4", out=tmp_path / "plain")
     secure = small("train.rounds=1", *SECURE, out=tmp_path / "secure")
@@ -38,7 +41,7 @@ def test_one_round_gives_the_same_model_up_to_the_quantisation_step(
 
 
 def test_dropouts_down_to_the_threshold_do_not_change_what_is_averaged(
-    small: Small, directly: Callable[[Request], dict], tmp_path: Path
+    small: Small, directly: Simulate, tmp_path: Path
 ) -> None:
     drops = ("simulation.population.dropout=0.25", "train.rounds=1")
     directly(small("simulation.labs=4", *drops, out=tmp_path / "plain"))
@@ -50,7 +53,7 @@ def test_dropouts_down_to_the_threshold_do_not_change_what_is_averaged(
 
 
 def test_below_the_threshold_the_model_does_not_move_and_the_run_says_so(
-    small: Small, directly: Callable[[Request], dict]
+    small: Small, directly: Simulate
 ) -> None:
     request = small(*SECURE, "simulation.population.dropout=0.5", "train.rounds=1")
     summary = directly(request)
@@ -59,7 +62,7 @@ def test_below_the_threshold_the_model_does_not_move_and_the_run_says_so(
 
 
 def test_control_variates_travel_in_the_same_masked_vector(
-    small: Small, directly: Callable[[Request], dict], tmp_path: Path
+    small: Small, directly: Simulate, tmp_path: Path
 ) -> None:
     scaffold = ("strategy.name=scaffold", "train.rounds=2", "train.optimizer=sgd", "train.lr=0.01")
     directly(small("simulation.labs=4", *scaffold, out=tmp_path / "plain"))
@@ -68,9 +71,7 @@ def test_control_variates_travel_in_the_same_masked_vector(
     assert np.abs(weights(tmp_path / "plain") - weights(tmp_path / "secure")).max() < 1e-3
 
 
-def test_sixteen_bits_halve_the_bytes(
-    small: Small, directly: Callable[[Request], dict], tmp_path: Path
-) -> None:
+def test_sixteen_bits_halve_the_bytes(small: Small, directly: Simulate, tmp_path: Path) -> None:
     sent = {}
     for bits in (32, 16):
         request = small(
@@ -81,25 +82,21 @@ def test_sixteen_bits_halve_the_bytes(
 
 
 def test_more_rounds_than_slots_make_a_new_set_up(
-    small: Small, directly: Callable[[Request], dict], monkeypatch: pytest.MonkeyPatch
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cytofed.server.secure.SLOTS", 2)
     summary = directly(small(*SECURE, "train.rounds=5", "train.steps_per_round=1"))
     assert summary["status"] == "completed"
 
 
-def test_two_labs_are_refused_before_anything_runs(
-    small: Small, directly: Callable[[Request], dict]
-) -> None:
+def test_two_labs_are_refused_before_anything_runs(small: Small, directly: Simulate) -> None:
     request = small("secure_aggregation.enabled=true", "simulation.labs=2")
     with pytest.raises(InputError, match="2 labs"):
         directly(request)
     assert not request.out.exists()
 
 
-def test_a_lab_sends_no_loss_and_no_weight_of_its_own(
-    small: Small, directly: Callable[[Request], dict]
-) -> None:
+def test_a_lab_sends_no_loss_and_no_weight_of_its_own(small: Small, directly: Simulate) -> None:
     request = small(*SECURE, "train.rounds=1")
     directly(request)
     line = (request.out / "metrics.jsonl").read_text()
