@@ -1,1 +1,1 @@
-"""Patient-level differential privacy, sealing, secure aggregation. Pure, without I/O at the core."""
+"""Patient-level differential privacy, sealing, secure aggregation. Pure, no I/O at the core."""

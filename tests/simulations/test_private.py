@@ -42,8 +42,8 @@ def test_a_lab_that_dropped_out_has_spent_less(small: Small, directly: Simulate)
         lab: sum(lab in record["received"] for record in summary["participation"]) for lab in spent
     }
     assert sum(trained.values()) == 2
-    for lab in spent:
-        assert (spent[lab] > 0) == (trained[lab] > 0)
+    for lab, epsilon in spent.items():
+        assert (epsilon > 0) == (trained[lab] > 0)
 
 
 def test_the_ledger_holds_one_settled_event_per_round(small: Small, directly: Simulate) -> None:
