@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import numpy as np
 from cytofed.client.cache import Progress, framing, open_cached, open_cell_file
 from cytofed.client.reader import Listing, Problem, list_cells
 from cytofed.errors import InputError
+from cytofed.files import write_atomically
 from cytofed.labels import LabelMap, Scheme
 
 
@@ -139,14 +137,7 @@ class Cells:
             targets=self.targets_NC,
             **arrays,
         )
-        fd, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(buffer.getvalue())
-            os.replace(draft, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(draft)
+        write_atomically(path, buffer.getvalue(), mode=0o600)
 
     def _gather(self, values: Sequence[np.ndarray]) -> np.ndarray:
         starts = np.cumsum([0, *map(len, values[:-1])])
