@@ -81,10 +81,15 @@ class Step:
 
 def open_folder() -> Path:
     """A new folder in shared memory (or the temporary folder), named after this process."""
-    shared = Path("/dev/shm")
-    base = shared if shared.is_dir() and os.access(shared, os.W_OK) else None
-    _remove_stale(base or Path(tempfile.gettempdir()))
+    base = _base()
+    _remove_stale(base)
     return Path(tempfile.mkdtemp(prefix=f"cytofed-{os.getpid()}-", dir=base))
+
+
+def _base() -> Path:
+    shared = Path("/dev/shm")
+    usable = shared.is_dir() and os.access(shared, os.W_OK)
+    return shared if usable else Path(tempfile.gettempdir())
 
 
 def _remove_stale(base: Path) -> None:

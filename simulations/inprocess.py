@@ -57,6 +57,8 @@ class _Worker:
 class _Queued:
     rank: tuple[float, int]
     message: Message = field(compare=False)
+    deadline: float = field(compare=False)
+    """when nobody waits for the reply any more (monotonic seconds)"""
 
 
 class InProcessGrid(Grid):
@@ -160,7 +162,8 @@ class InProcessGrid(Grid):
                 message.metadata.__dict__["_message_id"] = str(number)
                 self._share(message.content)
                 cost = self.nodes.get(message.metadata.dst_node_id, 0.0)
-                heapq.heappush(self._queue, _Queued((-cost, number), message))
+                deadline = time.monotonic() + message.metadata.ttl
+                heapq.heappush(self._queue, _Queued((-cost, number), message, deadline))
                 ids.append(str(number))
             self._changed.notify_all()
         return ids
@@ -200,7 +203,7 @@ class InProcessGrid(Grid):
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None,
+            stdout=2,  # whatever a library prints must not get into --json
             start_new_session=True,  # Ctrl-C goes to the parent alone, which ends the workers
         )
         theirs.close()
@@ -218,32 +221,39 @@ class InProcessGrid(Grid):
     def _feed(self, index: int) -> None:
         """Give one worker a message after the other; replace it when it dies."""
         deaths = 0
-        while True:
-            message = self._next()
-            if message is None:
-                return
+        while (queued := self._next()) is not None:
+            if time.monotonic() > queued.deadline:
+                self._deliver(queued, Message(Error(ERROR_CODE, "late"), reply_to=queued.message))
+                continue
             worker = self._workers[index]
             try:
-                reply = self._ask(worker, message)
+                reply = self._ask(worker, queued.message)
             except (EOFError, OSError):
-                if self._closed:
-                    return
-                code = worker.process.wait()
-                reason = f"the lab's process ended with {_exit_text(code)}"
-                reply = Message(Error(ERROR_CODE, reason), reply_to=message)
+                reason = f"the lab's process ended with {_exit_text(worker.process.wait())}"
                 deaths += 1
                 if deaths > _RESTARTS:
                     self._fail(CytofedError(f"workers die again and again: {reason}"))
                     return
-                self._workers[index] = self._start_worker()
-            self._deliver(message, reply)
+                if not self._replace_worker(index):
+                    return
+                reply = Message(Error(ERROR_CODE, reason), reply_to=queued.message)
+            self._deliver(queued, reply)
 
-    def _next(self) -> Message | None:
+    def _replace_worker(self, index: int) -> bool:
+        """Start another worker, unless the grid is closing."""
+        with self._changed:
+            if self._closed:
+                return False
+            self._workers[index] = self._start_worker()
+            return True
+
+    def _next(self) -> _Queued | None:
+        """The message to answer next, when there is room for its reply; None: the grid closes."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or (self._queue and self._unread_bytes < _UNREAD_BYTES)
             )
-            return None if self._closed else heapq.heappop(self._queue).message
+            return None if self._closed else heapq.heappop(self._queue)
 
     def _ask(self, worker: _Worker, message: Message) -> Message:
         metadata = message.metadata
@@ -286,15 +296,17 @@ class InProcessGrid(Grid):
             self._contents[id(content)] = shared
         shared.open += 1
 
-    def _deliver(self, message: Message, reply: Message) -> None:
+    def _deliver(self, queued: _Queued, reply: Message) -> None:
+        message = queued.message
         with self._changed:
             shared = self._contents[id(message.content)]
             shared.open -= 1
             if shared.open == 0:
                 del self._contents[id(message.content)]
                 self._slots.give_back(shared.slot)
-            self._replies[message.metadata.message_id] = reply
-            self._unread_bytes += _size(reply)
+            if time.monotonic() < queued.deadline:  # later nobody pulls it
+                self._replies[message.metadata.message_id] = reply
+                self._unread_bytes += _size(reply)
             self._changed.notify_all()
 
     def _fail(self, failure: CytofedError) -> None:

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
@@ -94,9 +94,10 @@ def _answer(folder: str, message: Message, context: Context) -> Message:
 def to_bytes(message: Message) -> Message:
     """The message with its arrays as ``bytes``: what Ray can pickle."""
     if message.has_content():
-        for record in message.content.array_records.values():
-            for array in record.values():
-                array.data = bytes(array.data)  # no copy where they are
+        for record in message.content.values():
+            if isinstance(record, ArrayRecord):
+                for array in record.values():
+                    array.data = bytes(array.data)  # no copy where they are
     return message
 
 
