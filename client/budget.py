@@ -67,14 +67,13 @@ class LedgerBudget:
 
     def _entry(self, order: Order) -> ledger.Order:
         weights = parts_sha256(order.parts)
-        text = f"{order.kind} {order.run} {order.round} {order.plan_sha256} {weights}"
+        text = f"{order.kind} {order.run} {order.round} {order.slot} {order.plan_sha256} {weights}"
         return ledger.Order(
             federation=self.federation,
             run=order.run,
             round=order.round,
-            slot=0,
+            slot=order.slot,
             plan_sha256=order.plan_sha256,
             weights_sha256=weights,
             order_sha256=hashlib.sha256(text.encode()).hexdigest(),
         )
-

@@ -17,7 +17,6 @@ import safetensors.numpy
 from cytofed.arrays import Float32
 from cytofed.errors import InputError
 from cytofed.files import write_atomically
-from cytofed.files import write_atomically
 
 FORMAT = "cytofed-model-1"
 
