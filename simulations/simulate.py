@@ -224,10 +224,12 @@ def _prepare_folder(request: Request) -> dict[str, Any] | None:
             )
         summary_file = out / "summary.json"
         if summary_file.is_file():
+            if not (out / "report.html").is_file():  # killed between the two
+                _write_report(out)
             summary: dict[str, Any] = json.loads(summary_file.read_text())
             return summary
         return None
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and _only_begun(out)):
         raise InputError(f"{out} is not empty and holds no run", hint="choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -243,6 +245,13 @@ def _prepare_folder(request: Request) -> dict[str, Any] | None:
     write_atomically(out / _PRIVATE / "request.json", json.dumps(asked), mode=0o600)
     write_atomically(plan_file, dump_plan(request.plan))  # last: says that the folder is a run
     return None
+
+
+def _only_begun(out: Path) -> bool:
+    """An empty folder, or what a run leaves that was killed before its plan was written."""
+    begun = {_PRIVATE, f"{_PRIVATE}/request.json"}
+    found = {path.relative_to(out) for path in out.rglob("*")}
+    return all(str(path) in begun or path.suffix == ".part" for path in found)
 
 
 def earlier_request(out: Path) -> dict[str, Any]:
@@ -314,9 +323,26 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
         )
         cells = replace(cells, patients_N=patients_N)
     labs = cut(plan, cells, partition, test_N, private)
+    _check_unchanged(labs, request.out)
     labs.save()
     make_keys(private, plan, labs.names)
     return labs
+
+
+def _check_unchanged(labs: VirtualLabs, out: Path) -> None:
+    """A resumed run goes on over the very images, labels and labs that it began with."""
+    digest = hashlib.sha256(_data_sha256(labs.cells).encode())
+    digest.update(labs.lab_N.tobytes() + labs.side_N.tobytes())
+    if labs.cells.patients_N is not None:
+        digest.update("\n".join(labs.cells.patients_N.tolist()).encode())
+    file = out / _PRIVATE / "data.sha256"
+    if not file.is_file():
+        write_atomically(file, digest.hexdigest())
+    elif file.read_text() != digest.hexdigest():
+        raise InputError(
+            f"the images, their labels or patients are not those that {out} began with",
+            hint="resume with the same data, or choose another --out",
+        )
 
 
 # --- backends
@@ -390,8 +416,6 @@ def make_start(plan_file: Path, folder: Path) -> Start:
 
 
 def _finish(world: World, results: Results, wall_s: float) -> dict[str, Any]:
-    from cytofed.simulations.report import write_report  # matplotlib takes a second
-
     out, plan = world.request.out, world.plan
     run = world.run(results.nodes)
     weights_P = final_weights(results.federation)
@@ -402,11 +426,17 @@ def _finish(world: World, results: Results, wall_s: float) -> dict[str, Any]:
         replace(world.start.info, plan_sha256=plan.sha256),
     )
     write_atomically(out / "model_card.md", model_card(summary, plan))
-    # The report reads the summary; the summary's own name appears last and says: finished.
-    draft = out / "summary.json"
-    write_atomically(draft, json.dumps(summary, indent=1) + "\n")
-    write_report(out)
+    # Says that the run is finished. The report reads it; where a kill comes between the two,
+    # --resume writes the report.
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _write_report(out)
     return summary
+
+
+def _write_report(out: Path) -> None:
+    from cytofed.simulations.report import write_report  # matplotlib takes a second
+
+    write_report(out)
 
 
 def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -86,6 +86,12 @@ class DirectGrid(Grid):
         raise NotImplementedError
 
 
+class Simulate(Protocol):
+    """Runs a request; the report takes most of a small run's time and is left out if not asked."""
+
+    def __call__(self, request: Request, *, report: bool = False) -> dict[str, Any]: ...
+
+
 class DirectBackend:
     """What ``simulate`` asks of a backend, in this process."""
 
@@ -110,16 +116,20 @@ class DirectBackend:
         return run_all(grid, {name: number for number, name in enumerate(names)}, world)
 
 
-Simulate = Callable[[Request], dict[str, Any]]
-
-
 @pytest.fixture
 def directly(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulate]:
     """``simulate`` as it is, over a transport without processes: seconds less per run."""
     monkeypatch.setattr(simulation, "_open_grid", DirectBackend)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the plan says; sums differ in the last bit with more
-    yield lambda request: simulation.simulate(request, RunProgress(quiet=True))
+
+    def run(request: Request, *, report: bool = False) -> dict[str, Any]:
+        with monkeypatch.context() as patch:
+            if not report:
+                patch.setattr(simulation, "_write_report", lambda _: None)
+            return simulation.simulate(request, RunProgress(quiet=True))
+
+    yield run
     torch.set_num_threads(threads)
 
 
