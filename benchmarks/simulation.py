@@ -190,6 +190,7 @@ def bare_processes(folder: Path) -> Iterator[Bare]:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,  # as our workers: Linux shares its time out by session
         )
         for _ in range(WORKERS)
     ]
