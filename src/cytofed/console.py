@@ -55,6 +55,7 @@ class RunProgress:
         self._bars: dict[str, TaskID] = {}
         self._shares: dict[str, dict[str, float]] = {}
         self._losses: dict[str, float] = {}
+        self._scores: dict[str, str] = {}
         self._started: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -92,6 +93,7 @@ class RunProgress:
                 self._bars[run] = self._progress.add_task(run, total=rounds, what="")
             self._shares[run] = {}
             what = f"round {round_}/{rounds}: {kind} at {labs} {'lab' if labs == 1 else 'labs'}"
+            what += self._scores.get(run, "")
             self._progress.update(self._bars[run], completed=round_ - 1, what=what)
 
     def step(
@@ -103,7 +105,8 @@ class RunProgress:
                 return
             self._shares[run][lab] = share
             done = round_ - 1 + sum(self._shares[run].values()) / max(labs, 1)
-            what = f"round {round_}: {lab}, loss {loss:.3f}"
+            what = f"round {round_}: {lab}, loss {loss:.3f}" if math.isfinite(loss) else lab
+            what += self._scores.get(run, "")
             self._progress.update(self._bars[run], completed=done, what=what)
 
     def reply(self, run: str, kind: str, round_: int, lab: str, loss: float) -> None:
@@ -126,6 +129,7 @@ class RunProgress:
             if run in self._losses:
                 parts.append(f"loss {self._losses[run]:.3f}")
             if score:
+                self._scores[run] = f", macro F1 {score['macro_f1']:.3f}"
                 parts.append(f"macro F1 {score['macro_f1']:.3f}")
             parts.append(f"{record['wall_s']:.1f} s")
         if not self._quiet:
