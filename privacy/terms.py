@@ -13,13 +13,16 @@ from typing import Any
 from cytofed.errors import InputError
 from cytofed.plan import Plan
 from cytofed.privacy.accounting import (
+    Gaussian,
     Guarantee,
     PlanCost,
     SubsampledGaussian,
     check_delta,
     price,
     sigma_for,
+    times,
 )
+from cytofed.privacy.evaluation import TallyMechanism
 
 DEFAULT_EPSILON = 8.0
 """of a plan that names a unit but neither epsilon nor sigma"""
@@ -30,6 +33,8 @@ class Terms:
     """The subsampled Gaussian mechanism of a plan, the same at every lab.
 
     ``training``: one round as an event. ``guarantee``: all rounds, training alone.
+    ``evaluation``: one release of scores, every ``evaluate_every`` rounds and at the end; None
+    where a plan releases none.
     """
 
     training: SubsampledGaussian
@@ -38,6 +43,8 @@ class Terms:
     max_norm: float
     cells_per_unit: int
     guarantee: Guarantee
+    evaluation: Gaussian | None = None
+    evaluate_every: int = 1
 
     @property
     def steps(self) -> int:
@@ -45,8 +52,43 @@ class Terms:
         return self.training.steps * self.rounds
 
     def cost(self, declared_patients: int) -> PlanCost:
-        """What the plan costs a lab. Errors: InputError unless delta < 1/declared_patients."""
-        return PlanCost(self.delta, declared_patients, self.rounds, self.training)
+        """What the plan costs a lab, scores included.
+
+        Errors: InputError unless delta < 1/declared_patients.
+        """
+        return PlanCost(
+            self.delta,
+            declared_patients,
+            self.rounds,
+            self.training,
+            self.evaluation,
+            self.evaluate_every,
+        )
+
+    @property
+    def tally(self) -> TallyMechanism | None:
+        """How one release of scores is noised."""
+        if self.evaluation is None:
+            return None
+        return TallyMechanism(self.evaluation.sigma, self.cells_per_unit)
+
+    def scores(self) -> Guarantee | None:
+        """The price of all scores alone; None where a plan releases none."""
+        if self.evaluation is None:
+            return None
+        return price([times(self.evaluation, self.evaluations)], self.delta)
+
+    def total(self) -> Guarantee:
+        """The price of training and scores together."""
+        if self.evaluation is None:
+            return self.guarantee
+        training = times(self.training, self.rounds)
+        return price([training, times(self.evaluation, self.evaluations)], self.delta)
+
+    @property
+    def evaluations(self) -> int:
+        """Releases of scores over the whole plan."""
+        return self.cost(declared_patients=1).evaluations
 
     def to_json(self) -> dict[str, Any]:
         """The object ``privacy`` of ``plan show`` and of summary.json."""
@@ -82,6 +124,7 @@ def terms_of(plan: Plan) -> Terms | None:
     whole = SubsampledGaussian(settings.unit, settings.sampling_rate, sigma, steps)
     for declared in _declared(plan):
         check_delta(settings.delta, declared)
+    scores = plan.evaluation.sigma
     return Terms(
         training=training,
         rounds=plan.train.rounds,
@@ -89,6 +132,8 @@ def terms_of(plan: Plan) -> Terms | None:
         max_norm=settings.max_norm,
         cells_per_unit=settings.cells_per_patient if settings.unit == "patient" else 1,
         guarantee=price([whole], settings.delta),
+        evaluation=None if scores is None else Gaussian(settings.unit, scores, 1),
+        evaluate_every=plan.evaluation.every,
     )
 
 

@@ -147,7 +147,11 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out evaluation. ``per_lab`` left out: on without differential privacy, off with it."""
+    """Held-out evaluation.
+
+    ``per_lab`` left out: on, but for differential privacy and secure aggregation. ``sigma`` is
+    the noise on scores under differential privacy; without it a deployment tells none.
+    """
 
     fraction: float = 0.2
     every: int = 1
@@ -194,9 +198,16 @@ class Plan:
 
     @property
     def reports_per_lab(self) -> bool:
-        """Whether scores of single labs are told: by default only without privacy."""
+        """Whether scores of single labs are told: by default where nothing protects them."""
         told = self.evaluation.per_lab
-        return self.privacy.unit == "none" if told is None else told
+        if told is None:
+            return self.privacy.unit == "none" and not self.secure_aggregation.enabled
+        return told
+
+    @property
+    def releases_scores(self) -> bool:
+        """Whether labs answer orders to evaluate: under differential privacy for a price only."""
+        return self.privacy.unit == "none" or self.evaluation.sigma is not None
 
     @property
     def sha256(self) -> str:

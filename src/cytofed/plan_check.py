@@ -11,6 +11,7 @@ from typing import Any
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
+from cytofed.privacy.accounting import Guarantee
 from cytofed.privacy.secagg import check_rules
 from cytofed.privacy.terms import terms_of
 from cytofed.strategies import make_strategy
@@ -31,9 +32,33 @@ def check_plan(plan: Plan) -> list[str]:
     settings, labs = plan.secure_aggregation, plan.simulation.labs
     if settings.enabled and labs is not None:
         check_rules(labs, threshold=settings.threshold, min_cohort=settings.min_cohort)
+    if settings.enabled and plan.evaluation.per_lab:
+        raise InputError(
+            "evaluation.per_lab tells scores of single labs, which secure aggregation hides",
+            hint="leave evaluation.per_lab out, or switch secure_aggregation off",
+        )
+    _check_scores(plan)
     if plan.privacy.unit == "none":
         return ["privacy.unit is none: not differentially private, the model may reveal a patient"]
     return _check_private(plan)
+
+
+def _check_scores(plan: Plan) -> None:
+    """Noise on scores has a unit that it protects, and images to score."""
+    sigma = plan.evaluation.sigma
+    if sigma is None:
+        return
+    if plan.privacy.unit == "none":
+        raise InputError(
+            f"evaluation.sigma is {sigma:g}, and privacy.unit is none: noise protects a patient, "
+            "and without a unit nobody",
+            hint="set privacy.unit=patient, or leave evaluation.sigma out",
+        )
+    if plan.evaluation.fraction == 0:
+        raise InputError(
+            f"evaluation.sigma is {sigma:g}, and evaluation.fraction is 0: no image to score",
+            hint="raise evaluation.fraction, or leave evaluation.sigma out",
+        )
 
 
 def _check_private(plan: Plan) -> list[str]:
@@ -50,11 +75,6 @@ def _check_private(plan: Plan) -> list[str]:
             "cover",
             hint="leave evaluation.per_lab out",
         )
-    if plan.evaluation.sigma is not None:
-        raise InputError(
-            "evaluation.sigma: noised evaluation is not available in this version",
-            hint="leave evaluation.sigma out",
-        )
     terms_of(plan)
     warnings = []
     if plan.privacy.unit == "image":
@@ -63,11 +83,19 @@ def _check_private(plan: Plan) -> list[str]:
         warnings.append(
             "privacy.declared_patients is not set: a simulation counts, a deployment stops"
         )
+    if plan.evaluation.sigma is None:
+        warnings.append(
+            "evaluation.sigma is not set: a deployment tells no scores, a simulation exact ones"
+        )
     return warnings
 
 
 def price(plan: Plan) -> dict[str, Any]:
-    """What a lab pays over the whole plan: bytes out and in, rounds, privacy. Imports torch."""
+    """What a lab pays over the whole plan: bytes out and in, rounds, privacy. Imports torch.
+
+    ``privacy`` is training alone, ``evaluation`` its scores alone (None where none are told),
+    ``total`` both.
+    """
     from cytofed import models
 
     strategy = make_strategy(plan.strategy)
@@ -82,6 +110,7 @@ def price(plan: Plan) -> dict[str, Any]:
             "down_per_lab_round": 4 * parameters * len(strategy.down),
         },
         "privacy": privacy_price(plan),
+        **score_prices(plan),
     }
 
 
@@ -95,3 +124,32 @@ def privacy_price(plan: Plan) -> dict[str, Any]:
             "statement": "none: not differentially private",
         }
     return terms.to_json()
+
+
+def score_prices(plan: Plan) -> dict[str, Any]:
+    """``evaluation`` and ``total`` of a plan's price; None without differential privacy.
+
+    ``evaluation.releases`` are the evaluations over the plan, each a Gaussian mechanism.
+    """
+    terms = terms_of(plan)
+    if terms is None:
+        return {"evaluation": None, "total": None}
+    scores, evaluation = terms.scores(), None
+    if scores is not None:
+        evaluation = {
+            **_guarantee(scores),
+            "sigma": plan.evaluation.sigma,
+            "releases": terms.evaluations,
+        }
+    return {"evaluation": evaluation, "total": _guarantee(terms.total())}
+
+
+def _guarantee(found: Guarantee) -> dict[str, Any]:
+    return {
+        "unit": found.unit,
+        "epsilon": found.epsilon,
+        "delta": found.delta,
+        "adversary": found.adversary,
+        "accountant": found.accountant,
+        "statement": str(found),
+    }
