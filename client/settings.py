@@ -1,0 +1,330 @@
+"""client.yaml: what a lab decides for itself, as one frozen value.
+
+The lab's data, what it will agree to, how it reaches the coordinator. Nothing in it comes from
+outside. An unknown key is an error that names the nearest one: a misspelt limit must not pass for
+no limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cytofed.errors import InputError
+from cytofed.plan import unknown_key
+from cytofed.privacy import ledger
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this lab refuses. None, empty or 0 is no limit."""
+
+    max_epsilon: float | None = None
+    """of everything ever spent and held on the pool, per patient"""
+    max_epsilon_per_year: float | None = None
+    delta: float | None = None
+    """at which the two above are stated; left out: the smallest of any approved plan"""
+    min_cohort: int = 0
+    """labs of a plan's cohort, this one among them"""
+    trusted_peers: Mapping[str, str] = field(default_factory=dict)
+    """lab -> fingerprint, compared by phone"""
+    min_trusted_peers: int = 0
+    """how many of them a cohort must have: without, a coordinator could invent the other labs"""
+    secure_aggregation_required: bool = False
+    allowed_models: tuple[str, ...] = ()
+    allowed_strategies: tuple[str, ...] = ()
+    max_bytes_per_round: int | None = None
+
+    def of_ledger(self) -> ledger.Limits:
+        """The part that the privacy ledger enforces."""
+        return ledger.Limits(self.max_epsilon, self.max_epsilon_per_year, self.delta)
+
+
+@dataclass(frozen=True)
+class AutoApprove:
+    """When a plan within all limits needs no person. Off unless a lab switches it on."""
+
+    enabled: bool = False
+    max_epsilon: float | None = None
+    """of one plan, per patient; a plan without patient-level privacy is never approved so"""
+    secure_aggregation: bool = True
+    """only plans with secure aggregation"""
+    known_labs_only: bool = True
+    """only cohorts whose every key this lab has approved before"""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds. What waits longer tries again, for ever, and says so."""
+
+    connect_s: float = 10.0
+    request_s: float = 60.0
+    poll_s: float = 0.5
+    heartbeat_s: float = 12.0
+    retry_max_s: float = 30.0
+    """the longest pause between two tries to reach the coordinator"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """client.yaml, read and checked.
+
+    ``data``: folder or CSV of images. ``labels``: label map; None finds it. ``patients``: who is
+    who, such as ``column:patient``. ``patients_declared``: this lab's public, rounded number of
+    patients. ``pool``: whose budget is spent: labs that share patients share a pool's name.
+    """
+
+    data: Path
+    ledger: Path
+    labels: str | None = None
+    patients: str | None = None
+    patients_declared: int | None = None
+    pool: str = "default"
+    limits: Limits = field(default_factory=Limits)
+    auto_approve: AutoApprove = field(default_factory=AutoApprove)
+    proxy: str | None = field(default=None, repr=False)  # may hold a password
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+def default_ledger() -> Path:
+    """The one ledger of this machine's user: a second federation draws on the same budget."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "cytofed" / "ledger.sqlite"
+
+
+def load_settings(path: Path) -> Settings:
+    """Read client.yaml; relative paths in it are relative to its folder.
+
+    Errors: InputError for an unknown key (with the nearest), a wrong type or value, no YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"no {path.name} in {path.parent}",
+            hint="join a federation first: cytofed client join INVITE --dir DIR --data DATA",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    return read_settings(text, folder=path.parent, source=str(path))
+
+
+def read_settings(text: str, *, folder: Path, source: str = "client.yaml") -> Settings:
+    """As ``load_settings``, from text."""
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: expected keys and values, found {type(tree).__name__}")
+    tree = {"ledger": str(default_ledger()), **{k: v for k, v in tree.items() if v is not None}}
+    if "data" not in tree:
+        raise InputError(f"{source}: data is missing", hint="name the folder with the images")
+    settings = _section(Settings, tree, "", source, folder)
+    _check(settings, source)
+    return settings
+
+
+def fresh_yaml(
+    *,
+    data: Path,
+    labels: str | None = None,
+    patients: str | None = None,
+    patients_declared: int | None = None,
+    pool: str = "default",
+    ledger: Path | None = None,
+    proxy: str | None = None,
+) -> str:
+    """The commented client.yaml that ``join`` writes. It sets no limits: approval decides."""
+
+    def value(of: object) -> str:
+        return "" if of is None else f" {json.dumps(of, ensure_ascii=False)}"
+
+    return _FRESH.format(
+        data=value(str(data.absolute())),
+        labels=value(labels),
+        patients=value(patients),
+        patients_declared=value(patients_declared),
+        pool=value(pool),
+        # Written out: a daemon with another home must find the same ledger as its admin.
+        ledger=value(str((ledger or default_ledger()).absolute())),
+        proxy=value(proxy),
+    )
+
+
+_FRESH = """\
+# This lab's settings for cytofed. Only this lab reads and changes this file.
+# After a change: restart `cytofed client start`, then `cytofed client check`.
+
+# --- images (they never leave; nor do file names and patient identifiers)
+data:{data}
+labels:{labels}                # label map: a name or a YAML file; empty: found by itself
+patients:{patients}              # who is who: column:NAME, folder:DEPTH or name:REGEX
+# public, rounded number of this lab's patients; private plans must carry it
+patients_declared:{patients_declared}
+
+# --- whose budget
+# All federations that use the same patients must name the same pool and ledger.
+pool:{pool}
+ledger:{ledger}
+
+# --- limits: what breaks one is refused by its name. Empty: no limit, your approval decides.
+limits:
+  max_epsilon:                   # of everything ever spent and held, per patient, e.g. 10
+  max_epsilon_per_year:
+  delta:                         # at which they are stated, e.g. 1e-4
+  min_cohort: 0                  # least number of labs, with this one
+  trusted_peers: {{}}              # lab: fingerprint, as compared by phone
+  min_trusted_peers: 0           # how many of them must take part
+  secure_aggregation_required: false
+  allowed_models: []             # e.g. [cytonet, encoder+head]; empty: any
+  allowed_strategies: []         # e.g. [fedavg, fedprox]; empty: any
+  max_bytes_per_round:           # of what leaves, e.g. 100000000
+
+# --- approval without a person: off
+auto_approve:
+  enabled: false
+  max_epsilon:                   # needed when enabled: highest price of one plan, per patient
+  secure_aggregation: true       # only plans with secure aggregation
+  known_labs_only: true          # only labs whose keys were approved here before
+
+# --- network: one outbound connection to the coordinator
+proxy:{proxy}                         # http://[user:password@]host:port (HTTPS CONNECT)
+timeouts:
+  connect_s: 10
+  request_s: 60
+  poll_s: 0.5
+  heartbeat_s: 12
+  retry_max_s: 30
+"""
+
+
+T = TypeVar("T")
+
+
+def _section(kind: type[T], tree: object, path: str, source: str, folder: Path) -> T:
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{source}: {path or 'client.yaml'} expects keys, found {tree!r:.60}")
+    hints = get_type_hints(kind)
+    known = [item.name for item in dataclasses.fields(cast(Any, kind))]
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise unknown_key(where, str(key), known, source)
+        if value is None and key != "data":
+            continue  # an empty key is its default
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _section(cast(type[Any], hint), value, where, source, folder)
+        else:
+            values[key] = _value(hint, value, where, source, folder)
+    return kind(**values)
+
+
+def _value(hint: Any, value: object, where: str, source: str, folder: Path) -> object:
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    kind = kinds[0]
+    expected = "something else"
+    if get_origin(hint) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        expected = "a list of names"
+    elif get_origin(hint) is not None and issubclass(get_origin(hint), Mapping):
+        if isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()):
+            return {str(key): item for key, item in value.items()}
+        expected = "lab: fingerprint"
+    elif kind is Path:
+        if isinstance(value, str) and value:
+            return folder / Path(value).expanduser()
+        expected = "a path"
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        expected = "true or false"
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        expected = "a whole number"
+    elif kind is float:
+        number = _number(value)
+        if number is not None:
+            return number
+        expected = "a number"
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+        expected = "text"
+    raise InputError(f"{source}: {where} is {value!r:.60}, expected {expected}")
+
+
+def _number(value: object) -> float | None:
+    """A finite float, also from 1e-4, which YAML 1.1 reads as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _check(settings: Settings, source: str) -> None:
+    limits, auto = settings.limits, settings.auto_approve
+    try:
+        limits.of_ledger()
+    except InputError as error:
+        raise InputError(f"{source}: {error.message}") from None
+    least: dict[str, tuple[float | None, float]] = {
+        "patients_declared": (settings.patients_declared, 1),
+        "limits.min_cohort": (limits.min_cohort, 0),
+        "limits.min_trusted_peers": (limits.min_trusted_peers, 0),
+        "limits.max_bytes_per_round": (limits.max_bytes_per_round, 1),
+        "auto_approve.max_epsilon": (auto.max_epsilon, 1e-9),
+        **{
+            f"timeouts.{name}": (value, 1e-3)
+            for name, value in dataclasses.asdict(settings.timeouts).items()
+        },
+    }
+    for where, (value, low) in least.items():
+        if value is not None and not value >= low:
+            raise InputError(f"{source}: Expected {where}={value:g} >= {low:g}")
+    for lab, fingerprint in limits.trusted_peers.items():
+        if not _FINGERPRINT.fullmatch(fingerprint):
+            raise InputError(
+                f"{source}: limits.trusted_peers.{lab} is {fingerprint!r:.80}, expected a "
+                "fingerprint of 64 lower-case hex digits",
+                hint="`cytofed client status DIR` shows them; compare by phone",
+            )
+    if limits.min_trusted_peers > len(limits.trusted_peers):
+        raise InputError(
+            f"{source}: limits.min_trusted_peers={limits.min_trusted_peers}, and "
+            f"{len(limits.trusted_peers)} trusted_peers are listed: no plan could pass"
+        )
+    if auto.enabled and auto.max_epsilon is None:
+        raise InputError(
+            f"{source}: auto_approve is enabled without auto_approve.max_epsilon",
+            hint="state the highest price of a plan that needs no person",
+        )
+    if not settings.pool.strip():
+        raise InputError(f"{source}: pool is empty, expected a name")
+    proxy = settings.proxy
+    if proxy is not None and not re.fullmatch(r"http://[^/\s]+:\d{1,5}/?", proxy):
+        # The value may hold a password: it is not repeated.
+        raise InputError(
+            f"{source}: proxy is not http://host:port",
+            hint="for example http://proxy.hospital.example:3128; user:password@ before the host",
+        )
