@@ -43,6 +43,9 @@ MAX_WEIGHT = 2.0**24
 MAX_UPDATE = 256.0
 """Largest absolute value of an update's coordinate that is taken for sane."""
 
+MAX_COUNT = 2**40
+"""Largest absolute count of a tally that is taken for sane."""
+
 ERROR_CODE = 100
 """Flower error code of a lab that says why it did not answer; the reason is the text."""
 
@@ -73,7 +76,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Masked:
-    """A lab's answer to a train order under secure aggregation: ring words that say nothing."""
+    """A lab's answer to an order under secure aggregation: ring words that say nothing."""
 
     lab: str
     run: str
@@ -244,15 +247,19 @@ def pack_evaluation(evaluation: Evaluation) -> RecordDict:
     return _pack(header, {"confusion": tally.confusion_CC, "bins": tally.bins_B3})
 
 
-def unpack_evaluation(message: Message, *, classes: int) -> Evaluation:
-    """The evaluation that a message carries. Errors: BadMessage for shapes or negative counts."""
+def unpack_evaluation(message: Message, *, classes: int, noised: bool = False) -> Evaluation:
+    """The evaluation that a message carries; only noised counts may be negative.
+
+    Errors: BadMessage for shapes or counts that no tally has.
+    """
     header, found = read_parts(message, np.int64)
     expected = {"confusion": (classes, classes), "bins": Tally.empty(classes).bins_B3.shape}
     if {name: values.shape for name, values in found.items()} != expected:
         raise BadMessage(f"expected arrays {expected}, found {sorted(found)}")
-    if any(int(values.min(initial=0)) < 0 for values in found.values()):
+    lowest = min(int(values.min(initial=0)) for values in found.values())
+    if lowest < 0 and not noised:
         raise BadMessage("negative counts in the evaluation")
-    if any(int(values.max(initial=0)) > 2**40 for values in found.values()):
+    if max(-lowest, *(int(values.max(initial=0)) for values in found.values())) > MAX_COUNT:
         raise BadMessage("absurd counts in the evaluation")
     return Evaluation(
         lab=_text(header, "lab"),

@@ -1,16 +1,37 @@
-"""What coordinator and labs must agree on to add up updates that nobody may see: the encoding.
+"""What coordinator and labs must agree on to add up what nobody may see: encoding and numbering.
 
-Both sides compute it from the plan, the strategy and the order; nothing of it is secret.
+Both sides compute it from the plan, the strategy and the order; nothing of it is secret. Updates
+are fixed point; a tally is whole numbers, which come out of the sum exactly.
+
+Shapes: P parameters, C classes, D numbers of a tally, L limbs (2 D), W words (L + 1).
 """
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
+from cytofed.messages import Kind
+from cytofed.metrics import Tally
 from cytofed.plan import Plan
-from cytofed.privacy.encoding import Encoding, Part
+from cytofed.privacy.encoding import Encoding, Part, decode
+from cytofed.privacy.masks import Words
 from cytofed.strategies.strategy import Strategy
 
 STEPS = ("advertise", "share", "accept", "agree", "reveal")
 """names of the protocol's requests, in their order"""
+
+_LIMB = 1 << 20
+"""A number n is sent as n // LIMB and n % LIMB: with 40 labs a word has 26 bits for one of them."""
+
+
+def protocol_round(kind: Kind, round_: int) -> int:
+    """The protocol's number of an order: labs sign one set of survivors for each.
+
+    A round's evaluation comes after its training, and numbers only rise: after it the round is
+    not trained again.
+    """
+    return 2 * round_ + (kind == "evaluate")
 
 
 def encoding_of(
@@ -35,3 +56,26 @@ def public_bound(weights: list[float]) -> float:
     while bound < max(weights, default=1.0):
         bound *= 2
     return bound
+
+
+def tally_encoding(classes: int, *, labs: int) -> Encoding:
+    """How the limbs of a tally become ring words: a step of 1, so rounding changes nothing.
+
+    Always of 32 bits, whatever the plan says for updates: a tally is small.
+    """
+    size = 2 * Tally.empty(classes).vector_D.size
+    top = Encoding((Part("tally", size, 1.0),), 32, labs).top
+    return Encoding((Part("tally", size, float(top)),), 32, labs)
+
+
+def tally_limbs(tally: Tally) -> npt.NDArray[np.float64]:
+    """The numbers of a tally in two limbs each, (L,); the lower one is never negative."""
+    high_D, low_D = np.divmod(tally.vector_D, _LIMB)
+    return np.concatenate([high_D, low_D]).astype(np.float64)
+
+
+def tally_of_sum(sum_W: Words, encoding: Encoding, *, count: int, classes: int) -> Tally:
+    """The sum of ``count`` labs' tallies, exactly. Errors: SumError as ``encoding.decode``."""
+    mean_L = decode(sum_W, encoding, count=count).mean_P
+    high_D, low_D = np.split(np.rint(mean_L * count).astype(np.int64), 2)
+    return Tally.from_vector(high_D * _LIMB + low_D, classes)
