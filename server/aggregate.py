@@ -67,9 +67,8 @@ def add_fixed_point(total_P: npt.NDArray[np.int64], values_P: Float32, weight: f
         np.copyto(part, values_P[start : start + _CHUNK])
         np.multiply(part, scale, out=part)
         if fits:
-            np.add(part, _ROUNDING, out=part)
-            np.add(total, part.view(np.int64), out=total)
-            np.subtract(total, _ROUNDING_BITS, out=total)
+            whole = np.add(part, _ROUNDING, out=part).view(np.int64)
+            np.add(total, np.subtract(whole, _ROUNDING_BITS, out=whole), out=total)
         else:
             np.add(total, np.rint(part, out=part).astype(np.int64), out=total)
 
