@@ -270,3 +270,37 @@ def test_federation_that_contains_the_corrupt_set_trains(
         "zero_bytes.jpg",
         "text_not_an_image.jpg",
     }
+
+
+def test_class_absent_at_one_lab_is_recalled_with_masking_and_not_without(
+    small: Small, directly: Simulate, sample: Path, tmp_path: Path
+) -> None:
+    # NGS is labelled at lab A alone. Without masking lab B teaches the model that there is none.
+    # Over seeds 0 to 4 the recall was .50 to .75 with masking and 0 without.
+    for code in ("EOS", "LYT", "NGS"):
+        images = sorted((sample / "marrow" / code).iterdir())
+        for lab, part in (("a", images[:40]), ("b", images[40:])):
+            if (lab, code) != ("b", "NGS"):
+                (tmp_path / lab / code).mkdir(parents=True)
+                for image in part:
+                    shutil.copy(image, tmp_path / lab / code)
+    recall = {}
+    for mask in ("true", "false"):
+        flags = (
+            "labels.scale.size_px=24",
+            "train.rounds=8",
+            "train.steps_per_round=null",
+            "train.local_epochs=5",
+            "train.batch=16",
+            "train.lr=0.01",
+            "evaluation.fraction=0.4",
+            "evaluation.every=100",
+            "simulation.partition=sources",
+            "simulation.labs=2",
+            f"train.mask_absent={mask}",
+        )
+        summary = directly(
+            small(*flags, data=(tmp_path / "a", tmp_path / "b"), out=tmp_path / mask)
+        )
+        recall[mask] = summary["global"]["per_class"]["NGS"]["recall"]
+    assert recall["true"] > recall["false"] + 0.25
