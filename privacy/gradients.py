@@ -105,7 +105,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no type
         size = sum(tensor.numel() for tensor in self._tensors)
         first = self._tensors[0]
         self.summed_P = torch.zeros(size, dtype=torch.float32, device=first.device)
-        """sum of the step's clipped gradients; noise is added to it in place"""
+        """sum of the step's clipped gradients, each tensor as it lies in memory; noise is added to
+        it in place"""
         self._views = _views(self.summed_P, self._tensors)
         self.zero_grad()
 
@@ -158,16 +159,17 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no type
         """Divide by the declared denominator and hand the result to the inner optimizer."""
         self.summed_P.div_(self.expected_batch_size)
         for tensor, view in zip(self._tensors, self._views, strict=True):
-            tensor.grad = view.to(tensor.dtype)
+            tensor.grad = view  # of the same memory: a correction shows here too
 
     def finish(self, correction: Correction | None = None) -> Step:
         """End the step, empty or not: noise, scale, ``correction``, inner optimizer."""
         self.add_noise()
         self.scale_grad()
         if correction is not None:
-            self.summed_P.add_(correction(self.summed_P))
-            for tensor, view in zip(self._tensors, self._views, strict=True):
-                tensor.grad = view.to(tensor.dtype)
+            gradient_P = torch.cat([view.reshape(-1) for view in self._views])
+            parts = correction(gradient_P).split([view.numel() for view in self._views])
+            for view, part in zip(self._views, parts, strict=True):
+                view.add_(part.view(view.shape))
         if self.step_hook:
             self.step_hook(self)
         self.original_optimizer.step()
@@ -335,14 +337,24 @@ def _refuse_other_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> N
                 "outside clip and noise, or not at all",
                 hint="set requires_grad to False on what is frozen",
             )
+        if tensor.dtype != torch.float32:
+            raise InputError(
+                f"trainable tensor {name!r} is {tensor.dtype}: clip and noise are float32's"
+            )
     for other in held:
         if not any(other is tensor for tensor in trainable.values()):
             raise InputError("the optimizer holds a tensor that is no trainable one of the net")
 
 
 def _views(flat_P: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of ``flat_P`` with the shapes and strides of ``tensors``.
+
+    The strides matter: torch's fused optimizers on a CPU go through weights and gradients as they
+    lie in memory, and would mix up the gradients of a net whose kernels are channels last.
+    """
     views, start = [], 0
     for tensor in tensors:
-        views.append(flat_P[start : start + tensor.numel()].view(tensor.shape))
+        stride = torch.empty_like(tensor, device="meta").stride()  # dense, also where tensor is not
+        views.append(flat_P.as_strided(tensor.shape, stride, start))
         start += tensor.numel()
     return views

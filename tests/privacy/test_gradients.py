@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -88,6 +88,33 @@ def test_step_is_the_mechanism_written_out() -> None:
     noise = torch.from_numpy(SimulatedRandomness(0).normals(len(expected)))
     expected = (expected + 1.5 * 0.8 * noise) / (0.25 * 40)
     assert torch.allclose(change(net, optimizer_of(net), draw, loss), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("correct", [False, True])
+def test_each_weight_gets_its_own_gradient_however_the_net_lies_in_memory(
+    kind: Callable[..., torch.optim.Optimizer], correct: bool
+) -> None:
+    """Fused optimizers do not look at strides: a gradient of other strides would be mixed up."""
+    mechanism = Mechanism(sigma=1e-12, max_norm=1e6, sampling_rate=1, declared_patients=1)
+    offset = torch.linspace(-1, 1, len(flat(small_net()))) if correct else None
+    moved = []
+    for layout, fused in ((torch.contiguous_format, False), (torch.channels_last, True)):
+        net = small_net().to(memory_format=layout)
+        inner = kind(net.parameters(), lr=0.01, fused=fused)
+        optimizer = PatientOptimizer(
+            inner, net, mechanism=mechanism, randomness=SimulatedRandomness(0)
+        )
+        before = flat(net)
+        for _ in range(3):
+            private_step(
+                optimizer,
+                draw_of([6]),
+                loss_of(net),
+                correction=None if offset is None else lambda _: offset,
+            )
+        moved.append(flat(net) - before)
+    assert float((moved[0] - moved[1]).norm()) < 1e-2 * float(moved[0].norm())
 
 
 def test_clipped_sum_is_the_one_of_opacus_own_optimizer() -> None:
