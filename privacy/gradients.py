@@ -167,7 +167,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no type
         self.scale_grad()
         if correction is not None:
             gradient_P = torch.cat([view.reshape(-1) for view in self._views])
-            parts = correction(gradient_P).split([view.numel() for view in self._views])
+            parts = torch.split(correction(gradient_P), [view.numel() for view in self._views])
             for view, part in zip(self._views, parts, strict=True):
                 view.add_(part.view(view.shape))
         if self.step_hook:
