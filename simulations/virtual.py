@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cytofed.client.app import Lab, OnStep, lab_app
 from cytofed.client.budget import LedgerBudget
 from cytofed.client.cells import Cells, load_cells
 from cytofed.files import write_atomically
-from cytofed.labels import load_scheme
+from cytofed.labels import Scheme, load_scheme
 from cytofed.messages import ERROR_CODE, Order, Update, pack_update, read_parts, unpack_order
 from cytofed.plan import Plan, SecureAggregation, StrategySpec, from_dict, load_plan, to_dict
 from cytofed.privacy.noise import SimulatedRandomness
@@ -116,6 +117,10 @@ class VirtualLabs:
             folder=folder,
         )
 
+    @cached_property
+    def scheme(self) -> Scheme:
+        return load_scheme(self.plan.labels.scheme)
+
     def rows(self, lab: int, side: int) -> npt.NDArray[np.int64]:
         """Images of one lab on one side; of all labs for ``central``, whose number is K."""
         held_N = self.side_N == side
@@ -140,17 +145,17 @@ class VirtualLabs:
         return Lab(
             name=name,
             plan=plan,
-            scheme=load_scheme(plan.labels.scheme),
+            scheme=self.scheme,
             train=train,
             test=cells.take(self.rows(number, 2)),
-            absent_C=absent_classes(plan, train),
+            absent_C=absent_classes(plan, self.scheme, train),
             start=self.folder / START_FILE,
             memory=FolderMemory(self.folder / "memory", name),
             budget=VirtualBudget(self.ledger_of(name), plan, self.declared(number)),
             declared_patients=self.declared(number),
             secure=open_secure_lab(self.folder, plan, name),
             randomness=lambda order: SimulatedRandomness(
-                self.plan.train.seed, order.run, name, order.round
+                self.plan.train.seed, order.run, name, order.kind, order.round
             ),
         )
 
@@ -185,13 +190,12 @@ def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Pat
     )
 
 
-def absent_classes(plan: Plan, train: Cells) -> npt.NDArray[np.bool_]:
+def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.bool_]:
     """Classes masked in a lab's loss, (C,).
 
     Without differential privacy those without a training image; with it only what the label maps
     declare, because the data itself must not decide.
     """
-    scheme = load_scheme(plan.labels.scheme)
     if not plan.train.mask_absent:
         return np.zeros(len(scheme.codes), dtype=bool)
     if plan.privacy.unit == "none":
@@ -218,7 +222,7 @@ class VirtualBudget:
         assert terms is not None
         assert self.declared_patients is not None
         book = self._of(order)
-        if order.round == 1 or not self.path.is_file():
+        if not book.approved(order.plan_sha256):
             book.approve(order.plan_sha256, terms, self.declared_patients)
         book.reserve(order)
 
@@ -306,7 +310,7 @@ def virtual_app(labs: VirtualLabs, *, on_step: OnStep | None = None) -> ClientAp
             return Message(_with_nan(reply), reply_to=message)
         return reply
 
-    return lab_app(open_lab, mods=[fail_on_purpose], on_step=on_step)
+    return lab_app(open_lab, mods=[fail_on_purpose], on_step=on_step, tell_exact=True)
 
 
 def _with_nan(reply: Message) -> RecordDict:

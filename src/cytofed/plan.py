@@ -17,6 +17,7 @@ import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -209,7 +210,7 @@ class Plan:
         """Whether labs answer orders to evaluate: under differential privacy for a price only."""
         return self.privacy.unit == "none" or self.evaluation.sigma is not None
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hex SHA-256 of the canonical JSON of all but ``simulation``, defaults included."""
         shared = {k: v for k, v in to_dict(self).items() if k != "simulation"}
