@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +26,7 @@ from cytofed.arrays import Float32, Manifest, Parts
 from cytofed.client.budget import Budget
 from cytofed.client.cells import Cells
 from cytofed.client.secure import SecureLab
-from cytofed.errors import CytofedError, InputError
+from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.labels import Scheme
 from cytofed.messages import (
     ERROR_CODE,
@@ -42,10 +43,12 @@ from cytofed.messages import (
     unpack_order,
     unpack_step,
 )
-from cytofed.metrics import tally
+from cytofed.metrics import Tally, tally
 from cytofed.plan import Plan
+from cytofed.privacy.evaluation import check_release, clipped_confusion, noised_tally
 from cytofed.privacy.noise import Randomness, SystemRandomness
-from cytofed.privacy.terms import terms_of
+from cytofed.privacy.sampling import draw, units_of
+from cytofed.privacy.terms import Terms, terms_of
 from cytofed.seeds import derive
 from cytofed.strategies import make_strategy
 from cytofed.strategies.strategy import Correction, LocalRound, Strategy
@@ -105,10 +108,16 @@ def lab_app(
     *,
     mods: list[Mod] | None = None,
     on_step: OnStep | None = None,
+    tell_exact: bool = False,
 ) -> ClientApp:
-    """The app; ``open_lab`` finds the lab that a context stands for, as it takes part in a run."""
+    """The app; ``open_lab`` finds the lab that a context stands for, as it takes part in a run.
+
+    ``tell_exact``: answer ``evaluate.exact``, a lab's own scores without noise or masks, whatever
+    the plan says. For simulations; a deployed lab knows no such order.
+    """
     app = ClientApp(mods=[_errors_as_replies, *(mods or [])])
     nets: dict[str, _Net] = {}
+    self_check = _SelfCheck()
 
     def ready(message: Message, context: Context) -> tuple[Order, Lab, _Net]:
         order = unpack_order(message)
@@ -123,9 +132,15 @@ def lab_app(
             nets[lab.plan.sha256] = _Net.build(lab)
         return order, lab, nets[lab.plan.sha256]
 
+    def ready_to_release(message: Message, context: Context) -> tuple[Order, Lab, _Net]:
+        order, lab, net = ready(message, context)
+        if lab.plan.privacy.unit != "none":
+            self_check.run(order, lab)
+        return order, lab, net
+
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        order, lab, net = ready(message, context)
+        order, lab, net = ready_to_release(message, context)
         update = _train(order, lab, net, on_step)
         if lab.plan.secure_aggregation.enabled:
             return Message(pack_masked(_masked(order, lab, net, update)), reply_to=message)
@@ -133,8 +148,24 @@ def lab_app(
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
+        order, lab, net = ready_to_release(message, context)
+        found = _evaluate(order, lab, net)
+        if lab.plan.secure_aggregation.enabled:
+            words_W = _secure(lab).mask_tally(order, found)
+            masked = Masked(lab.name, order.run, order.round, order.slot, words_W)
+            return Message(pack_masked(masked), reply_to=message)
+        evaluation = Evaluation(lab.name, order.run, order.round, found)
+        return Message(pack_evaluation(evaluation), reply_to=message)
+
+    def exact(message: Message, context: Context) -> Message:
         order, lab, net = ready(message, context)
-        return Message(pack_evaluation(_evaluate(order, lab, net)), reply_to=message)
+        probs_NC = _predict(order, lab, net, lab.test)
+        found = tally(probs_NC, lab.test.targets_NC)
+        evaluation = Evaluation(lab.name, order.run, order.round, found)
+        return Message(pack_evaluation(evaluation), reply_to=message)
+
+    if tell_exact:
+        app.evaluate("exact")(exact)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
@@ -165,6 +196,48 @@ def _errors_as_replies(
             Error(ERROR_CODE, f"internal error at the lab: {type(error).__name__}"),
             reply_to=message,
         )
+
+
+class _SelfCheck:
+    """The checks of the private path, run once, before the first private order is answered.
+
+    A failure stays: the lab answers no private order until it is started anew.
+    """
+
+    def __init__(self) -> None:
+        self._passed = False
+        self._failure = ""
+
+    def run(self, order: Order, lab: Lab) -> None:
+        """Errors: VerificationError naming the check that failed."""
+        if self._passed:
+            return
+        if not self._failure:
+            self._failure = self._found(order, lab)
+        if self._failure:
+            raise VerificationError(f"self-check failed: {self._failure}")
+        self._passed = True
+
+    def _found(self, order: Order, lab: Lab) -> str:
+        """What is wrong; empty where nothing is."""
+        from cytofed.client import training
+        from cytofed.privacy.selfcheck import check_production_path
+
+        # Rounds that no plan has: in a simulation the noise of a real one would be seen twice.
+        rounds = count(2**40)
+
+        def new_randomness() -> Randomness:
+            return lab.randomness(replace(order, round=next(rounds)))
+
+        try:
+            with training.steady(lab.plan.train.threads):
+                passed = check_production_path(new_randomness=new_randomness)
+                check_release(new_randomness)
+        except VerificationError as error:
+            _log.error("self-check failed, no private order is answered: %s", error)
+            return error.message
+        _log.info("self-check passed: %s", passed)
+        return ""
 
 
 @dataclass(frozen=True)
@@ -309,20 +382,15 @@ def _train_privately(
     from cytofed.client import private
 
     plan = lab.plan
-    terms = terms_of(plan)
-    if terms is None or lab.budget is None or lab.declared_patients is None:
-        raise InputError(
-            f"{lab.name} has no budget or no declared number of patients for a private plan",
-            hint="set patients_declared in client.yaml",
-        )
-    lab.budget.reserve(order)
+    terms, budget, declared_patients = _private_terms(lab)
+    budget.reserve(order)
     randomness = lab.randomness(order)
     trained = private.train_privately(
         net.net,
         lab.train,
         plan,
         terms,
-        declared_patients=lab.declared_patients,
+        declared_patients=declared_patients,
         randomness=randomness,
         progress_start=(order.round - 1) / plan.train.rounds,
         progress_end=order.round / plan.train.rounds,
@@ -339,7 +407,7 @@ def _train_privately(
         trained.non_finite,
     )
     return _Outcome(
-        weight=float(lab.declared_patients),  # public; the number of images is not
+        weight=float(declared_patients),  # public; the number of images is not
         steps=trained.steps,
         mean_lr=trained.mean_lr,
         loss=math.nan,
@@ -348,20 +416,61 @@ def _train_privately(
     )
 
 
-def _evaluate(order: Order, lab: Lab, net: _Net) -> Evaluation:
+def _private_terms(lab: Lab) -> tuple[Terms, Budget, int]:
+    """What a private order needs. Errors: InputError where the lab lacks it."""
+    terms = terms_of(lab.plan)
+    if terms is None or lab.budget is None or lab.declared_patients is None:
+        raise InputError(
+            f"{lab.name} has no budget or no declared number of patients for a private plan",
+            hint="set patients_declared in client.yaml",
+        )
+    return terms, lab.budget, lab.declared_patients
+
+
+def _evaluate(order: Order, lab: Lab, net: _Net) -> Tally:
+    """What the plan lets leave of the held-out images' scores.
+
+    Errors: RefusedError for a private plan that pays for no scores.
+    """
+    if lab.plan.privacy.unit == "none":
+        return tally(_predict(order, lab, net, lab.test), lab.test.targets_NC)
+    return _evaluate_privately(order, lab, net)
+
+
+def _evaluate_privately(order: Order, lab: Lab, net: _Net) -> Tally:
+    """A noised tally, reserved in the ledger before a held-out image is looked at."""
+    terms, budget, _ = _private_terms(lab)
+    mechanism = terms.tally
+    if mechanism is None:
+        raise RefusedError(
+            "the plan releases no scores: they are of patients, and exact ones are not private",
+            hint="set evaluation.sigma in the plan",
+        )
+    units = units_of(lab.plan.privacy.unit, len(lab.test), lab.test.patients_N)
+    budget.reserve(order)
+    randomness = lab.randomness(order)
+    drawn = draw(
+        units, sampling_rate=1.0, cells_per_unit=terms.cells_per_unit, randomness=randomness
+    )
+    rows_N = np.concatenate([np.zeros(0, np.int64), *drawn.rows])
+    cells = lab.test.take(rows_N)
+    unit_N = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn.rows])
+    probs_NC = _predict(order, lab, net, cells)
+    confusion_CC = clipped_confusion(probs_NC, cells.targets_NC, unit_N, mechanism)
+    released = noised_tally(confusion_CC, mechanism, randomness)
+    budget.release(order, {"confusion": released.confusion_CC.ravel().astype(np.float32)})
+    return released
+
+
+def _predict(order: Order, lab: Lab, net: _Net, cells: Cells) -> Float32:
+    """Probabilities (N, C) of the order's model, with the lab's own layers where it has some."""
     from cytofed import models
     from cytofed.client import training
 
     # The round's own layers are those saved in it, hence the round after.
     memory = lab.memory.load(order.run, order.round + 1)
     models.load_flat(net.net, net.manifest, _own_layers(order, memory, net))
-    probs_NC = training.predict(
-        net.net,
-        lab.test,
-        device=net.device,
-        precision=lab.plan.train.precision,
-    )
-    return Evaluation(lab.name, order.run, order.round, tally(probs_NC, lab.test.targets_NC))
+    return training.predict(net.net, cells, device=net.device, precision=lab.plan.train.precision)
 
 
 def _own_layers(order: Order, memory: Mapping[str, Any], net: _Net) -> Float32:

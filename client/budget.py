@@ -1,4 +1,4 @@
-"""The lab's budget as the lab half sees it: nothing is trained that was not reserved.
+"""The lab's budget as the lab half sees it: nothing is trained or scored that was not reserved.
 
 In a deployment a person's approval makes the hold; a simulation approves for its virtual labs.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cytofed.arrays import Parts, parts_sha256
+from cytofed.errors import RefusedError
 from cytofed.messages import Order
 from cytofed.plan import Unit
 from cytofed.privacy import ledger
@@ -21,13 +22,16 @@ from cytofed.privacy.terms import Terms
 
 
 class Budget(Protocol):
-    """Spends a round before its training and names the one update that may leave."""
+    """Spends an order before it is carried out and names the one answer that may leave.
+
+    Training and evaluation of a round are two orders; scores are noised counts, as parts.
+    """
 
     def reserve(self, order: Order) -> None:
         """Errors: RefusedError where no approval covers the order or a limit would be passed."""
 
     def release(self, order: Order, parts: Parts) -> None:
-        """Errors: VerificationError where the round has released another update."""
+        """Errors: VerificationError where the order has released something else."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,27 @@ class LedgerBudget:
     unit: Unit
 
     def approve(self, plan_sha256: str, terms: Terms, declared_patients: int) -> None:
-        """Hold the full price of a plan. Approving again while a hold is active changes nothing."""
+        """Hold the full price of a plan, training and scores.
+
+        Approving again while a hold is active changes nothing.
+        """
         Ledger.create(self.path)
         with self._open() as book:
             book.hold(
                 federation=self.federation,
                 plan_sha256=plan_sha256,
                 cost=terms.cost(declared_patients),
-                prv=terms.guarantee,
+                prv=terms.total(),
+            )
+
+    def approved(self, plan_sha256: str) -> bool:
+        """Whether a plan was ever approved here, its rounds left or not."""
+        if not self.path.is_file():
+            return False
+        with self._open() as book:
+            return any(
+                (hold.federation, hold.plan_sha256) == (self.federation, plan_sha256)
+                for hold in book.holds()
             )
 
     def reserve(self, order: Order) -> None:
@@ -76,4 +93,12 @@ class LedgerBudget:
             plan_sha256=order.plan_sha256,
             weights_sha256=weights,
             order_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            task=task_of(order),
         )
+
+
+def task_of(order: Order) -> ledger.Task:
+    """What an order spends. Errors: RefusedError for one that releases nothing."""
+    if order.kind == "query":
+        raise RefusedError("a query releases nothing that a budget pays for")
+    return order.kind

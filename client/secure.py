@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from cytofed.arrays import Parts, parts_sha256
-from cytofed.errors import RefusedError
+from cytofed.errors import InputError, RefusedError
 from cytofed.messages import BadMessage, Order, Step
+from cytofed.metrics import Tally
 from cytofed.plan import Plan
 from cytofed.privacy import secagg_lab
 from cytofed.privacy.encoding import Encoded, encode
@@ -22,7 +23,7 @@ from cytofed.privacy.identity import Identity
 from cytofed.privacy.masks import Words
 from cytofed.privacy.secagg import Cohort, SecaggError
 from cytofed.privacy.secagg_lab import LabState
-from cytofed.secure_round import encoding_of
+from cytofed.secure_round import encoding_of, protocol_round, tally_encoding, tally_limbs
 from cytofed.strategies.strategy import Strategy
 
 
@@ -69,24 +70,35 @@ class SecureLab:
     ) -> Encoded:
         """The update as masked words. Errors: as ``secagg_lab.mask``; RefusedError for a cohort
         or weight bound that is not the approved one."""
-        self._check_run(order.run)
-        if order.labs != len(self.cohort.labs):
-            raise RefusedError(
-                f"order for a cohort of {order.labs} labs, {len(self.cohort.labs)} were approved"
-            )
+        self._check_order(order)
         size = parts["weights"].size
         encoding = encoding_of(
             plan, strategy, size=size, labs=order.labs, max_weight=order.max_weight
         )
         flat = np.concatenate([parts[name] for name in strategy.lab.up])
         encoded = encode(flat, encoding, rng=self.rounding(order), weight=weight)
-        words_W: Words = encoded.words_W
+        self._hide(order, encoded.words_W)
+        return encoded
+
+    def mask_tally(self, order: Order, tally: Tally) -> Words:
+        """The tally as masked words that sum exactly. Errors: as ``mask``; InputError for counts
+        beyond what a word carries."""
+        self._check_order(order)
+        encoding = tally_encoding(len(tally.confusion_CC), labs=order.labs)
+        encoded = encode(tally_limbs(tally), encoding, rng=self.rounding(order))
+        if encoded.clamped:
+            raise InputError("the tally has counts beyond 2^45, which the secure sum cannot carry")
+        self._hide(order, encoded.words_W)
+        return encoded.words_W
+
+    def _hide(self, order: Order, words_W: Words) -> None:
+        """Mask the words in place; the state that says so is on the disk before this returns."""
 
         def step(before: LabState) -> tuple[LabState, bytes]:
             after = secagg_lab.mask(
                 before,
                 words_W,
-                round=order.round,
+                round=protocol_round(order.kind, order.round),
                 slot=order.slot,
                 model_sha256=parts_sha256(order.parts),
             )
@@ -94,7 +106,6 @@ class SecureLab:
 
         state, _ = self._moved(step)
         self.states.save(order.run, state.to_bytes())
-        return encoded
 
     def _moved(self, step: Callable[[LabState], tuple[LabState, bytes]]) -> tuple[LabState, bytes]:
         kept = self.states.load(self.cohort.run)
@@ -106,6 +117,13 @@ class SecureLab:
             if lie.state is not None:
                 self.states.save(self.cohort.run, lie.state.to_bytes())
             raise
+
+    def _check_order(self, order: Order) -> None:
+        self._check_run(order.run)
+        if order.labs != len(self.cohort.labs):
+            raise RefusedError(
+                f"order for a cohort of {order.labs} labs, {len(self.cohort.labs)} were approved"
+            )
 
     def _check_run(self, run: str) -> None:
         if run != self.cohort.run:

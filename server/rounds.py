@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 
@@ -30,6 +30,8 @@ from cytofed.messages import (
 )
 from cytofed.metrics import Tally, summarise
 from cytofed.plan import Plan
+from cytofed.privacy.encoding import SumError
+from cytofed.privacy.evaluation import denoised
 from cytofed.privacy.secagg import SecaggError
 from cytofed.server.aggregate import Sum
 from cytofed.server.asking import Cohort, ask, content_of
@@ -62,6 +64,8 @@ class Run:
     """P"""
     secure: SecureRun | None = None
     """with secure aggregation: the coordinator sees sums only"""
+    tell_exact: bool = False
+    """labs are virtual, and tell their exact scores besides what the plan lets leave"""
 
     @property
     def rounds(self) -> int:
@@ -82,6 +86,37 @@ class Collected:
     """why the model did not move, where it did not"""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What labs told about one model on their held-out images, as tallies.
+
+    ``exact``: of all labs that answered; None where nobody may know. ``released``: the same with
+    each lab's noise, under differential privacy; ``answered`` is the number of labs in it.
+    ``labs``: exact, by lab; empty where the coordinator sees sums only.
+    """
+
+    exact: Tally | None = None
+    labs: Mapping[str, Tally] = field(default_factory=dict)
+    released: Tally | None = None
+    answered: int = 0
+    failed: str = ""
+    """why there are no scores, where the plan has some"""
+
+    @property
+    def best(self) -> Tally | None:
+        """What there is to compute scores from: exact counts, else noised ones made sensible.
+
+        None where no held-out image was counted, or noise hides all.
+        """
+        if self.exact is not None:
+            return self.exact if (self.exact.confusion_CC > 0).any() else None
+        return self.noised
+
+    @property
+    def noised(self) -> Tally | None:
+        return None if self.released is None else denoised(self.released)
+
+
 def run_rounds(
     grid: Grid,
     run: Run,
@@ -90,10 +125,12 @@ def run_rounds(
     checkpoint: Callable[[Progress], None],
     watch: Watch,
     evaluate_rounds: bool = True,
+    on_scores: Callable[[int, Scores], None] = lambda _round, _scores: None,
 ) -> Progress:
     """Run all rounds that ``progress`` has not seen; ``checkpoint`` is called after each.
 
-    ``evaluate_rounds`` off: nothing is evaluated on the way.
+    ``evaluate_rounds`` off: nothing is evaluated on the way. ``on_scores`` gets the round and what
+    was told of its model.
     Errors: InputError for a cohort too small for what the strategy promises.
     """
     need = run.strategy.min_updates
@@ -104,20 +141,36 @@ def run_rounds(
         )
     while progress.round < run.rounds:
         started = time.monotonic()
-        after = _one_round(grid, run, progress, watch, evaluate_rounds)
-        wall_s = time.monotonic() - started
-        record = {**after.records[-1], "wall_s": round(wall_s, 3)}
-        progress = replace(
-            after, records=(*after.records[:-1], record), wall_s=progress.wall_s + wall_s
-        )
+        progress = _one_round(grid, run, progress, watch)
+        number = progress.round
+        if evaluate_rounds and (number % run.plan.evaluation.every == 0 or number == run.rounds):
+            if run.secure is not None:
+                # Labs close a round when they evaluate its model: a coordinator that forgot it
+                # could not ask for it again.
+                checkpoint(_timed(progress, started))
+            scores = evaluate(grid, run, number, {"weights": progress.state["weights"]}, watch)
+            progress = _noted(progress, _told(run, scores))
+            on_scores(number, scores)
+        progress = _timed(progress, started)
         checkpoint(progress)
-        watch.round(run.name, record)
+        watch.round(run.name, progress.records[-1])
     return progress
 
 
-def _one_round(
-    grid: Grid, run: Run, progress: Progress, watch: Watch, evaluate_rounds: bool
-) -> Progress:
+def _noted(progress: Progress, entries: Record) -> Progress:
+    """With these entries in the record of the last round."""
+    record = {**progress.records[-1], **entries}
+    return replace(progress, records=(*progress.records[:-1], record))
+
+
+def _timed(progress: Progress, started: float) -> Progress:
+    """With the time that the last round has taken since ``started``."""
+    wall_s = time.monotonic() - started
+    noted = _noted(progress, {"wall_s": round(wall_s, 3)})
+    return replace(noted, wall_s=progress.wall_s + wall_s)
+
+
+def _one_round(grid: Grid, run: Run, progress: Progress, watch: Watch) -> Progress:
     number = progress.round + 1
     down = {name: progress.state[name] for name in run.strategy.down}
     watch.order(run.name, "train", number, run.rounds, len(run.cohort))
@@ -128,12 +181,7 @@ def _one_round(
     if got.mean is not None:
         mean = Mean(got.mean, received=len(got.received), cohort=len(run.cohort))
         state = run.strategy.step(state, mean)
-
-    tallies: dict[str, Tally] = {}
-    due = number % run.plan.evaluation.every == 0 or number == run.rounds
-    if evaluate_rounds and due:
-        tallies = evaluate(grid, run, number, {"weights": state["weights"]}, watch)
-    record = _record(run, number, got, tallies, sum(part.nbytes for part in down.values()))
+    record = _record(run, number, got, sum(part.nbytes for part in down.values()))
     return Progress(number, state, (*progress.records, record), progress.wall_s)
 
 
@@ -183,14 +231,10 @@ def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -
         got.up_bytes += size_bytes
         watch.reply(run.name, "train", number, masked.lab, math.nan)
 
-    absent = Absent(
-        got.absent,
-        lambda lab, reason: watch.absent(run.name, "train", number, lab, reason),
-        _one_line,
-    )
+    absent = _absent(got.absent, run, "train", number, watch)
     try:
         total = run.secure.collect(grid, number, down, absent, received=received)
-    except SecaggError as error:
+    except (SecaggError, SumError) as error:
         got.failed = _one_line(error.message)
         return got
     if len(total.survivors) < run.plan.cohort.min_labs:
@@ -200,18 +244,64 @@ def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -
     return got
 
 
-def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> dict[str, Tally]:
-    """Every lab's tally of the model ``parts`` on its held-out images, by lab.
+def _absent(reasons: dict[str, str], run: Run, kind: str, number: int, watch: Watch) -> Absent:
+    return Absent(
+        reasons, lambda lab, reason: watch.absent(run.name, kind, number, lab, reason), _one_line
+    )
 
-    A lab that does not answer is missing in the result (and named to ``watch``).
+
+def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> Scores:
+    """What the plan lets labs tell of the model ``parts`` on their held-out images.
+
+    Under differential privacy that is noised, or nothing; with secure aggregation the coordinator
+    sees the sum only. A lab that does not answer is missing in the result (and named to
+    ``watch``); where too few are left for a sum there are no scores, and ``failed`` says why.
     """
+    scores = Scores()
+    private = run.plan.privacy.unit != "none"
+    if run.plan.releases_scores:
+        if run.secure is None:
+            tallies = _tallies(grid, run, "evaluate", number, parts, watch, noised=private)
+            pooled, answered, failed = _pooled(tallies, run), len(tallies), ""
+        else:
+            tallies = {}
+            pooled, answered, failed = _secure_tally(grid, run, number, parts, watch)
+        if private:
+            scores = Scores(released=pooled, answered=answered, failed=failed)
+        else:
+            scores = Scores(exact=pooled, labs=tallies, answered=answered, failed=failed)
+    if run.tell_exact:
+        tallies = evaluate_exactly(grid, run, number, parts, watch)
+        scores = replace(scores, exact=_pooled(tallies, run), labs=tallies)
+    return scores
+
+
+def evaluate_exactly(
+    grid: Grid, run: Run, number: int, parts: Parts, watch: Watch
+) -> dict[str, Tally]:
+    """Every virtual lab's tally without noise or masks, by lab. Deployed labs do not answer."""
+    return _tallies(grid, run, "evaluate.exact", number, parts, watch)
+
+
+def _tallies(
+    grid: Grid,
+    run: Run,
+    kind: str,
+    number: int,
+    parts: Parts,
+    watch: Watch,
+    *,
+    noised: bool = False,
+) -> dict[str, Tally]:
     order = pack_order(Order("evaluate", run.name, number, run.plan.sha256, parts))
     watch.order(run.name, "evaluate", number, run.rounds, len(run.cohort))
     tallies: dict[str, Tally] = {}
     timeout_s = run.plan.cohort.round_timeout_s
-    for lab, message in ask(grid, run.cohort, "evaluate", number, order, timeout_s=timeout_s):
+    for lab, message in ask(grid, run.cohort, kind, number, order, timeout_s=timeout_s):
         try:
-            evaluation = unpack_evaluation(content_of(message), classes=len(run.scheme.codes))
+            evaluation = unpack_evaluation(
+                content_of(message), classes=len(run.scheme.codes), noised=noised
+            )
             _check_sender(lab, run, number, evaluation.lab, evaluation.run, evaluation.round)
         except BadMessage as error:
             watch.absent(run.name, "evaluate", number, lab, _one_line(error.message))
@@ -219,6 +309,35 @@ def evaluate(grid: Grid, run: Run, number: int, parts: Parts, watch: Watch) -> d
         tallies[lab] = evaluation.tally
         watch.reply(run.name, "evaluate", number, lab, math.nan)
     return tallies
+
+
+def _secure_tally(
+    grid: Grid, run: Run, number: int, parts: Parts, watch: Watch
+) -> tuple[Tally | None, int, str]:
+    """The sum of the labs' tallies, of how many, and why there is none."""
+    assert run.secure is not None
+    watch.order(run.name, "evaluate", number, run.rounds, len(run.cohort))
+    try:
+        pooled, survivors = run.secure.collect_tally(
+            grid,
+            number,
+            parts,
+            _absent({}, run, "evaluate", number, watch),
+            classes=len(run.scheme.codes),
+            received=lambda masked, _bytes: watch.reply(
+                run.name, "evaluate", number, masked.lab, math.nan
+            ),
+        )
+    except (SecaggError, SumError) as error:
+        return None, 0, _one_line(error.message)
+    return pooled, len(survivors), ""
+
+
+def _pooled(tallies: Mapping[str, Tally], run: Run) -> Tally | None:
+    """The sum over labs; None where none answered."""
+    if not tallies:
+        return None
+    return sum(tallies.values(), Tally.empty(len(run.scheme.codes)))
 
 
 def _check_sender(lab: str, run: Run, number: int, *claimed: str | int) -> None:
@@ -244,15 +363,7 @@ def _seconds(train_s: float) -> float:
     return train_s if 0 <= train_s < 1e9 else 0.0
 
 
-def _record(
-    run: Run, number: int, got: Collected, tallies: Mapping[str, Tally], down_bytes: int
-) -> Record:
-    summary = None
-    tallies = {lab: tallies[lab] for lab in sorted(tallies) if tallies[lab].confusion_CC.any()}
-    if tallies:
-        pooled = sum(tallies.values(), Tally.empty(len(run.scheme.codes)))
-        summary = _headline(pooled, run.scheme)
-    labs = {lab: _headline(tally, run.scheme) for lab, tally in tallies.items()}
+def _record(run: Run, number: int, got: Collected, down_bytes: int) -> Record:
     loss = {lab: round(got.loss[lab], 6) for lab in sorted(got.loss)}
     return {
         "round": number,
@@ -262,15 +373,35 @@ def _record(
         "received": sorted(got.received),
         "absent": dict(sorted(got.absent.items())),
         "loss": {lab: value for lab, value in loss.items() if math.isfinite(value)},
-        "global": summary,
-        "labs": labs if tallies and run.plan.reports_per_lab else None,
+        **_told(run, Scores()),
         "up_bytes": got.up_bytes,
         "down_bytes": down_bytes * len(run.cohort),
         "train_s": round(got.train_s, 3),
     }
 
 
-def _headline(tally: Tally, scheme: Scheme) -> dict[str, float]:
+def _told(run: Run, scores: Scores) -> dict[str, Any]:
+    """What of an evaluation goes into a round's record.
+
+    ``global``: exact scores where there are some, else the noised ones; ``released``: the noised
+    ones, under differential privacy.
+    """
+    labs = {
+        lab: _headline(found, run.scheme)
+        for lab, found in sorted(scores.labs.items())
+        if found.confusion_CC.any()
+    }
+    return {
+        "global": _headline(scores.best, run.scheme),
+        "released": _headline(scores.noised, run.scheme),
+        "labs": labs if labs and run.plan.reports_per_lab else None,
+        "evaluation_failed": scores.failed or None,
+    }
+
+
+def _headline(tally: Tally | None, scheme: Scheme) -> dict[str, float] | None:
+    if tally is None:
+        return None
     whole = summarise(tally, scheme)
     return {key: whole[key] for key in ("macro_f1", "balanced_accuracy", "accuracy")}
 

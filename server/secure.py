@@ -21,6 +21,7 @@ from cytofed.errors import InputError
 from cytofed.files import write_atomically
 from cytofed.messages import (
     BadMessage,
+    Kind,
     Masked,
     Order,
     Step,
@@ -30,14 +31,15 @@ from cytofed.messages import (
     unpack_masked,
     unpack_step,
 )
+from cytofed.metrics import Tally
 from cytofed.plan import Plan
 from cytofed.privacy import secagg_coordinator as protocol
 from cytofed.privacy.encoding import Encoding, decode
 from cytofed.privacy.identity import Identity
-from cytofed.privacy.masks import add_words
+from cytofed.privacy.masks import Words, add_words
 from cytofed.privacy.secagg import Cohort, SecaggError
 from cytofed.privacy.secagg_coordinator import Opening, Poll, Setup
-from cytofed.secure_round import encoding_of
+from cytofed.secure_round import encoding_of, protocol_round, tally_encoding, tally_of_sum
 from cytofed.server.asking import ask, ask_each, content_of
 from cytofed.strategies.strategy import Strategy
 
@@ -53,6 +55,24 @@ class SecureSum:
 
     mean: Parts
     survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Collection:
+    """One sum: what is asked for in which round, and how its words are written."""
+
+    kind: Kind
+    number: int
+    parts: Parts
+    encoding: Encoding
+
+    @property
+    def protocol_round(self) -> int:
+        return protocol_round(self.kind, self.number)
+
+
+Received = Callable[[Masked, int], None]
+"""is told of every vector that arrives, and its bytes"""
 
 
 @dataclass
@@ -97,40 +117,65 @@ class SecureRun:
         )
 
     def collect(
+        self, grid: Grid, number: int, down: Parts, absent: Absent, *, received: Received
+    ) -> SecureSum:
+        """One round's training: masked vectors in, the mean of the survivors out.
+
+        Errors: SecaggError when too few labs are left, before anything is revealed; SumError when
+        one has sent what is no update. The round then fails.
+        """
+        wanted = _Collection("train", number, down, self.encoding)
+        total_W, survivors = self._sum(grid, wanted, absent, received)
+        mean_P = decode(total_W, wanted.encoding, count=len(survivors)).mean_P
+        split = np.split(mean_P.astype(np.float32), len(self.strategy.lab.up))
+        mean: dict[str, Float32] = dict(zip(self.strategy.lab.up, split, strict=True))
+        return SecureSum(mean, survivors)
+
+    def collect_tally(
         self,
         grid: Grid,
         number: int,
-        down: Parts,
+        parts: Parts,
         absent: Absent,
         *,
-        received: Callable[[Masked, int], None],
-    ) -> SecureSum:
-        """One round: masked vectors in, the mean of the survivors out.
+        classes: int,
+        received: Received,
+    ) -> tuple[Tally, tuple[str, ...]]:
+        """One round's evaluation: the survivors' tallies as one, exactly, and who they are.
 
-        ``received`` is told of every vector and its bytes. Errors: SecaggError when too few labs
-        are left, before anything is revealed; the round then fails.
+        After it, the round is not trained again: labs close it. Errors: as ``collect``.
         """
+        encoding = tally_encoding(classes, labs=len(self.cohort.labs))
+        wanted = _Collection("evaluate", number, parts, encoding)
+        total_W, survivors = self._sum(grid, wanted, absent, received)
+        found = tally_of_sum(total_W, encoding, count=len(survivors), classes=classes)
+        return found, survivors
+
+    def _sum(
+        self, grid: Grid, wanted: _Collection, absent: Absent, received: Received
+    ) -> tuple[Words, tuple[str, ...]]:
+        """The sum of the survivors' words, and who they are. A slot is used up either way."""
         setup = self._ready(grid, absent)
-        slot = self._take_slot()
         order = Order(
-            "train",
+            wanted.kind,
             self.cohort.run,
-            number,
+            wanted.number,
             self.plan.sha256,
-            down,
-            slot=slot,
+            wanted.parts,
+            slot=self._take_slot(),
             labs=len(self.cohort.labs),
             max_weight=self.max_weight,
         )
-        total_W = np.zeros(self.encoding.words, self.encoding.dtype)
+        number, encoding = wanted.number, wanted.encoding
+        total_W = np.zeros(encoding.words, encoding.dtype)
         survivors = []
         members = {lab: self.nodes[lab] for lab in setup.members}
         timeout_s = self.plan.cohort.round_timeout_s
         for lab, message in ask(
-            grid, members, "train", number, pack_order(order), timeout_s=timeout_s
+            grid, members, wanted.kind, number, pack_order(order), timeout_s=timeout_s
         ):
             try:
-                masked = self._masked(lab, number, slot, message)
+                masked = _masked(lab, order, encoding, message)
             except BadMessage as reason:
                 absent.add(lab, reason.message)
                 continue
@@ -140,9 +185,9 @@ class SecureRun:
         poll = protocol.call_survivors(
             setup,
             self.identity,
-            round=number,
-            slot=slot,
-            model_sha256=parts_sha256(down),
+            round=wanted.protocol_round,
+            slot=order.slot,
+            model_sha256=parts_sha256(wanted.parts),
             survivors=survivors,
         )
         agreed = self._ask(
@@ -155,10 +200,7 @@ class SecureRun:
             lambda lab, reply: protocol.check_revealed(poll, lab, reply),
         )  # fmt: skip
         protocol.unmask(poll, total_W, revealed)
-        mean_P = decode(total_W, self.encoding, count=len(survivors)).mean_P
-        split = np.split(mean_P.astype(np.float32), len(self.strategy.lab.up))
-        mean: dict[str, Float32] = dict(zip(self.strategy.lab.up, split, strict=True))
-        return SecureSum(mean, tuple(sorted(survivors)))
+        return total_W, tuple(sorted(survivors))
 
     def _ready(self, grid: Grid, absent: Absent) -> Setup:
         """The set-up in use, or a new one: keys, shares, and everyone's word for the same view."""
@@ -193,15 +235,6 @@ class SecureRun:
         slot = self._next_slot
         self._next_slot += 1
         return slot
-
-    def _masked(self, lab: str, number: int, slot: int, message: Message | None) -> Masked:
-        masked = unpack_masked(
-            content_of(message), words=self.encoding.words, dtype=self.encoding.dtype
-        )
-        claimed = (masked.lab, masked.run, masked.round, masked.slot)
-        if claimed != (lab, self.cohort.run, number, slot):
-            raise BadMessage(f"answers as {claimed}, expected {(lab, number, slot)}")
-        return masked
 
     def _ask(
         self,
@@ -242,6 +275,15 @@ class SecureRun:
     def _save_counter(self, setup: int, next_slot: int) -> None:
         text = json.dumps({"setup": setup, "next_slot": next_slot})
         write_atomically(self.counter_file, text, mode=0o600)
+
+
+def _masked(lab: str, order: Order, encoding: Encoding, message: Message | None) -> Masked:
+    masked = unpack_masked(content_of(message), words=encoding.words, dtype=encoding.dtype)
+    claimed = (masked.lab, masked.run, masked.round, masked.slot)
+    expected = (lab, order.run, order.round, order.slot)
+    if claimed != expected:
+        raise BadMessage(f"answers as {claimed}, expected {expected}")
+    return masked
 
 
 def _agreement(poll: Poll, lab: str, reply: bytes) -> bytes:

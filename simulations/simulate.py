@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
@@ -36,11 +36,20 @@ from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
 from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summarise_labs
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict
-from cytofed.plan_check import check_plan, privacy_price
+from cytofed.plan_check import check_plan, privacy_price, score_prices
 from cytofed.privacy.accounting import price
 from cytofed.privacy.ledger import Ledger
+from cytofed.privacy.terms import terms_of
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
-from cytofed.server.rounds import Run, evaluate, final_weights, run_rounds, status
+from cytofed.server.rounds import (
+    Run,
+    Scores,
+    evaluate,
+    evaluate_exactly,
+    final_weights,
+    run_rounds,
+    status,
+)
 from cytofed.simulations.exchange import Step
 from cytofed.simulations.inprocess import InProcessGrid
 from cytofed.simulations.partitions import Partition, assign, parse_partition
@@ -124,7 +133,16 @@ class World:
         secure = open_secure_run(
             self.private, self.plan, self.strategy, size=size, nodes=cohort, weights=weights
         )
-        return Run(FEDERATION, self.plan, self.strategy, self.scheme, cohort, size, secure)
+        return Run(
+            FEDERATION,
+            self.plan,
+            self.strategy,
+            self.scheme,
+            cohort,
+            size,
+            secure,
+            tell_exact=self.plan.privacy.unit != "none",
+        )
 
     def baseline(self, name: str, cohort: Mapping[str, int]) -> Run:
         """A model that is not federated, at the same amount of training."""
@@ -137,7 +155,7 @@ class Results:
     """What the runs of a simulation ended with."""
 
     federation: Progress
-    tallies: Mapping[str, Tally]
+    scores: Scores
     baselines: Mapping[str, Mapping[str, Tally]]
     """name of a baseline run -> its final model's tally at every lab"""
     nodes: Mapping[str, int]
@@ -150,8 +168,11 @@ def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
     """
     labs = {name: nodes[name] for name in world.labs.names}
     run = world.run(labs)
-    federation = _resumed(grid, run, world)
-    tallies = evaluate(grid, run, run.rounds, {"weights": final_weights(federation)}, world.watch)
+    last: dict[int, Scores] = {}
+    federation = _resumed(grid, run, world, on_scores=last.__setitem__)
+    if run.rounds not in last:  # resumed after its last round
+        final = {"weights": final_weights(federation)}
+        last[run.rounds] = evaluate(grid, run, run.rounds, final, world.watch)
     baselines: dict[str, Mapping[str, Tally]] = {}
     if world.plan.simulation.baselines:
         cohorts = {CENTRAL: {CENTRAL: nodes[CENTRAL]}}
@@ -163,7 +184,7 @@ def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
                 for name, cohort in cohorts.items()
             }
             baselines = {name: future.result() for name, future in futures.items()}
-    return Results(federation, tallies, baselines, labs)
+    return Results(federation, last[run.rounds], baselines, labs)
 
 
 def _baseline(
@@ -176,11 +197,18 @@ def _baseline(
     """A federation of one: as many epochs over the same images, then tested at every lab."""
     run = world.baseline(name, cohort)
     progress = _resumed(grid, run, world, evaluate_rounds=False)
-    everyone = replace(run, cohort=labs)
-    return evaluate(grid, everyone, run.rounds, {"weights": final_weights(progress)}, world.watch)
+    everyone, final = replace(run, cohort=labs), {"weights": final_weights(progress)}
+    return evaluate_exactly(grid, everyone, run.rounds, final, world.watch)
 
 
-def _resumed(grid: Grid, run: Run, world: World, *, evaluate_rounds: bool = True) -> Progress:
+def _resumed(
+    grid: Grid,
+    run: Run,
+    world: World,
+    *,
+    evaluate_rounds: bool = True,
+    on_scores: Callable[[int, Scores], None] = lambda _round, _scores: None,
+) -> Progress:
     folder = world.private / run.name
     plan_sha256 = run.plan.sha256
     progress = load_progress(folder, plan_sha256=plan_sha256)
@@ -193,6 +221,7 @@ def _resumed(grid: Grid, run: Run, world: World, *, evaluate_rounds: bool = True
         checkpoint=lambda p: _checkpoint(p, run, world),
         watch=world.watch,
         evaluate_rounds=evaluate_rounds,
+        on_scores=on_scores,
     )
 
 
@@ -444,8 +473,8 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
     records = results.federation.records
     train_counts, test_counts = labs.counts_KC(1), labs.counts_KC(2)
     per_lab = plan.reports_per_lab
-    pooled = _pooled(results.tallies, scheme)
-    lab_scores = summarise_labs(results.tallies, scheme)
+    pooled = results.scores.best
+    lab_scores = summarise_labs(results.scores.labs, scheme)
     train_s = sum(record["train_s"] for record in records)
     updates = sum(len(record["received"]) for record in records)
     orders = sum(len(record["expected"]) for record in records)
@@ -459,6 +488,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
         "seed": plan.train.seed,
         "rounds": results.federation.round,
         "global": None if pooled is None else summarise(pooled, scheme),
+        "released": _released(plan, results.scores, scheme),
         "labs": _lab_scores(labs, results, train_counts, scheme) if per_lab else None,
         "over_labs": _over_labs(lab_scores) if per_lab else None,
         "baselines": _baselines(results, scheme),
@@ -496,11 +526,34 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
             for source in labs.cells.sources
             for problem in source.listing.problems
         ],
-        "warnings": _warnings(world),
+        "warnings": _warnings(world, results.scores),
         "command": _command(world.request),
         "attribution": _attribution(world.request),
         "versions": _versions(),
     }
+
+
+def _released(plan: Plan, scores: Scores, scheme: Scheme) -> dict[str, Any] | None:
+    """The pooled scores as labs let them out, with noise; None where the plan tells none.
+
+    No calibration: its counts are not released. ``noise_sd`` is that of a count of the confusion
+    matrix, before negative counts were made sensible; counts are of cells, scaled per patient.
+    """
+    terms = terms_of(plan)
+    mechanism = None if terms is None else terms.tally
+    if mechanism is None:
+        return None
+    told: dict[str, Any] = {
+        "sigma": mechanism.sigma,
+        "noise_sd": mechanism.noise_sd * scores.answered**0.5,
+        "labs": scores.answered,
+    }
+    if scores.noised is None:
+        return told | {"missing": scores.failed or "the noise hides all counts"}
+    found = summarise(scores.noised, scheme)
+    for key in ("ece", "reliability", "accuracy_coverage"):
+        del found[key]
+    return told | found
 
 
 def _pooled(tallies: Mapping[str, Tally], scheme: Scheme) -> Tally | None:
@@ -512,17 +565,17 @@ def _lab_scores(
     labs: VirtualLabs, results: Results, train_counts_KC: Any, scheme: Scheme
 ) -> dict[str, dict[str, Any]]:
     """Scores of each lab; with the recall of classes that it had no training image of."""
-    found = summarise_labs(results.tallies, scheme)
+    found = summarise_labs(results.scores.labs, scheme)
     for k, name in enumerate(labs.names):
         if name in found:
-            recall = absent_recall(results.tallies[name], train_counts_KC[k], scheme)
+            recall = absent_recall(results.scores.labs[name], train_counts_KC[k], scheme)
             found[name]["absent_recall"] = recall
     return found
 
 
 def _gaps(results: Results, scheme: Scheme) -> dict[str, Any] | None:
     """Federated minus central macro F1 on the pooled test images, with a bootstrap interval."""
-    ours, theirs = _pooled(results.tallies, scheme), None
+    ours, theirs = results.scores.best, None
     if CENTRAL in results.baselines:
         theirs = _pooled(results.baselines[CENTRAL], scheme)
     if ours is None or theirs is None:
@@ -547,6 +600,7 @@ def _privacy(world: World, run: Run) -> dict[str, Any]:
         spent[name] = {"epsilon": epsilon, "declared_patients": declared}
     pseudo = _pseudo(labs)
     return shown | {
+        **score_prices(plan),
         "labs": spent,
         "pseudo_patients": pseudo,
         "pseudo_patient_cells": plan.simulation.pseudo_patient_cells if pseudo else None,
@@ -614,7 +668,7 @@ def _data_sha256(cells: Cells) -> str:
     return digest.hexdigest()
 
 
-def _warnings(world: World) -> list[str]:
+def _warnings(world: World, scores: Scores) -> list[str]:
     found = []
     if world.plan.privacy.unit == "none":
         found.append(
@@ -625,6 +679,8 @@ def _warnings(world: World) -> list[str]:
             "Scores are exact, which a simulation on public images may tell; a deployment would "
             "add noise to them."
         )
+    if scores.failed:
+        found.append(f"The final model was not evaluated: {scores.failed}.")
     if _pseudo(world.labs):
         found.append(
             "The images have no patients: pseudo-patients of "
