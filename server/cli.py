@@ -1,0 +1,183 @@
+"""``cytofed server``: the coordinator's commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cytofed.console import note, say
+from cytofed.errors import InputError
+
+_FOLDER = click.Path(path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+
+
+@click.group()
+def server() -> None:
+    """Coordinate a federation: invite labs, run plans."""
+
+
+@server.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--name", required=True, help="Name of the federation.")
+@click.option("--address", required=True, metavar="HOST:PORT", help="Where labs reach it.")
+def init(folder: Path, name: str, address: str) -> int:
+    """Make a coordinator's directory with keys and settings."""
+    from cytofed.server.directory import ServerDirectory
+
+    directory = ServerDirectory.create(folder, name=name, address=address)
+    say(f"coordinator of {name} in {folder}")
+    say(f"fingerprint {directory.identity().public.fingerprint}")
+    say("labs compare it by phone when they join")
+    return 0
+
+
+@server.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("lab")
+@click.option("--out", required=True, type=_FOLDER, help="File to write the invite to.")
+def invite(folder: Path, lab: str, out: Path) -> int:
+    """Write a one-time invite for LAB. Send it over a channel that you trust."""
+    from cytofed.files import write_atomically
+    from cytofed.server.directory import ServerDirectory
+
+    made = ServerDirectory.open(folder).invite(lab)
+    write_atomically(out, made.to_text(), mode=0o600)
+    say(f"invite for {lab} in {out}, good once until {made.expires:%Y-%m-%d %H:%M} UTC")
+    return 0
+
+
+@server.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+def start(folder: Path) -> int:
+    """Open the port for labs and carry out runs, in the foreground."""
+    from cytofed.server.app import Coordinator
+    from cytofed.server.directory import ServerDirectory
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    for noisy in ("flwr", "httpx", "uvicorn.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    directory = ServerDirectory.open(folder)
+    coordinator = Coordinator(directory)
+    note(f"cytofed: coordinator at {directory.settings().address}, Ctrl-C ends it")
+    coordinator.serve()
+    return 0
+
+
+@server.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("plan")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any key of the plan.")
+@click.option("--wait", is_flag=True, help="Return when the run has ended.")
+@_json
+def run(folder: Path, plan: str, overrides: tuple[str, ...], wait: bool, as_json: bool) -> int:
+    """Offer PLAN to the labs that are enrolled now, and run it with those that approve."""
+    from cytofed.plan import load_plan, to_dict
+    from cytofed.server.app import wait_for
+    from cytofed.server.control import send_command
+    from cytofed.server.directory import ServerDirectory
+    from cytofed.server.runs import RunFolder
+
+    directory = ServerDirectory.open(folder)
+    chosen = load_plan(plan, overrides)
+    name = send_command(directory.socket, "run", plan=to_dict(chosen))["run"]
+    note(f"run {name}: plan {chosen.sha256} waits for the labs' approval")
+    if not wait:
+        if as_json:
+            _print_json({"run": name, "plan_sha256": chosen.sha256})
+        return 0
+    summary = wait_for(RunFolder.open(directory.runs, name))
+    if as_json:
+        _print_json(summary)
+    else:
+        say(f"run {name}: {summary['status']}")
+        if summary.get("reason"):
+            say(summary["reason"])
+    return {"completed": 0, "incomplete": 4}.get(summary["status"], 1)
+
+
+@server.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@_json
+def status(folder: Path, as_json: bool) -> int:
+    """Labs and runs, a line each."""
+    from cytofed.server.control import send_command
+    from cytofed.server.directory import ServerDirectory
+
+    found = send_command(ServerDirectory.open(folder).socket, "status")
+    if as_json:
+        _print_json(found)
+        return 0
+    say(f"federation {found['federation']}, fingerprint {found['fingerprint']}")
+    rows = [
+        [
+            lab["lab"],
+            "online" if lab["online"] else "away",
+            lab["last_seen"] or "never seen",
+            f"clock {lab['clock_s']:+.1f} s",
+            lab["decision"] or "-",
+            f"certificate {lab['certificate_days']} days",
+        ]
+        for lab in found["labs"]
+    ]
+    _print_rows(rows or [["no labs: cytofed server invite DIR LAB --out FILE"]])
+    _print_rows(
+        [
+            [r["run"], r["status"], f"{r['rounds']} rounds", f"{len(r['cohort'])} labs"]
+            + ([r["reason"]] if r["reason"] else [])
+            for r in found["runs"]
+        ]
+    )
+    return 0
+
+
+@server.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("lab")
+def revoke(folder: Path, lab: str) -> int:
+    """Take LAB off the roster for good, at once."""
+    from cytofed.server.control import send_command
+    from cytofed.server.directory import ServerDirectory
+
+    directory = ServerDirectory.open(folder)
+    try:
+        send_command(directory.socket, "revoke", lab=lab)
+    except InputError:  # nothing runs: the directory is all there is
+        directory.revoke(lab)
+    say(f"{lab} is revoked; a new invite needs new keys")
+    return 0
+
+
+@server.command("stop-run")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("name", metavar="RUN")
+def stop_run(folder: Path, name: str) -> int:
+    """End RUN where it is; rounds that were applied stay."""
+    from cytofed.server.directory import ServerDirectory
+    from cytofed.server.runs import RunFolder
+
+    directory = ServerDirectory.open(folder)
+    RunFolder.open(directory.runs, name).ask_to_stop("stopped by the coordinator")
+    say(f"run {name} ends as soon as its labs are no longer waited for")
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _print_rows(rows: list[list[str]]) -> None:
+    """Aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
+    for row in rows:
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
+        say("  ".join([*padded, *row[len(widths) :]]).rstrip())

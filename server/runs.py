@@ -1,0 +1,175 @@
+"""A run of a coordinator as files: what it is, how far it is, who said what.
+
+::
+
+    runs/RUN/                      0700
+        plan.yaml summary.json metrics.jsonl model.safetensors model_card.md
+        state.json                 see RunState
+        checkpoints/               newest rounds
+        private/offer private/start              signed documents
+        private/decisions/LAB                    each lab's signed decision
+        private/start.safetensors manifest.json  the start model
+        private/delivered/LAB                    that the lab has the result
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from cytofed.documents import Decision, Offer, Roster
+from cytofed.errors import InputError, VerificationError
+from cytofed.files import write_atomically
+from cytofed.plan import Plan, dump_plan
+from cytofed.privacy.identity import Identity
+
+Phase = Literal["approval", "rounds", "completed", "incomplete", "failed"]
+
+ENDED = ("completed", "incomplete", "failed")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is. ``reason``: why it ended as it did; ``absent``: labs by name, and why."""
+
+    phase: Phase
+    queued_at: str
+    started_at: str = ""
+    ended_at: str = ""
+    reason: str = ""
+    stop: str = ""
+    """why it was asked to stop"""
+    cohort: tuple[str, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def private(self) -> Path:
+        return self.root / "private"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @staticmethod
+    def create(runs: Path, plan: Plan, roster: Roster, coordinator: Identity) -> RunFolder:
+        """Queue a plan for the labs that are enrolled now."""
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.name).strip("-._")[:32] or "run"
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        folder = RunFolder(runs / f"{slug}-{stamp}-{secrets.token_hex(2)}")
+        folder.root.mkdir(mode=0o700)
+        for sub in ("private", "private/decisions", "private/delivered", "checkpoints"):
+            (folder.root / sub).mkdir(mode=0o700)
+        write_atomically(folder.root / "plan.yaml", dump_plan(plan))
+        offer = Offer(folder.name, plan, roster)
+        write_atomically(folder.private / "offer", offer.signed(coordinator))
+        folder.save(RunState("approval", now()))  # last: says that the folder is whole
+        return folder
+
+    @staticmethod
+    def all(runs: Path) -> list[RunFolder]:
+        """All runs, in the order in which they were queued."""
+        found = [RunFolder(file.parent) for file in runs.glob("*/state.json")]
+        return sorted(found, key=lambda folder: (folder.state().queued_at, folder.name))
+
+    @staticmethod
+    def open(runs: Path, name: str) -> RunFolder:
+        """Errors: InputError for an unknown name."""
+        folder = RunFolder(runs / name)
+        if "/" in name or not (folder.root / "state.json").is_file():
+            raise InputError(f"no run {name!r}", hint="`cytofed server status DIR` lists them")
+        return folder
+
+    def state(self) -> RunState:
+        found = json.loads((self.root / "state.json").read_text())
+        return RunState(**{**found, "cohort": tuple(found["cohort"])})
+
+    def save(self, state: RunState) -> None:
+        write_atomically(self.root / "state.json", json.dumps(asdict(state), indent=1) + "\n")
+
+    def ask_to_stop(self, why: str) -> None:
+        write_atomically(self.private / "stop", why)
+
+    def stop_reason(self) -> str:
+        """Why the run was asked to stop, or nothing."""
+        file = self.private / "stop"
+        return file.read_text() if file.is_file() else ""
+
+    def end(self, phase: Phase, *, reason: str = "", absent: Mapping[str, str] = {}) -> None:
+        state = self.state()
+        self.save(
+            replace(
+                state,
+                phase=phase,
+                ended_at=now(),
+                reason=reason,
+                absent=dict(absent),
+                stop=self.stop_reason(),
+            )
+        )
+
+    def offer(self, coordinator: Identity) -> Offer:
+        return Offer.verified((self.private / "offer").read_bytes(), coordinator.public)
+
+    # --- decisions
+
+    def decide(self, offer: Offer, lab: str, document: bytes) -> Decision:
+        """Keep a lab's decision. Errors: VerificationError."""
+        decision = Decision.verified(document, offer.roster.member(lab).identity, offer)
+        write_atomically(self.private / "decisions" / lab, document)
+        return decision
+
+    def decisions(self, offer: Offer) -> dict[str, tuple[Decision, bytes]]:
+        """What the labs said so far."""
+        found = {}
+        for member in offer.roster.members:
+            file = self.private / "decisions" / member.name
+            if file.is_file():
+                document = file.read_bytes()
+                try:
+                    decision = Decision.verified(document, member.identity, offer)
+                except VerificationError:
+                    continue
+                found[member.name] = (decision, document)
+        return found
+
+    def fix_cohort(self, start: bytes, labs: tuple[str, ...]) -> None:
+        """From here on the run has these labs and no others."""
+        write_atomically(self.private / "start", start)
+        self.save(replace(self.state(), phase="rounds", started_at=now(), cohort=labs))
+
+    # --- results
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_atomically(self.root / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        file = self.root / "summary.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def delivered(self, lab: str) -> bool:
+        return (self.private / "delivered" / lab).is_file()
+
+    def deliver(self, lab: str) -> None:
+        write_atomically(self.private / "delivered" / lab, now())
+
+
+def now() -> str:
+    """UTC, as it stands in files."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,189 @@
+"""A Grid whose messages are sealed: the round loop sees contents, the one below sees parcels.
+
+An order to many labs is encrypted once, with a key wrap for each. Replies are opened here, in the
+place that the order had; what does not hold becomes that lab's failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from cytofed.documents import Roster
+from cytofed.errors import CytofedError
+from cytofed.messages import ERROR_CODE, BadMessage
+from cytofed.privacy.identity import Identity
+from cytofed.privacy.sealing import Context, Direction, Sealed, seal, seal_for_all, unseal
+from cytofed.sealed_message import (
+    REFUSAL,
+    Parcel,
+    pack_content,
+    pack_parcel,
+    unpack_content,
+    unpack_parcel,
+)
+
+
+@dataclass(frozen=True)
+class SealedRun:
+    """The place of a run: what every sealed message of it says and is checked against."""
+
+    identity: Identity
+    roster: Roster
+    run: str
+    plan_sha256: str
+    start: bytes
+    """the signed start, which travels with every order"""
+    nodes: Mapping[str, int]
+    """the cohort"""
+
+    def context(self, round_: int, slot: int, content: str, *, lab: str, to_lab: bool) -> Context:
+        coordinator = self.identity.name
+        return Context(
+            federation=self.roster.federation,
+            run=self.run,
+            plan_sha256=self.plan_sha256,
+            roster_sha256=self.roster.sha256,
+            round=round_,
+            slot=slot,
+            sender=coordinator if to_lab else lab,
+            receiver=lab if to_lab else coordinator,
+            direction=Direction.TO_LAB if to_lab else Direction.TO_COORDINATOR,
+            content=content,
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an order was sent; its reply belongs there too."""
+
+    lab: str
+    round: int
+    slot: int
+    kind: str
+
+
+class SealedGrid(Grid):  # type: ignore[misc]
+    """See the module. ``reply_bytes``: largest payload of a reply."""
+
+    def __init__(self, inner: Grid, sealed: SealedRun, *, reply_bytes: int) -> None:
+        self._inner, self._sealed, self._reply_bytes = inner, sealed, reply_bytes
+        self._labs = {node: lab for lab, node in sealed.nodes.items()}
+        self._places: dict[str, tuple[_Place, Message]] = {}
+        self._shared: tuple[RecordDict, Mapping[str, Sealed]] | None = None
+
+    def set_run(self, run: Run) -> None:
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            metadata = message.metadata
+            lab = self._labs[metadata.dst_node_id]
+            place = _Place(
+                lab, int(metadata.group_id), _slot(message.content), metadata.message_type
+            )
+            parcel = Parcel(
+                self._sealed.run,
+                place.round,
+                place.slot,
+                place.kind,
+                self._seal(message.content, place),
+                self._sealed.start,
+            )
+            sealed = self._inner.create_message(
+                pack_parcel(parcel),
+                metadata.message_type,
+                metadata.dst_node_id,
+                metadata.group_id,
+                metadata.ttl,
+            )
+            [number] = self._inner.push_messages([sealed])
+            message.metadata.__dict__["_message_id"] = number
+            self._places[number] = (place, message)
+            ids.append(number)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Opened replies, one at a time: the sealed ones wait outside this process's arrays."""
+        for reply in self._inner.pull_messages(message_ids):
+            number = reply.metadata.reply_to_message_id
+            place, message = self._places.pop(number)
+            if reply.has_error():
+                yield reply
+                continue
+            try:
+                content = self._open(reply, place)
+            except CytofedError as error:
+                yield Message(Error(ERROR_CODE, error.message), reply_to=message)
+            else:
+                yield Message(content, reply_to=message)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        raise NotImplementedError("cytofed's round loop pushes and pulls")
+
+    def _seal(self, content: RecordDict, place: _Place) -> Sealed:
+        context = self._sealed.context(
+            place.round, place.slot, place.kind, lab=place.lab, to_lab=True
+        )
+        sender, roster = self._sealed.identity, self._sealed.roster
+        if place.kind == "query.secagg":  # each lab has a content of its own
+            manifest, payload = pack_content(content)
+            receiver = roster.member(place.lab).identity
+            return seal(payload, context, sender=sender, receiver=receiver, manifest=manifest)
+        if self._shared is None or self._shared[0] is not content:
+            self._shared = None  # before the next is made: there is one at a time
+            manifest, payload = pack_content(content)
+            receivers = [roster.member(lab).identity for lab in self._sealed.nodes]
+            sealed = seal_for_all(
+                payload, context, sender=sender, receivers=receivers, manifest=manifest
+            )
+            self._shared = (content, sealed)
+        return self._shared[1][place.lab]
+
+    def _open(self, reply: Message, place: _Place) -> RecordDict:
+        parcel = unpack_parcel(reply)
+        kind = parcel.content
+        if kind not in (place.kind, REFUSAL):
+            raise BadMessage(f"answers a {place.kind} order with {kind!r:.40}")
+        opened = unseal(
+            parcel.sealed,
+            self._sealed.context(place.round, place.slot, kind, lab=place.lab, to_lab=False),
+            sender=self._sealed.roster.member(place.lab).identity,
+            receiver=self._sealed.identity,
+            max_bytes=self._reply_bytes,
+        )
+        content = unpack_content(opened.manifest, opened.payload)
+        if kind == REFUSAL:
+            header = content["header"]
+            raise BadMessage(f"refused: {header.get('reason')}")
+        return content
+
+
+def _slot(content: RecordDict) -> int:
+    header = content["header"]
+    slot = header.get("slot", 0) if isinstance(header, ConfigRecord) else 0
+    return slot if isinstance(slot, int) else 0
