@@ -46,7 +46,7 @@ def serve(
         if now - last_step >= _STEP_INTERVAL_S:
             last_step = now
             share = step.step / max(step.steps, 1)
-            connection.send(Step(order.run, node, order.round, share, step.loss))
+            _send(connection, Step(order.run, node, order.round, share, step.loss))
 
     app: ClientApp | None = None
     cached: tuple[int, RecordDict | None] = (-1, None)
@@ -71,7 +71,14 @@ def serve(
             message_id=task.message_id,
         )
         reply = app(message, Context(0, task.node, {"partition-id": task.node}, RecordDict(), {}))
-        connection.send(_answer(task.message_id, reply, Path(task.reply_path)))
+        _send(connection, _answer(task.message_id, reply, Path(task.reply_path)))
+
+
+def _send(connection: Connection, value: Step | Answer) -> None:
+    try:
+        connection.send(value)
+    except OSError:
+        os._exit(1)  # the grid is gone, and nobody is left to tell
 
 
 def _answer(message_id: str, reply: Message, path: Path) -> Answer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -370,6 +371,7 @@ def _usage_error(error: click.ClickException) -> InputError:
 
 def main() -> None:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: resumable
     sys.exit(_exit_code(lambda: cli.main(prog_name="cytofed", standalone_mode=False)))
 
 
