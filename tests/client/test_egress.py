@@ -42,7 +42,14 @@ from cytofed.privacy.ledger import Ledger, LedgerRolledBack, Order
 
 LEEDS = Identity.generate("leeds")
 YORK = Identity.generate("york")
-HEADER = {"lab": "leeds", "run": "r1", "round": 1, "weight": 40.0, "loss": 0.7, "train_s": 1.0}
+HEADER: dict[str, int | float | str | bytes] = {
+    "lab": "leeds",
+    "run": "r1",
+    "round": 1,
+    "weight": 40.0,
+    "loss": 0.7,
+    "train_s": 1.0,
+}
 UPDATE = Outgoing(
     type="update",
     destination="coordinator:8443",
@@ -130,7 +137,7 @@ def test_private_plans_let_no_exact_number_of_patients_out(
 
 
 def test_noised_numbers_of_private_plans_may_leave() -> None:
-    header = {**HEADER, "loss": float("nan"), "train_s": 0.0}
+    header: dict[str, int | float | str | bytes] = {**HEADER, "loss": float("nan"), "train_s": 0.0}
     fields = fields_of(header, {"weights": np.zeros(5, np.float32)})
     check_outgoing(replace(UPDATE, fields=fields, protection=PRIVATE))
     noised = fields_of({"lab": "leeds"}, {"confusion": np.zeros((3, 3), np.int64)})

@@ -1,0 +1,715 @@
+"""What this lab agrees to: the price of a plan, the limits it must keep, the person's decision.
+
+Nothing is trained before a plan is approved here. A plan waits with its price; the lab's own limits
+refuse it by name; approval sets its full price aside in the privacy ledger and pins the keys of all
+labs that may take part. Any change of plan, run or roster is another offer, which waits anew.
+
+::
+
+    <folder>/<plan>-<offer>.json    one offer: the coordinator's signed document, what the lab
+                                    decided, and at what price; whole or not there
+
+The order of things in ``approve`` (limits, then the ledger's hold, then the file) and ``reject``
+(the file, then the ledger) is such that a crash between two of them leaves nothing approved that
+was not paid for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from cytofed.client.settings import Settings
+from cytofed.documents import Offer
+from cytofed.errors import InputError, RefusedError, VerificationError
+from cytofed.files import write_atomically
+from cytofed.labels import load_map, load_scheme
+from cytofed.metrics import Tally
+from cytofed.plan import Plan, to_dict
+from cytofed.plan_check import check_plan
+from cytofed.privacy import accounting
+from cytofed.privacy.accounting import Guarantee, NonPrivate, PlanCost, max_rounds
+from cytofed.privacy.identity import PublicIdentity
+from cytofed.privacy.ledger import Hold, Ledger, NotApproved
+from cytofed.privacy.terms import declared_of, terms_of
+from cytofed.secure_round import encoding_of, tally_encoding
+from cytofed.strategies import make_strategy
+
+State = Literal["waiting", "approved", "rejected"]
+
+SEALED_BYTES = 2048
+"""what a header, the seal and a signature add to a message, rounded up"""
+
+
+def ledger_federation(federation: str, lab: str) -> str:
+    """How a federation is called in the ledger: two labs of one machine's user stay apart."""
+    return f"{federation}/{lab}"
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger of client.yaml with the lab's limits. Errors: LedgerMissing, VerificationError."""
+    return Ledger.open(settings.ledger, pool=settings.pool, limits=settings.limits.of_ledger())
+
+
+def cost_of(plan: Plan, settings: Settings, lab: str) -> PlanCost:
+    """What a plan spends at this lab.
+
+    Errors: RefusedError where a private plan states another number of patients than the lab.
+    """
+    if plan.privacy.unit == "none":
+        return _stated_cost(plan, lab)
+    stated, own = declared_of(plan, lab), settings.patients_declared
+    if own is None:
+        raise RefusedError(
+            f"plan {plan.sha256[:12]} is private and this lab declares no number of patients",
+            hint="set patients_declared in client.yaml: public, rounded",
+        )
+    if stated != own:
+        raise RefusedError(
+            f"plan {plan.sha256[:12]} states {stated or 'no'} patients for {lab}, "
+            f"this lab declares {own}: the noise is scaled by that number",
+            hint=f"ask for a plan with privacy.declared_patients: {{{lab}: {own}}}",
+        )
+    return _stated_cost(plan, lab)
+
+
+def _stated_cost(plan: Plan, lab: str) -> PlanCost:
+    """The cost as approved, whatever client.yaml says now."""
+    terms = terms_of(plan)
+    if terms is None:
+        return PlanCost(plan.privacy.delta, 1, plan.train.rounds, NonPrivate())
+    return terms.cost(declared_of(plan, lab) or 1)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a plan costs this lab. ``after``: the pool's spend if all of it is trained.
+
+    ``left`` is the limit less what is spent and held; None without a limit.
+    """
+
+    rounds: int
+    steps_per_round: int | None
+    unit: str
+    plan: Guarantee | None
+    spent: Guarantee
+    held: Guarantee
+    after: Guarantee
+    limit: float | None
+    left: float | None
+    fitting_rounds: int
+    bytes_per_round: int
+    bytes_total: int
+    parameters: int
+    arch: str
+    trainable: str
+    strategy: str
+    secure_aggregation: bool
+    roster_sha256: str
+    labs: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """``price`` of ``cytofed client plans --json``."""
+        return {
+            "rounds": self.rounds,
+            "steps_per_round": self.steps_per_round,
+            "steps": None if self.steps_per_round is None else self.rounds * self.steps_per_round,
+            "privacy": {
+                "unit": self.unit,
+                "plan": None if self.plan is None else _guarantee(self.plan),
+                "statement": "none: not differentially private"
+                if self.plan is None
+                else str(self.plan),
+                "spent": _guarantee(self.spent),
+                "held": _guarantee(self.held),
+                "after": _guarantee(self.after),
+                "limit": self.limit,
+                "left": self.left,
+                "fitting_rounds": self.fitting_rounds,
+            },
+            "bytes_out": {"per_round": self.bytes_per_round, "total": self.bytes_total},
+            "model": {
+                "arch": self.arch,
+                "trainable": self.trainable,
+                "parameters": self.parameters,
+                "strategy": self.strategy,
+                "secure_aggregation": self.secure_aggregation,
+            },
+            "roster": {"sha256": self.roster_sha256, "labs": dict(self.labs)},
+            "warnings": list(self.warnings),
+        }
+
+
+def _guarantee(of: Guarantee) -> dict[str, Any]:
+    finite = of.epsilon != float("inf")
+    return {"epsilon": of.epsilon if finite else None, "delta": of.delta, "unit": of.unit}
+
+
+def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parameters: int) -> Price:
+    """The price of an offer at this lab; ``parameters``: size P of one exchanged vector.
+
+    Errors: RefusedError where the declared patients differ; InputError for a plan that does not
+    hold together.
+    """
+    plan = offer.plan
+    warnings = tuple(check_plan(plan))
+    cost, terms = cost_of(plan, settings, lab), terms_of(plan)
+    balance, limit = book.balance(), settings.limits.max_epsilon
+    same_unit = cost.unit == book.unit
+    holds = [hold for hold in book.holds() if hold.cost.unit == book.unit]
+    delta = settings.limits.delta or min(cost.delta, *(hold.cost.delta for hold in holds), 1.0)
+    before = [*book.spent_events(), *(e for hold in holds for e in hold.remaining_events())]
+    after, rounds = balance.total, cost.rounds
+    if same_unit:
+        after = accounting.price([*before, *cost.events()], delta, accountant="RDP")
+        if limit is not None:
+            rounds = max_rounds(cost, epsilon=limit, delta=delta, before=before)
+    per_round, evaluation = bytes_out(offer, parameters)
+    evaluations = -(-plan.train.rounds // plan.evaluation.every) if evaluation else 0
+    return Price(
+        rounds=plan.train.rounds,
+        steps_per_round=plan.train.steps_per_round if terms is None else terms.training.steps,
+        unit=plan.privacy.unit,
+        plan=None if terms is None else terms.total(),
+        spent=balance.spent,
+        held=balance.held,
+        after=after,
+        limit=limit,
+        left=None if limit is None else max(0.0, limit - balance.total.epsilon),
+        fitting_rounds=rounds,
+        bytes_per_round=per_round + evaluation,
+        bytes_total=plan.train.rounds * per_round + evaluations * evaluation,
+        parameters=parameters,
+        arch=plan.model.arch,
+        trainable=plan.model.trainable,
+        strategy=plan.strategy.name,
+        secure_aggregation=plan.secure_aggregation.enabled,
+        roster_sha256=offer.roster.sha256,
+        labs=fingerprints(offer),
+        warnings=warnings,
+    )
+
+
+def fingerprints(offer: Offer) -> dict[str, str]:
+    """Lab -> fingerprint of its keys: what approving the offer pins."""
+    return {member.name: member.identity.fingerprint for member in offer.roster.members}
+
+
+def bytes_out(offer: Offer, parameters: int) -> tuple[int, int]:
+    """Bytes that leave in a round: for training, and for an evaluation (0 where there is none).
+
+    The set-up of secure aggregation, some kilobytes a lab and once a run, comes on top.
+    """
+    plan, labs = offer.plan, len(offer.roster.members)
+    strategy = make_strategy(plan.strategy)
+    classes = len(load_scheme(plan.labels.scheme).codes)
+    tally = Tally.empty(classes)
+    if plan.secure_aggregation.enabled:
+        words = encoding_of(plan, strategy, size=parameters, labs=labs, max_weight=1.0).words
+        update = words * plan.secure_aggregation.bits // 8
+        evaluation = 4 * tally_encoding(classes, labs=labs).words
+    else:
+        update = 4 * parameters * len(strategy.lab.up)
+        evaluation = tally.confusion_CC.nbytes + tally.bins_B3.nbytes
+    return update + SEALED_BYTES, evaluation + SEALED_BYTES if plan.releases_scores else 0
+
+
+def refuse(offer: Offer, settings: Settings, *, own: PublicIdentity, parameters: int) -> None:
+    """Hold an offer against client.yaml; the ledger's limits are checked by its hold.
+
+    Errors: RefusedError naming the limit, the value and the way out; InputError for a plan that
+    does not hold together; VerificationError for a roster with another key for this lab.
+    """
+    plan, limits = offer.plan, settings.limits
+    what = f"plan {plan.sha256[:12]}"
+    member = offer.roster.find(own.name)
+    if member is None or member.identity != own:
+        raise VerificationError(
+            f"the roster of {what} does not have this lab ({own.name}, {own.fingerprint[:16]}) "
+            "with its own key",
+            hint="call the coordinator: somebody may be answering in this lab's name",
+        )
+    if any(mark in plan.labels.scheme for mark in "/\\."):
+        raise RefusedError(
+            f"{what} has labels.scheme {plan.labels.scheme!r:.60}, a file and no name: plans open "
+            "no files here"
+        )
+    check_plan(plan)
+    if settings.labels is not None and load_map(settings.labels).scheme != plan.labels.scheme:
+        raise RefusedError(
+            f"{what} is for label scheme {plan.labels.scheme}, this lab's label map "
+            f"{Path(settings.labels).name} for {load_map(settings.labels).scheme}",
+            hint="set labels in client.yaml to a map into the plan's scheme",
+        )
+    if plan.privacy.unit == "patient" and settings.patients is None:
+        raise RefusedError(
+            f"{what} protects patients, and this lab does not say which image is whose",
+            hint="set patients in client.yaml, for example patients: column:patient",
+        )
+    cost_of(plan, settings, own.name)
+    if limits.allowed_models and plan.model.arch not in limits.allowed_models:
+        raise RefusedError(
+            f"{what} has model.arch {plan.model.arch}, not one of limits.allowed_models: "
+            f"{', '.join(limits.allowed_models)}",
+            hint=f"add {plan.model.arch} to limits.allowed_models in client.yaml",
+        )
+    if limits.allowed_strategies and plan.strategy.name not in limits.allowed_strategies:
+        raise RefusedError(
+            f"{what} has strategy {plan.strategy.name}, not one of limits.allowed_strategies: "
+            f"{', '.join(limits.allowed_strategies)}",
+            hint=f"add {plan.strategy.name} to limits.allowed_strategies in client.yaml",
+        )
+    if limits.secure_aggregation_required and not plan.secure_aggregation.enabled:
+        raise RefusedError(
+            f"{what} sends single updates, and limits.secure_aggregation_required is true",
+            hint="ask for a plan with secure_aggregation.enabled=true",
+        )
+    smallest = smallest_cohort(plan)
+    if smallest < limits.min_cohort:
+        key = "secure_aggregation.min_cohort" if plan.secure_aggregation.enabled else ""
+        key = key or "cohort.min_labs"
+        raise RefusedError(
+            f"{what} allows a cohort of {smallest} labs, limits.min_cohort is {limits.min_cohort}",
+            hint=f"ask for a plan with {key}={limits.min_cohort}",
+        )
+    refuse_cohort(offer, [member.name for member in offer.roster.members], settings)
+    update, evaluation = bytes_out(offer, parameters)
+    most = limits.max_bytes_per_round
+    if most is not None and update + evaluation > most:
+        raise RefusedError(
+            f"{what} sends {update + evaluation} bytes a round, limits.max_bytes_per_round is "
+            f"{most}",
+            hint="raise the limit in client.yaml, or ask for a smaller model or "
+            "model.trainable=head",
+        )
+
+
+def smallest_cohort(plan: Plan) -> int:
+    """The fewest labs whose updates are ever added up."""
+    settings = plan.secure_aggregation
+    return settings.min_cohort if settings.enabled else plan.cohort.min_labs
+
+
+def refuse_cohort(offer: Offer, labs: Sequence[str], settings: Settings) -> None:
+    """The same for the labs that take part, when a run starts. Errors: RefusedError."""
+    limits, keys = settings.limits, fingerprints(offer)
+    if len(labs) < limits.min_cohort:
+        raise RefusedError(
+            f"a cohort of {len(labs)} labs, limits.min_cohort is {limits.min_cohort}",
+            hint="more labs have to enrol and approve",
+        )
+    for lab in labs:
+        pinned = limits.trusted_peers.get(lab)
+        if pinned is not None and keys.get(lab) != pinned:
+            raise RefusedError(
+                f"lab {lab} comes with key {keys.get(lab, 'none')[:16]}, "
+                f"limits.trusted_peers has {pinned[:16]}",
+                hint=f"call {lab}; if it has new keys, change client.yaml",
+            )
+    trusted = [lab for lab in labs if lab in limits.trusted_peers]
+    if len(trusted) < limits.min_trusted_peers:
+        raise RefusedError(
+            f"a cohort with {len(trusted)} of this lab's trusted_peers, limits.min_trusted_peers "
+            f"is {limits.min_trusted_peers}",
+            hint="the others could be the coordinator's inventions; see limits in client.yaml",
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An offer as this lab knows it. ``price`` and ``changes`` are those of the decision.
+
+    ``hold``: the ledger's; ``ended``: the run is over and what was left of the hold is freed.
+    """
+
+    offer: Offer
+    document: bytes
+    parameters: int
+    state: State
+    offered_at: datetime
+    decided_at: datetime | None = None
+    reason: str = ""
+    price: Mapping[str, Any] | None = None
+    changes: tuple[str, ...] = ()
+    hold: str = ""
+    ended: bool = False
+
+    @property
+    def plan_sha256(self) -> str:
+        return self.offer.plan.sha256
+
+    @property
+    def run(self) -> str:
+        return self.offer.run
+
+
+class PlanBook:
+    """The plans known to a lab, as files in one folder. Safe for several processes.
+
+    ``verified`` turns an offer's signed document into the offer; it raises for a forged one, so
+    that a changed file is no plan.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        verified: Callable[[bytes], Offer],
+        own: PublicIdentity,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.folder = folder
+        self.own = own
+        self._verified = verified
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"PlanBook({str(self.folder)!r}, lab={self.own.name!r})"
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All offers, oldest first. Errors: VerificationError for a file that was altered."""
+        if not self.folder.is_dir():
+            return ()
+        paths = [path for path in self.folder.glob("*.json") if not path.name.startswith(".")]
+        return tuple(sorted(map(self._read, paths), key=lambda entry: entry.offered_at))
+
+    def offered(self, document: bytes, *, parameters: int) -> Entry:
+        """Take in an offer from the coordinator. One that is known already stays as it is.
+
+        A new offer of a run replaces those of it that still waited.
+        """
+        offer = self._verified(document)
+        path = self._path(offer)
+        if path.exists():
+            return self._read(path)
+        entry = Entry(offer, document, parameters, "waiting", self._clock())
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._write(entry)
+        for other in self.entries():
+            if other.run == offer.run and other.state == "waiting" and other != entry:
+                self._path(other.offer).unlink(missing_ok=True)
+        return entry
+
+    def find(self, plan_sha256: str, *states: State) -> Entry:
+        """The latest offer of a plan; a prefix of 8 digits will do.
+
+        Errors: InputError when there is none, or the prefix fits several plans.
+        """
+        entries = self.entries()
+        found = [e for e in entries if e.plan_sha256.startswith(plan_sha256.lower())]
+        if len(plan_sha256) < 8 or not found:
+            known = [e.plan_sha256 for e in entries if not e.ended]
+            raise InputError(
+                f"no plan {plan_sha256[:64]!r} is known here",
+                hint=f"known: {', '.join(dict.fromkeys(known))}"
+                if known
+                else "none was offered yet: is `cytofed client start` running?",
+            )
+        if len({e.plan_sha256 for e in found}) > 1:
+            raise InputError(f"{plan_sha256!r} fits several plans: give more digits")
+        wanted = [e for e in found if e.state in states] or found
+        return wanted[-1]
+
+    def known(self, offer: Offer) -> Entry | None:
+        """What the lab decided about exactly this plan, run and roster."""
+        path = self._path(offer)
+        return self._read(path) if path.exists() else None
+
+    def approved(self, run: str) -> Entry:
+        """The approved plan of a run. Errors: NotApproved (exit 3)."""
+        found = [e for e in self.entries() if e.run == run]
+        for entry in reversed(found):
+            if entry.state == "approved" and not entry.ended:
+                return entry
+        hint = f"cytofed client approve DIR {found[-1].plan_sha256}" if found else ""
+        raise NotApproved(f"no plan of run {run} is approved at this lab", hint=hint)
+
+    def approve(self, plan_sha256: str, settings: Settings, book: Ledger) -> Entry:
+        """Approve a plan: check the limits, set its price aside, pin its keys.
+
+        Approving again changes nothing. One approval pays for one run: what an earlier run of the
+        same plan has left is freed.
+        Errors: RefusedError as ``refuse``; OverBudget with the number of rounds that fits.
+        """
+        entry = self.find(plan_sha256, "waiting")
+        if entry.state == "approved" and not entry.ended:
+            return entry
+        offer, lab = entry.offer, self.own.name
+        refuse(offer, settings, own=self.own, parameters=entry.parameters)
+        changes = self.changes(entry)
+        self._end_others(entry, book)
+        price = price_of(offer, settings, book, lab=lab, parameters=entry.parameters)
+        hold = book.hold(
+            federation=ledger_federation(offer.federation, lab),
+            plan_sha256=entry.plan_sha256,
+            cost=cost_of(offer.plan, settings, lab),
+            prv=price.plan,
+        )
+        return self._write(
+            replace(
+                entry,
+                state="approved",
+                decided_at=self._clock(),
+                reason="",
+                price=price.to_json(),
+                changes=changes,
+                hold=hold.id,
+                ended=False,
+            )
+        )
+
+    def _end_others(self, entry: Entry, book: Ledger) -> None:
+        """End earlier runs of the same plan: a hold that they are bound to pays for no other."""
+        for other in self.entries():
+            same = other.plan_sha256 == entry.plan_sha256 and other.run != entry.run
+            if same and other.state == "approved" and not other.ended:
+                self._write(replace(other, ended=True))
+        federation = ledger_federation(entry.offer.federation, self.own.name)
+        bound = [
+            hold
+            for hold in book.holds()
+            if (hold.federation, hold.plan_sha256) == (federation, entry.plan_sha256)
+            and hold.state == "active"
+            and hold.run not in (None, entry.run)
+        ]
+        if bound:
+            self._free(entry, book, f"approved for run {entry.run}")
+
+    def reject(self, plan_sha256: str, book: Ledger, *, reason: str = "") -> Entry:
+        """Reject a plan, waiting or approved; what was never reserved of its price is freed."""
+        entry = self.find(plan_sha256, "approved", "waiting")
+        for other in self.entries():
+            if other.plan_sha256 == entry.plan_sha256 and not other.ended:
+                rejected = replace(
+                    other, state="rejected", decided_at=self._clock(), reason=reason[:200]
+                )
+                entry = self._write(rejected)
+        self._free(entry, book, reason or "rejected")
+        return entry
+
+    def ended(self, run: str, book: Ledger) -> None:
+        """A run is over: free what it never reserved. Ending twice changes nothing."""
+        for entry in self.entries():
+            if entry.run == run and entry.state == "approved" and not entry.ended:
+                self._write(replace(entry, ended=True))
+                self._free(entry, book, f"run {run} is over")
+
+    def left(self, book: Ledger) -> None:
+        """The lab left the federation: waiting and approved plans are rejected, holds freed."""
+        for entry in self.entries():
+            if entry.state != "rejected" and not entry.ended:
+                self._write(replace(entry, state="rejected", reason="the lab left"))
+                self._free(entry, book, "the lab left")
+
+    def changes(self, entry: Entry) -> tuple[str, ...]:
+        """What differs from the plan approved last, key by key and lab by lab; empty for the
+        first plan."""
+        before = [
+            other
+            for other in self.entries()
+            if other.state == "approved" and other.decided_at is not None and other != entry
+        ]
+        if not before:
+            return ()
+        last = max(before, key=lambda other: str(other.decided_at))
+        return (*_plan_changes(last, entry), *_roster_changes(last, entry))
+
+    def why_not_automatic(self, entry: Entry, settings: Settings, book: Ledger) -> str:
+        """Why a waiting plan needs a person; empty where auto_approve covers it."""
+        auto, plan = settings.auto_approve, entry.offer.plan
+        if not auto.enabled:
+            return "auto_approve is off"
+        if plan.privacy.unit != "patient":
+            return "the plan does not protect patients"
+        if auto.secure_aggregation and not plan.secure_aggregation.enabled:
+            return "the plan has no secure aggregation"
+        price = price_of(
+            entry.offer, settings, book, lab=self.own.name, parameters=entry.parameters
+        )
+        assert price.plan is not None
+        assert auto.max_epsilon is not None
+        if price.plan.epsilon > auto.max_epsilon:
+            return f"{price.plan} is over auto_approve.max_epsilon={auto.max_epsilon:g}"
+        if auto.known_labs_only:
+            known = {
+                key
+                for other in self.entries()
+                if other.state == "approved"
+                for key in fingerprints(other.offer).values()
+            }
+            new = [lab for lab, key in fingerprints(entry.offer).items() if key not in known]
+            if new:
+                return f"the keys of {', '.join(new)} were never approved here"
+        return ""
+
+    def listing(self, settings: Settings, book: Ledger) -> dict[str, Any]:
+        """``cytofed client plans --json``; plans that still wait are priced as of now."""
+        return {"plans": [self._listed(entry, settings, book) for entry in self.entries()]}
+
+    def _listed(self, entry: Entry, settings: Settings, book: Ledger) -> dict[str, Any]:
+        price, refused, changes = entry.price, "", entry.changes
+        if entry.state == "waiting":
+            changes = self.changes(entry)
+            try:
+                refuse(entry.offer, settings, own=self.own, parameters=entry.parameters)
+            except (RefusedError, InputError, VerificationError) as error:
+                refused = error.message
+            try:
+                now = price_of(
+                    entry.offer, settings, book, lab=self.own.name, parameters=entry.parameters
+                )
+                price = now.to_json()
+                if now.fitting_rounds < now.rounds:
+                    over = f"{now.fitting_rounds} of {now.rounds} rounds fit limits.max_epsilon"
+                    refused = refused or over
+            except (RefusedError, InputError) as error:
+                refused = refused or error.message
+        decided = None if entry.decided_at is None else entry.decided_at.isoformat()
+        return {
+            "plan_sha256": entry.plan_sha256,
+            "run": entry.run,
+            "name": entry.offer.plan.name,
+            "state": entry.state,
+            "ended": entry.ended,
+            "offered_at": entry.offered_at.isoformat(),
+            "decided_at": decided,
+            "reason": entry.reason,
+            "refused": refused,
+            "price": price,
+            "changes": list(changes),
+        }
+
+    def _free(self, entry: Entry, book: Ledger, reason: str) -> None:
+        federation = ledger_federation(entry.offer.federation, self.own.name)
+        book.free(federation=federation, plan_sha256=entry.plan_sha256, reason=reason)
+
+    def approved_holds(self) -> tuple[Hold, ...]:
+        """The holds of all approvals here, for ``Ledger.restore_charge``."""
+        return tuple(
+            Hold(
+                entry.hold,
+                ledger_federation(entry.offer.federation, self.own.name),
+                entry.plan_sha256,
+                _stated_cost(entry.offer.plan, self.own.name),
+            )
+            for entry in self.entries()
+            if entry.hold
+        )
+
+    def ask_again(self, reason: str) -> None:
+        """Approvals whose holds were charged need another one."""
+        for entry in self.entries():
+            if entry.state == "approved" and not entry.ended:
+                self._write(replace(entry, state="waiting", reason=reason))
+
+    def _path(self, offer: Offer) -> Path:
+        place = f"{offer.federation}\n{offer.run}\n{offer.plan.sha256}\n{offer.roster.sha256}"
+        digest = hashlib.sha256(place.encode()).hexdigest()
+        return self.folder / f"{offer.plan.sha256[:16]}-{digest[:16]}.json"
+
+    def _write(self, entry: Entry) -> Entry:
+        tree = {
+            "document": entry.document.hex(),
+            "parameters": entry.parameters,
+            "state": entry.state,
+            "offered_at": entry.offered_at.isoformat(),
+            "decided_at": None if entry.decided_at is None else entry.decided_at.isoformat(),
+            "reason": entry.reason,
+            "price": entry.price,
+            "changes": list(entry.changes),
+            "hold": entry.hold,
+            "ended": entry.ended,
+        }
+        write_atomically(self._path(entry.offer), json.dumps(tree, indent=1) + "\n", mode=0o600)
+        return entry
+
+    def _read(self, path: Path) -> Entry:
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            document = bytes.fromhex(tree["document"])
+            decided = tree["decided_at"]
+            entry = Entry(
+                offer=self._verified(document),
+                document=document,
+                parameters=int(tree["parameters"]),
+                state=tree["state"],
+                offered_at=datetime.fromisoformat(tree["offered_at"]),
+                decided_at=None if decided is None else datetime.fromisoformat(decided),
+                reason=str(tree["reason"]),
+                price=tree["price"],
+                changes=tuple(tree["changes"]),
+                hold=str(tree["hold"]),
+                ended=bool(tree["ended"]),
+            )
+        except (ValueError, KeyError, TypeError):
+            entry = None
+        if entry is None or self._path(entry.offer) != path:
+            raise VerificationError(
+                f"{path} is not what this lab wrote",
+                hint="restore the file, or remove it: the coordinator offers the plan again",
+            )
+        return entry
+
+
+def restore_charge(
+    settings: Settings, plans: PlanBook, *, seen_heads: Sequence[str]
+) -> dict[str, Any]:
+    """Go on after a ledger was lost or restored: charge all approved plans in full.
+
+    ``seen_heads``: the ledger's heads in the egress log. A ledger that is gone is begun anew, with
+    these charges in it. Running plans need another approval. Returns the budget after it.
+    """
+    Ledger.create(settings.ledger)
+    with open_ledger(settings) as book:
+        book.restore_charge(plans.approved_holds(), seen_heads=seen_heads)
+        plans.ask_again("charged in full after the ledger was restored")
+        return book.summary()
+
+
+def budget(settings: Settings) -> dict[str, Any]:
+    """``cytofed client budget --json``."""
+    with open_ledger(settings) as book:
+        return book.summary()
+
+
+def _plan_changes(last: Entry, entry: Entry) -> Iterator[str]:
+    before, after = _flat(last.offer.plan), _flat(entry.offer.plan)
+    for key in dict.fromkeys((*before, *after)):
+        one, other = before.get(key), after.get(key)
+        if one != other:
+            yield f"{key}: {json.dumps(one)} -> {json.dumps(other)}"
+    if last.parameters != entry.parameters:
+        yield f"parameters: {last.parameters} -> {entry.parameters}"
+
+
+def _roster_changes(last: Entry, entry: Entry) -> Iterator[str]:
+    before, after = fingerprints(last.offer), fingerprints(entry.offer)
+    for lab in sorted({*before, *after}):
+        match before.get(lab), after.get(lab):
+            case None, str(key):
+                yield f"lab {lab} is new: {key}"
+            case str(), None:
+                yield f"lab {lab} is gone"
+            case str(old), str(key) if old != key:
+                yield f"lab {lab} HAS ANOTHER KEY: {old} -> {key}"
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    """All keys of a plan that are part of its hash, dotted."""
+
+    def walk(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            where = f"{path}.{key}" if path else key
+            if isinstance(value, Mapping):
+                yield from walk(value, where)
+            else:
+                yield where, value
+
+    tree = {key: value for key, value in to_dict(plan).items() if key != "simulation"}
+    return dict(walk(tree, ""))

@@ -1,0 +1,451 @@
+"""A plan waits with its price until a person approves it, and never gets past the lab's limits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cytofed.client.policy import (
+    Entry,
+    PlanBook,
+    bytes_out,
+    ledger_federation,
+    open_ledger,
+    price_of,
+    refuse,
+    refuse_cohort,
+    restore_charge,
+)
+from cytofed.client.settings import AutoApprove, Settings
+from cytofed.documents import COORDINATOR, Member, Offer, Roster
+from cytofed.errors import InputError, RefusedError, VerificationError
+from cytofed.plan import Plan, from_dict
+from cytofed.privacy.identity import Identity
+from cytofed.privacy.ledger import Ledger, NotApproved, Order, OverBudget
+
+CENTRE = Identity.generate(COORDINATOR)
+KEYS = {lab: Identity.generate(lab) for lab in ("leeds", "porto", "york")}
+LEEDS = KEYS["leeds"].public
+P = 1000
+PRIVATE = {"unit": "patient", "sigma": 2.0, "declared_patients": 100, "sampling_rate": 0.1}
+
+
+def plan_of(**sections: Any) -> Plan:
+    tree: dict[str, Any] = {
+        "train": {"rounds": 10, "steps_per_round": 5},
+        "privacy": PRIVATE,
+        "secure_aggregation": {"enabled": True},
+        "evaluation": {"sigma": 4.0, "every": 5},
+    }
+    return from_dict({**tree, **sections})
+
+
+def roster_of(*labs: str, keys: dict[str, Identity] | None = None) -> Roster:
+    found = {**KEYS, **(keys or {})}
+    return Roster("f", 1, tuple(Member(found[lab].public, "", 100) for lab in labs or KEYS))
+
+
+def offer_of(plan: Plan | None = None, run: str = "r1", roster: Roster | None = None) -> Offer:
+    return Offer(run, plan or plan_of(), roster or roster_of())
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Settings:
+    Ledger.create(tmp_path / "ledger.sqlite")
+    return Settings(
+        data=tmp_path / "images",
+        ledger=tmp_path / "ledger.sqlite",
+        patients="column:patient",
+        patients_declared=100,
+    )
+
+
+def with_limits(lab: Settings, **limits: Any) -> Settings:
+    return replace(lab, limits=replace(lab.limits, **limits))
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> PlanBook:
+    days = iter(range(1000))
+    return PlanBook(
+        tmp_path / "plans",
+        verified=partial(Offer.verified, coordinator=CENTRE.public),
+        own=LEEDS,
+        clock=lambda: datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=next(days)),
+    )
+
+
+def offered(plans: PlanBook, offer: Offer) -> Entry:
+    return plans.offered(offer.signed(CENTRE), parameters=P)
+
+
+# --- limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "plan", "names"),
+    [
+        ({"allowed_models": ("resnet18",)}, {}, ("cytonet", "allowed_models", "resnet18")),
+        ({"allowed_strategies": ("fedprox",)}, {}, ("fedavg", "allowed_strategies")),
+        (
+            {"secure_aggregation_required": True},
+            {"secure_aggregation": {"enabled": False}},
+            ("secure_aggregation_required",),
+        ),
+        ({"min_cohort": 4}, {}, ("3 labs", "min_cohort is 4")),
+        (
+            {"min_cohort": 3},
+            {"secure_aggregation": {"enabled": False}, "cohort": {"min_labs": 2}},
+            ("2 labs", "min_cohort is 3"),
+        ),
+        ({"max_bytes_per_round": 4000}, {}, ("max_bytes_per_round is 4000",)),
+        (
+            {"trusted_peers": {"bath": "ab" * 32}, "min_trusted_peers": 1},
+            {},
+            ("min_trusted_peers is 1",),
+        ),
+        ({"trusted_peers": {"york": "ab" * 32}}, {}, ("york", "ab" * 8)),
+    ],
+)
+def test_each_limit_refuses_by_name_with_value_and_way_out(
+    lab: Settings, limits: dict[str, Any], plan: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    offer = offer_of(plan_of(**plan))
+    refuse(offer, lab, own=LEEDS, parameters=P)
+    with pytest.raises(RefusedError) as caught:
+        refuse(offer, with_limits(lab, **limits), own=LEEDS, parameters=P)
+    assert caught.value.exit_code == 3
+    assert caught.value.hint
+    for name in names:
+        assert name in caught.value.message
+
+
+@pytest.mark.parametrize("stated", [None, 90, {"leeds": 99, "york": 100}])
+def test_a_plan_with_another_number_of_patients_is_refused(lab: Settings, stated: object) -> None:
+    offer = offer_of(plan_of(privacy={**PRIVATE, "declared_patients": stated}))
+    with pytest.raises(RefusedError, match="declares 100"):
+        refuse(offer, lab, own=LEEDS, parameters=P)
+
+
+def test_patient_privacy_needs_to_know_the_patients(lab: Settings) -> None:
+    with pytest.raises(RefusedError, match="which image is whose"):
+        refuse(offer_of(), replace(lab, patients=None), own=LEEDS, parameters=P)
+    with pytest.raises(RefusedError, match="declares no number"):
+        refuse(offer_of(), replace(lab, patients_declared=None), own=LEEDS, parameters=P)
+
+
+def test_a_roster_with_another_key_for_this_lab_is_not_believed(lab: Settings) -> None:
+    forged = roster_of(keys={"leeds": Identity.generate("leeds")})
+    for roster in (forged, roster_of("porto", "york")):
+        with pytest.raises(VerificationError):
+            refuse(offer_of(roster=roster), lab, own=LEEDS, parameters=P)
+
+
+def test_a_plan_opens_no_file_of_the_lab(lab: Settings, tmp_path: Path) -> None:
+    for scheme in (str(tmp_path / "x.yaml"), "../x", "x.yaml"):
+        with pytest.raises(RefusedError, match="open no files"):
+            refuse(offer_of(plan_of(labels={"scheme": scheme})), lab, own=LEEDS, parameters=P)
+
+
+def test_the_cohort_of_a_start_keeps_the_limits_too(lab: Settings) -> None:
+    peers = {"york": KEYS["york"].public.fingerprint}
+    limited = with_limits(lab, min_cohort=2, trusted_peers=peers, min_trusted_peers=1)
+    refuse_cohort(offer_of(), ["leeds", "york"], limited)
+    with pytest.raises(RefusedError, match="min_trusted_peers"):
+        refuse_cohort(offer_of(), ["leeds", "porto"], limited)
+    with pytest.raises(RefusedError, match="min_cohort"):
+        refuse_cohort(offer_of(), ["leeds"], limited)
+
+
+# --- price
+
+
+def test_the_price_names_all_that_a_person_decides_on(lab: Settings) -> None:
+    with open_ledger(with_limits(lab, max_epsilon=20.0)) as book:
+        price = price_of(
+            offer_of(), with_limits(lab, max_epsilon=20.0), book, lab="leeds", parameters=P
+        )
+        tree = price.to_json()
+    assert json.loads(json.dumps(tree, allow_nan=False)) == tree
+    assert (tree["rounds"], tree["steps"]) == (10, 50)
+    privacy = tree["privacy"]
+    assert (privacy["spent"]["epsilon"], privacy["held"]["epsilon"]) == (0, 0)
+    assert 0 < privacy["plan"]["epsilon"] <= privacy["after"]["epsilon"] < 20
+    assert (privacy["limit"], privacy["left"]) == (20.0, 20.0)
+    assert "per patient" in privacy["statement"]
+    assert tree["roster"]["labs"] == {lab: key.public.fingerprint for lab, key in KEYS.items()}
+    assert tree["bytes_out"]["total"] > 10 * 4 * P
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_bytes_out_are_those_of_the_vectors(secure: bool) -> None:
+    offer = offer_of(plan_of(secure_aggregation={"enabled": secure}))
+    update, evaluation = bytes_out(offer, P)
+    assert 4 * P <= update <= 4 * P + 4096
+    assert evaluation > 0
+    scaffold = replace(offer, plan=plan_of(strategy={"name": "scaffold"}))
+    assert bytes_out(scaffold, P)[0] >= 8 * P
+    assert bytes_out(replace(offer, plan=plan_of(evaluation={})), P)[1] == 0
+
+
+# --- decisions
+
+
+def test_nothing_is_approved_until_somebody_approves(plans: PlanBook, lab: Settings) -> None:
+    entry = offered(plans, offer_of())
+    assert entry.state == "waiting"
+    with pytest.raises(NotApproved) as caught:
+        plans.approved("r1")
+    assert caught.value.hint == f"cytofed client approve DIR {entry.plan_sha256}"
+    with open_ledger(lab) as book:
+        approved = plans.approve(entry.plan_sha256[:12], lab, book)
+        assert plans.approve(entry.plan_sha256, lab, book) == approved
+        assert len(book.holds()) == 1
+        assert book.balance().held.epsilon > 0
+    assert plans.approved("r1") == approved
+    assert plans.known(offer_of()) == approved
+
+
+def test_any_change_waits_anew(plans: PlanBook, lab: Settings) -> None:
+    first = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        plans.approve(first.plan_sha256, lab, book)
+    other_key = roster_of(keys={"york": Identity.generate("york")})
+    for offer in (
+        offer_of(plan_of(train={"rounds": 11, "steps_per_round": 5}), "r2"),
+        offer_of(run="r2"),
+        offer_of(run="r3", roster=other_key),
+    ):
+        assert offered(plans, offer).state == "waiting"
+        with pytest.raises(NotApproved):
+            plans.approved(offer.run)
+
+
+def test_changes_since_the_last_approved_plan_are_named(plans: PlanBook, lab: Settings) -> None:
+    first = offered(plans, offer_of(roster=roster_of("leeds", "porto", "york")))
+    assert plans.changes(first) == ()
+    with open_ledger(lab) as book:
+        plans.approve(first.plan_sha256, lab, book)
+    new = Identity.generate("york")
+    later = offered(
+        plans,
+        offer_of(
+            plan_of(train={"rounds": 12, "steps_per_round": 5}, strategy={"name": "fedprox"}),
+            "r2",
+            roster_of("leeds", "york", keys={"york": new}),
+        ),
+    )
+    changes = plans.changes(later)
+    assert "train.rounds: 10 -> 12" in changes
+    assert 'strategy.name: "fedavg" -> "fedprox"' in changes
+    assert "lab porto is gone" in changes
+    old_key = KEYS["york"].public.fingerprint
+    assert f"lab york HAS ANOTHER KEY: {old_key} -> {new.public.fingerprint}" in changes
+    assert len(changes) == 4
+
+
+def test_over_budget_is_refused_whole_with_the_rounds_that_fit(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        whole = price_of(entry.offer, lab, book, lab="leeds", parameters=P).after.epsilon
+    tight = with_limits(lab, max_epsilon=whole * 0.8)
+    with open_ledger(tight) as book:
+        with pytest.raises(OverBudget) as caught:
+            plans.approve(entry.plan_sha256, tight, book)
+        assert book.balance().held.epsilon == 0
+        fits = caught.value.fitting_rounds
+        assert 0 < fits < 10
+        assert caught.value.exit_code == 3
+        listed = plans.listing(tight, book)["plans"][0]
+        assert listed["state"] == "waiting"
+        assert str(fits) in listed["refused"]
+        fitting = plan_of(train={"rounds": fits, "steps_per_round": 5})
+        plans.approve(offered(plans, offer_of(fitting, "r2")).plan_sha256, tight, book)
+
+
+def test_a_plan_without_privacy_is_refused_where_a_limit_is_set(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry = offered(plans, offer_of(plan_of(privacy={}, evaluation={})))
+    limited = with_limits(lab, max_epsilon=8.0)
+    with open_ledger(limited) as book, pytest.raises(RefusedError, match="nothing"):
+        plans.approve(entry.plan_sha256, limited, book)
+    with open_ledger(lab) as book:
+        assert plans.approve(entry.plan_sha256, lab, book).state == "approved"
+        assert json.dumps(plans.listing(lab, book), allow_nan=False)
+
+
+def test_rejecting_frees_what_was_not_reserved(plans: PlanBook, lab: Settings) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        plans.approve(entry.plan_sha256, lab, book)
+        book.reserve(_order(entry, 1))
+        assert plans.reject(entry.plan_sha256, book, reason="no").state == "rejected"
+        assert book.balance().held.epsilon == 0
+        assert book.balance().spent.epsilon > 0
+    with pytest.raises(NotApproved):
+        plans.approved("r1")
+
+
+def _order(entry: Entry, round_: int) -> Order:
+    federation = ledger_federation("f", "leeds")
+    return Order(federation, entry.run, round_, 0, entry.plan_sha256, "bb" * 32, f"{round_:064x}")
+
+
+def test_one_approval_pays_for_one_run(plans: PlanBook, lab: Settings) -> None:
+    first = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        plans.approve(first.plan_sha256, lab, book)
+        book.reserve(_order(first, 1))
+        second = offered(plans, offer_of(run="r2"))
+        assert second.state == "waiting"
+        plans.approve(second.plan_sha256, lab, book)
+        book.reserve(_order(second, 1))
+        active = [hold for hold in book.holds() if hold.state == "active"]
+        assert [hold.run for hold in active] == ["r2"]
+    assert plans.approved("r2").run == "r2"
+    with pytest.raises(NotApproved):
+        plans.approved("r1")
+
+
+def test_a_run_that_ended_gives_back_the_rest(plans: PlanBook, lab: Settings) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        plans.approve(entry.plan_sha256, lab, book)
+        book.reserve(_order(entry, 1))
+        plans.ended("r1", book)
+        plans.ended("r1", book)
+        assert book.balance().held.epsilon == 0
+        plans.left(book)
+
+
+@pytest.mark.parametrize("crash", ["hold", "file"])
+def test_a_crash_while_approving_leaves_nothing_approved_unpaid(
+    plans: PlanBook, lab: Settings, crash: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write may be the last one of a process; approving once more completes it."""
+    entry = offered(plans, offer_of())
+
+    def dies(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with open_ledger(lab) as book:
+        with monkeypatch.context() as patch:
+            if crash == "hold":
+                patch.setattr(book, "hold", dies)
+            else:
+                patch.setattr("cytofed.client.policy.write_atomically", dies)
+            with pytest.raises(KeyboardInterrupt):
+                plans.approve(entry.plan_sha256, lab, book)
+        with pytest.raises(NotApproved):
+            plans.approved("r1")
+        plans.approve(entry.plan_sha256, lab, book)
+        assert [hold.state for hold in book.holds()] == ["active"]
+
+
+def test_a_forged_or_edited_file_is_no_plan(plans: PlanBook) -> None:
+    offered(plans, offer_of())
+    with pytest.raises(VerificationError):
+        plans.offered(offer_of(run="r2").signed(Identity.generate(COORDINATOR)), parameters=P)
+    path = next(plans.folder.iterdir())
+    text = path.read_text()
+    assert (path.stat().st_mode & 0o777) == 0o600
+    other = offer_of(plan_of(train={"rounds": 99, "steps_per_round": 5})).signed(CENTRE).hex()
+    tree = json.loads(text)
+    for altered in (text[:40], json.dumps({**tree, "document": other})):
+        path.write_text(altered)
+        with pytest.raises(VerificationError):
+            plans.entries()
+
+
+def test_find_asks_for_enough_digits(plans: PlanBook) -> None:
+    with pytest.raises(InputError, match="no plan") as caught:
+        plans.find("ab" * 32)
+    assert "client start" in caught.value.hint
+    entry = offered(plans, offer_of())
+    with pytest.raises(InputError, match="no plan") as caught:
+        plans.find(entry.plan_sha256[:4])
+    assert entry.plan_sha256 in caught.value.hint
+
+
+def test_a_new_offer_of_a_run_replaces_one_that_waits(plans: PlanBook) -> None:
+    offered(plans, offer_of())
+    again = offered(plans, offer_of())
+    assert plans.entries() == (again,)
+    later = offered(plans, offer_of(roster=replace(roster_of(), epoch=2)))
+    assert plans.entries() == (later,)
+
+
+# --- approval without a person
+
+
+def automatic(lab: Settings, **rules: Any) -> Settings:
+    return replace(lab, auto_approve=AutoApprove(enabled=True, **{"max_epsilon": 50.0, **rules}))
+
+
+@pytest.mark.parametrize(
+    ("change", "plan", "why"),
+    [
+        (lambda lab: lab, {}, "off"),
+        (automatic, {"privacy": {}, "evaluation": {}}, "patients"),
+        (automatic, {"secure_aggregation": {"enabled": False}}, "secure aggregation"),
+        (partial(automatic, max_epsilon=0.01), {}, "max_epsilon"),
+        (automatic, {}, "never approved"),
+    ],
+)
+def test_a_person_is_asked_unless_every_rule_holds(
+    plans: PlanBook,
+    lab: Settings,
+    change: Callable[[Settings], Settings],
+    plan: dict[str, Any],
+    why: str,
+) -> None:
+    entry = offered(plans, offer_of(plan_of(**plan)))
+    with open_ledger(lab) as book:
+        assert why in plans.why_not_automatic(entry, change(lab), book)
+
+
+def test_known_labs_and_a_low_price_need_no_person(plans: PlanBook, lab: Settings) -> None:
+    first = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        assert plans.why_not_automatic(first, automatic(lab, known_labs_only=False), book) == ""
+        plans.approve(first.plan_sha256, lab, book)
+        second = offered(plans, offer_of(run="r2"))
+        assert plans.why_not_automatic(second, automatic(lab), book) == ""
+
+
+# --- after a ledger was lost
+
+
+@pytest.mark.parametrize("lost", ["restored", "gone"])
+def test_a_lost_ledger_is_charged_in_full_and_asks_again(
+    plans: PlanBook, lab: Settings, lost: str
+) -> None:
+    lab = with_limits(lab, delta=1e-3)
+    before = lab.ledger.read_bytes()
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        plans.approve(entry.plan_sha256, lab, book)
+        book.reserve(_order(entry, 1))
+        head, full = book.head, book.balance().total.epsilon
+    if lost == "gone":
+        lab.ledger.unlink()
+    else:
+        lab.ledger.write_bytes(before)
+    after = restore_charge(lab, plans, seen_heads=[head])
+    assert math.isclose(after["spent"]["epsilon"], full, rel_tol=1e-9)
+    assert plans.entries()[0].state == "waiting"
+    with open_ledger(lab) as book:
+        assert book.check_head(head) == "older"
+        plans.approve(entry.plan_sha256, lab, book)
+        assert book.balance().total.epsilon > full
