@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -89,18 +90,24 @@ def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
     check_plan(request.plan)
     strategy = make_strategy(request.plan.strategy)
     partition = parse_partition(request.plan.simulation.partition)
+    new = not (request.out / "plan.yaml").is_file()
     finished = _prepare_folder(request)
     if finished is not None:
         return finished
     private = request.out / _PRIVATE
     private.mkdir(mode=0o700, exist_ok=True)
     started = time.monotonic()
-    with _open_grid(request, private, progress) as backend:
-        cells = _read(request, progress)
-        labs = _cut(request, partition, cells, private)
-        start = backend.start()
-        world = World(request, labs, start, strategy, private, progress)
-        results = backend.run(world)
+    try:
+        with _open_grid(request, private, progress) as backend:
+            cells = _read(request, progress)
+            labs = _cut(request, partition, cells, private)
+            start = backend.start()
+            world = World(request, labs, start, strategy, private, progress)
+            results = backend.run(world)
+    except InputError:
+        if new and not (request.out / "metrics.jsonl").is_file():
+            _discard(request.out)  # so that the corrected command may use the same --out
+        raise
     return _finish(world, results, time.monotonic() - started)
 
 
@@ -281,6 +288,14 @@ def _only_begun(out: Path) -> bool:
     begun = {_PRIVATE, f"{_PRIVATE}/request.json"}
     found = {path.relative_to(out) for path in out.rglob("*")}
     return all(str(path) in begun or path.suffix == ".part" for path in found)
+
+
+def _discard(out: Path) -> None:
+    """Remove a run that never trained."""
+    shutil.rmtree(out / _PRIVATE)
+    (out / "plan.yaml").unlink()
+    if not any(out.iterdir()):
+        out.rmdir()
 
 
 def earlier_request(out: Path) -> dict[str, Any]:

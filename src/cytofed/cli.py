@@ -336,6 +336,9 @@ def _exit_code(run: Callable[[], Any]) -> int:
         result = run()
     except click.exceptions.Exit as done:
         return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
+        return 2
     except click.ClickException as error:
         print_error(_usage_error(error))
         return 2

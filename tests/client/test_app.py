@@ -25,18 +25,15 @@ from cytofed.messages import (
     unpack_hello,
     unpack_update,
 )
-from cytofed.plan import Plan, load_plan
+from cytofed.plan import Plan, from_dict
 from cytofed.start import START_FILE, Start, read_start, write_start
 
-PLAN = load_plan(
-    "demo",
-    [
-        "labels.scale.size_px=32",
-        "model.width=8",
-        "train.rounds=4",
-        "train.steps_per_round=2",
-        "train.batch=8",
-    ],
+PLAN = from_dict(
+    {
+        "labels": {"scale": {"size_px": 32}},
+        "model": {"width": 8},
+        "train": {"rounds": 4, "steps_per_round": 2, "batch": 8},
+    }
 )
 SCHEME = load_scheme(PLAN.labels.scheme)
 

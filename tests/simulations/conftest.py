@@ -23,14 +23,7 @@ from cytofed.simulations.simulate import Request, Results, World, run_all
 from cytofed.simulations.virtual import CENTRAL, virtual_app
 from cytofed.start import Start, read_start, write_start
 
-SMALL = (
-    "labels.scale.size_px=32",
-    "model.width=8",
-    "train.rounds=2",
-    "train.steps_per_round=2",
-    "train.batch=8",
-    "simulation.partition=iid",
-)
+SMALL = Path(__file__).with_name("small.yaml")
 
 
 class DirectGrid(Grid):
@@ -166,4 +159,4 @@ def small(few: Path, cache_dir: Path, tmp_path: Path) -> Callable[..., Request]:
 
 
 def small_plan(*overrides: str) -> Plan:
-    return load_plan("demo", [*SMALL, *overrides])
+    return load_plan(SMALL, overrides)

@@ -220,6 +220,29 @@ def test_folder_left_by_a_kill_before_the_first_file_can_be_used(
     assert directly(small("train.rounds=1", resume=True))["status"] == "completed"
 
 
+def test_request_that_cannot_run_leaves_nothing_behind(
+    small: Small, directly: Simulate, tmp_path: Path
+) -> None:
+    request = small("train.rounds=1", data=(tmp_path / "nowhere",))
+    with pytest.raises(InputError, match="nowhere"):
+        directly(request)
+    assert not request.out.exists()
+    with pytest.raises(InputError, match="100"):
+        directly(small("train.rounds=1", "simulation.labs=100"))
+    assert directly(small("train.rounds=1"))["status"] == "completed"
+
+
+def test_request_that_cannot_go_on_leaves_the_run_as_it_was(
+    small: Small, directly: Simulate, tmp_path: Path
+) -> None:
+    summary = directly(small())
+    request = small()
+    (request.out / "summary.json").unlink()
+    with pytest.raises(InputError, match="nowhere"):
+        directly(small(data=(tmp_path / "nowhere",), resume=True))
+    assert directly(small(resume=True))["weights_sha256"] == summary["weights_sha256"]
+
+
 def test_report_lost_by_a_kill_is_written_by_resume(small: Small, directly: Simulate) -> None:
     request = small("train.rounds=1")
     directly(request)
