@@ -38,7 +38,7 @@ from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summar
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict
 from cytofed.plan_check import check_plan, privacy_price, score_prices
-from cytofed.privacy.accounting import price
+from cytofed.privacy.accounting import across_labs, price
 from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.terms import terms_of
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
@@ -599,24 +599,36 @@ def _gaps(results: Results, scheme: Scheme) -> dict[str, Any] | None:
 
 
 def _privacy(world: World, run: Run) -> dict[str, Any]:
-    """The plan's terms, and what each lab's ledger says was spent on its patients."""
+    """The plan's terms, and what each lab's ledger says was spent on its patients.
+
+    ``federation`` is what one patient pays: at one lab, or at all where patients may overlap.
+    """
     plan, labs = world.plan, world.labs
     shown = privacy_price(plan)
     if plan.privacy.unit == "none":
         return shown
     spent: dict[str, Any] = {}
+    guarantees = []
     for k, name in enumerate(labs.names):
         declared = labs.declared(k)
         events: tuple[Any, ...] = ()
         if labs.ledger_of(name).is_file():
             with Ledger.open(labs.ledger_of(name), pool=run.name, unit=plan.privacy.unit) as book:
                 events = book.spent_events()
-        epsilon = price(events, plan.privacy.delta).epsilon if events else 0.0
-        spent[name] = {"epsilon": epsilon, "declared_patients": declared}
+        found = price(events, plan.privacy.delta)
+        guarantees.append(replace(found, unit=plan.privacy.unit))
+        spent[name] = {"epsilon": found.epsilon, "declared_patients": declared}
+    whole = across_labs(guarantees, plan.patients)
     pseudo = _pseudo(labs)
     return shown | {
         **score_prices(plan),
         "labs": spent,
+        "federation": {
+            "patients": plan.patients,
+            "epsilon": whole.epsilon,
+            "delta": whole.delta,
+            "statement": str(whole),
+        },
         "pseudo_patients": pseudo,
         "pseudo_patient_cells": plan.simulation.pseudo_patient_cells if pseudo else None,
         "noise": "seeded: this run can be repeated, so it protects nobody",
