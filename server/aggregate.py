@@ -21,9 +21,9 @@ from cytofed.messages import MAX_UPDATE, MAX_WEIGHT
 FRACTION_BITS = 30
 """One unit of the sum is 2^-30. MAX_UPDATE (2^8) times a total weight of 2^24 fits in int64."""
 
-_CHUNK = 1 << 14  # values at a time: the scratch arrays stay in the processor's cache
+_CHUNK = 1 << 15  # values at a time: the scratch arrays stay in the processor's cache
 
-_SHARE = 32  # chunks that a thread takes at a time
+_SHARE = 16  # chunks that a thread takes at a time
 _THREADS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "aggregate")
 
 _ROUNDING = 1.5 * 2.0**52

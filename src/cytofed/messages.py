@@ -50,7 +50,7 @@ ERROR_CODE = 100
 """Flower error code of a lab that says why it did not answer; the reason is the text."""
 
 
-_CHUNK = 1 << 13  # values at a time: few enough for one thread of a BLAS library
+_CHUNK = 1 << 17  # values at a time: the second look at them is into the processor's cache
 
 
 class BadMessage(CytofedError):
@@ -361,10 +361,6 @@ def read_parts(
 def _check_sane(name: str, values_P: Float32) -> None:
     for start in range(0, len(values_P), _CHUNK):
         chunk = values_P[start : start + _CHUNK]
-        # A small sum of squares says in one pass that all of them are finite and small.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.dot(chunk, chunk) < MAX_UPDATE**2 / 2:
-                continue
         low, high = float(chunk.min()), float(chunk.max())
         if math.isnan(low) or math.isnan(high):
             raise BadMessage(f"{name} contains NaN")
