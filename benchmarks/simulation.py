@@ -9,7 +9,7 @@
    against Flower's Ray simulation with Flower's FedAvg, and with our round loop on Ray. Overhead
    is wall time less the labs' own seconds over the number of workers. Taken in turn.
 3. Memory: a whole simulation of 100 and of 1,000 virtual labs over the same images, and its peak,
-   parent and workers together (PSS: shared pages count once).
+   parent and workers together (PSS: shared pages count once). Each lab trains one small step.
 
 One JSON line last. With CYTOFED_TEST_DATA (default ../shared/data) on real marrow images, else on
 the sample of the package, with fewer labs in 3.
@@ -401,11 +401,12 @@ def measure_memory(found: Images, *, quick: bool) -> dict[str, Any]:
 
 
 def peak_megabytes(found: Images, labs: int, rounds: int) -> dict[str, Any]:
-    """One ``cytofed simulate``; both numbers of labs see every image once a round."""
+    """One ``cytofed simulate`` as a user runs it, report included."""
     with tempfile.TemporaryDirectory() as folder:
         changes = {
             "train.rounds": rounds,
             "train.batch": 4,
+            "train.steps_per_round": 1,
             "model.width": 8,
             "labels.scale.size_px": 32,
             "train.augment.rotate": "false",
