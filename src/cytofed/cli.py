@@ -7,6 +7,7 @@ budget; 4 run incomplete; 5 verification failed; 130 interrupted (resumable).
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -195,10 +196,11 @@ def predict(
             }
         )
         return 0
+    first = next(rows)  # what cannot be used stops here, before anything is printed
     writer = csv.writer(sys.stdout, lineterminator="\n")
     columns = [text for k in range(1, top + 1) for text in (f"code_{k}", f"probability_{k}")]
     writer.writerow(["path", *columns, "problem"])
-    for row in rows:
+    for row in itertools.chain([first], rows):
         values = [text for code, p in row.classes for text in (code, f"{p:.4f}")]
         writer.writerow([row.path, *values, *[""] * (2 * top - len(values)), row.problem])
     return 0
