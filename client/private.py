@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cytofed import models
 from cytofed.arrays import Float32
-from cytofed.client import training
+from cytofed.client import convolution, training
 from cytofed.client.augment import augment
 from cytofed.client.cells import Cells
 from cytofed.client.training import Bools, Objective, Progress
@@ -85,6 +85,7 @@ def train_privately(
     lr_sum, patients, non_finite = 0.0, 0, 0
     with training.steady(settings.threads):
         net.to(place)
+        convolution.adopt(net)
         trained = models.manifest(net, plan.model.trainable)
         parameters = training.select(net, trained)
         inner = training.make_optimizer(parameters, settings)
