@@ -74,6 +74,16 @@ class Memory(Protocol):
         """Remember ``parts`` as of the end of ``round_``."""
 
 
+class Updates(Protocol):
+    """Keeps the one update of a round, so that a second attempt releases the very same."""
+
+    def load(self, order: Order) -> Update | None:
+        """What was kept for the round and weights of this order."""
+
+    def save(self, order: Order, update: Update) -> None:
+        """On the disk when this returns."""
+
+
 @dataclass(frozen=True)
 class Lab:
     """One lab with its data, ready to answer orders of one plan."""
@@ -98,6 +108,10 @@ class Lab:
         default=lambda _order: SystemRandomness(), repr=False
     )
     """of sampling and noise; only a simulation gives another"""
+    stream: str = "federation"
+    """names the order of images: runs of a federation have the same, its baselines another"""
+    updates: Updates | None = field(default=None, repr=False)
+    """keeps a round's update for a second attempt at the round"""
 
 
 OnStep = Callable[[Order, "Progress"], None]
@@ -141,7 +155,7 @@ def lab_app(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         order, lab, net = ready_to_release(message, context)
-        update = _train(order, lab, net, on_step)
+        update = _kept(order, lab) or _train(order, lab, net, on_step)
         if lab.plan.secure_aggregation.enabled:
             return Message(pack_masked(_masked(order, lab, net, update)), reply_to=message)
         return Message(pack_update(update), reply_to=message)
@@ -280,6 +294,16 @@ class _Net:
         return self.known_features[lab.name]
 
 
+def _kept(order: Order, lab: Lab) -> Update | None:
+    """The round's update where it was made before: nothing is trained or spent again."""
+    update = None if lab.updates is None else lab.updates.load(order)
+    if update is not None and lab.plan.privacy.unit != "none":
+        assert lab.budget is not None
+        lab.budget.reserve(order)  # another slot of the round; refuses what is no repeat
+        lab.budget.release(order, update.parts)
+    return update
+
+
 def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
     from cytofed import models
 
@@ -300,10 +324,7 @@ def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
     if remembered:
         lab.memory.save(order.run, order.round, remembered)
     parts = {name: parts[name] for name in half.up}
-    if private:
-        assert lab.budget is not None
-        lab.budget.release(order, parts)
-    return Update(
+    update = Update(
         lab=lab.name,
         run=order.run,
         round=order.round,
@@ -312,6 +333,12 @@ def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
         loss=trained.loss,
         train_s=trained.train_s,
     )
+    if lab.updates is not None:
+        lab.updates.save(order, update)  # before it is named: it can't be made again
+    if private:
+        assert lab.budget is not None
+        lab.budget.release(order, parts)
+    return update
 
 
 def _masked(order: Order, lab: Lab, net: _Net, update: Update) -> Masked:
@@ -358,7 +385,7 @@ def _train_plainly(
         progress_end=order.round / plan.train.rounds,
         absent_C=lab.absent_C,
         correction=correction,
-        seed=derive(plan.train.seed, "train", order.run, lab.name, order.round),
+        seed=derive(plan.train.seed, "train", lab.stream, lab.name, order.round),
         device=net.device,
         on_step=on_step,
     )

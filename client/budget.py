@@ -83,18 +83,26 @@ class LedgerBudget:
             yield book
 
     def _entry(self, order: Order) -> ledger.Order:
-        weights = parts_sha256(order.parts)
-        text = f"{order.kind} {order.run} {order.round} {order.slot} {order.plan_sha256} {weights}"
-        return ledger.Order(
-            federation=self.federation,
-            run=order.run,
-            round=order.round,
-            slot=order.slot,
-            plan_sha256=order.plan_sha256,
-            weights_sha256=weights,
-            order_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            task=task_of(order),
-        )
+        return ledger_order(order, self.federation)
+
+
+def ledger_order(order: Order, federation: str) -> ledger.Order:
+    """An order as the ledger and the outbox see it.
+
+    Errors: RefusedError for one that releases nothing.
+    """
+    weights = parts_sha256(order.parts)
+    text = f"{order.kind} {order.run} {order.round} {order.slot} {order.plan_sha256} {weights}"
+    return ledger.Order(
+        federation=federation,
+        run=order.run,
+        round=order.round,
+        slot=order.slot,
+        plan_sha256=order.plan_sha256,
+        weights_sha256=weights,
+        order_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        task=task_of(order),
+    )
 
 
 def task_of(order: Order) -> ledger.Task:

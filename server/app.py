@@ -57,7 +57,8 @@ from cytofed.start import Start as StartModel
 from cytofed.start import read_start
 from cytofed.strategies import make_strategy
 
-_OFFER_ANSWER_S = 30.0
+_OFFER_ANSWER_S = 120.0
+"""a lab that has approved reads its images before it answers"""
 _RESULT_ANSWER_S = 120.0
 _SPARE_BYTES = 1 << 22
 """room of a reply beyond its arrays: headers, tallies, shares of secure aggregation"""

@@ -30,6 +30,7 @@ from cytofed.card import model_card
 from cytofed.client.cache import default_cache_dir
 from cytofed.client.cells import Cells, open_cells
 from cytofed.client.check import near_duplicate_groups
+from cytofed.client.split import hold_out
 from cytofed.console import RunProgress
 from cytofed.errors import CytofedError, InputError
 from cytofed.files import write_atomically
@@ -55,7 +56,7 @@ from cytofed.simulations.exchange import Step
 from cytofed.simulations.inprocess import InProcessGrid
 from cytofed.simulations.partitions import Partition, assign, parse_partition
 from cytofed.simulations.secure import make_keys, open_secure_run
-from cytofed.simulations.split import image_keys, pseudo_patients, test_split, units
+from cytofed.simulations.split import image_keys, pseudo_patients, units
 from cytofed.simulations.virtual import CENTRAL, FEDERATION, VirtualLabs, baseline_plan, cut
 from cytofed.start import Start, read_start
 from cytofed.strategies import make_strategy
@@ -345,7 +346,15 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
     seed = plan.train.seed
     key_N = image_keys(cells.paths(), cells.dhash_N)
     unit_N = units(near_duplicate_groups(cells.dhash_N, images=cells.images), cells.patients_N)
-    test_N = test_split(cells.class_N, unit_N, key_N, fraction=plan.evaluation.fraction, seed=seed)
+    test_N = hold_out(
+        cells.class_N,
+        unit_N,
+        cells.paths(),
+        cells.dhash_N,
+        cells.source_N,
+        fraction=plan.evaluation.fraction,
+        seed=seed,
+    )
     partition: Partition = assign(
         spec,
         plan.simulation.labs or (None if spec.law in ("sources", "column") else 4),

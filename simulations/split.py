@@ -9,135 +9,45 @@ The order is fixed and keeps every promise at once:
 4. ``pseudo_patients``: on data without patients, made last, inside one lab and one side. So none
    is at two labs, none is both trained on and tested on, and their size cannot move the split.
 
+The first two are a lab's own business too: they are in ``cytofed.client.split``.
+
 Shapes: N images, U units, C classes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from cytofed.client.split import (
+    Bools,
+    Floats,
+    Ints,
+    Texts,
+    hashed_order,
+    image_keys,
+    test_split,
+    units,
+)
 from cytofed.errors import InputError
 from cytofed.seeds import derive
 
-Ints = NDArray[np.integer[Any]]
-Floats = NDArray[np.floating[Any]]
-Bools = NDArray[np.bool_]
-Texts = NDArray[np.str_]
+__all__ = [
+    "Bools",
+    "Floats",
+    "Ints",
+    "Texts",
+    "generator",
+    "image_keys",
+    "pseudo_patients",
+    "test_split",
+    "units",
+]
 
 
 def generator(seed: int, *purpose: str | int) -> np.random.Generator:
     """A random stream of its own for each seed and purpose: ``generator(1, "stain", lab)``."""
     return np.random.default_rng(derive(seed, *purpose))
-
-
-def image_keys(paths: Sequence[str], dhash_N: NDArray[np.uint64]) -> Texts:
-    """A name per image that depends neither on its row nor on where its folder lies.
-
-    The path below its folder; where two folders hold the same path, path and picture hash.
-    """
-    path_N = np.asarray(paths, dtype=np.str_)
-    _, inverse_N, count = np.unique(path_N, return_inverse=True, return_counts=True)
-    repeated = np.flatnonzero(count[inverse_N] > 1)
-    if not len(repeated):
-        return path_N
-    named = path_N.tolist()
-    for row in repeated:
-        named[row] = f"{named[row]}#{int(dhash_N[row]):016x}"
-    return np.asarray(named, dtype=np.str_)
-
-
-def units(group_N: Ints, patients_N: Texts | None = None) -> NDArray[np.int64]:
-    """Number the indivisible units: what shares a near-duplicate group or a patient is one.
-
-    ``patients_N`` is empty where a patient is unknown: such an image is held by its group alone.
-    Names are compared as they are: names of two folders must differ already (client.cells does so).
-    """
-    _, group = np.unique(group_N, return_inverse=True)
-    if patients_N is None:
-        return group.astype(np.int64)
-    known_N = np.asarray(patients_N) != ""
-    _, patient = np.unique(np.asarray(patients_N)[known_N], return_inverse=True)
-    groups, nodes = group.max(initial=-1) + 1, patient.max(initial=-1) + 1
-    # Groups and patients are nodes, every image with a patient is an edge between its two.
-    edges = (np.ones(len(patient), dtype=np.int8), (group[known_N], groups + patient))
-    graph = coo_array(edges, shape=(groups + nodes, groups + nodes))
-    _, component = connected_components(graph, directed=False)
-    _, unit_N = np.unique(component[group], return_inverse=True)
-    return unit_N.astype(np.int64)
-
-
-def test_split(
-    class_N: Ints, unit_N: Ints, key_N: Texts, *, fraction: float, seed: int
-) -> NDArray[np.bool_]:
-    """Choose the test images: True where an image is held out.
-
-    Guarantees: a unit is on one side; the same images in another order get the same sides; where
-    the units of a class are single images its test share is ``fraction``, rounded, with one image
-    at least on either side when there are two. Units of several images are visited in random
-    order and change sides where that brings the classes nearer to their share.
-
-    ``class_N`` may hold -1 (coarse labels): they are split as one more class. ``fraction`` 0 holds
-    nothing out.
-    Errors: InputError for a fraction outside [0, 1), or when all images are one unit.
-    """
-    if not 0 <= fraction < 1:
-        raise InputError(
-            f"Expected 0 <= evaluation.fraction={fraction} < 1.",
-            hint="set evaluation.fraction to 0.2 to test on a fifth of the images",
-        )
-    if fraction == 0:
-        return np.zeros(len(class_N), dtype=np.bool_)
-    _, unit = np.unique(unit_N, return_inverse=True)
-    _, label = np.unique(class_N, return_inverse=True)
-    count_U = np.bincount(unit)
-    if len(count_U) < 2:
-        raise InputError(
-            f"All {len(unit)} images are of one patient or near-duplicates: no test split exists.",
-            hint="add images of other patients, or set evaluation.fraction to 0",
-        )
-    order = _hashed_order(unit, key_N, seed, "test split")
-    labels = label.max() + 1
-    total_C = np.bincount(label, minlength=labels)
-    test_U = np.zeros(len(count_U), dtype=np.bool_)
-
-    # Larger units first among themselves, against their own share: were they to fill the quota of
-    # all images, the test side would consist of them; were they last, none would fit.
-    large_U = count_U > 1
-    held_C = np.zeros(labels)
-    large = order[large_U[order]]
-    if len(large):
-        counts_LC = _counts(unit, label, large, labels)
-        want_C = fraction * counts_LC.sum(axis=0)
-        weight_C = 1 / np.maximum(want_C, 1)
-        for _ in range(2):  # the second time units may go back, too
-            for row, count_C in zip(large, counts_LC, strict=True):
-                move_C = -count_C if test_U[row] else count_C
-                if (weight_C * move_C) @ (move_C + 2 * (held_C - want_C)) < 0:
-                    test_U[row] = not test_U[row]
-                    held_C += move_C
-
-    # Single images then settle every class exactly.
-    floor_C = np.minimum(total_C - 1, 1)
-    want_C = np.clip(np.floor(fraction * total_C + 0.5), floor_C, np.maximum(total_C - 1, 0))
-    label_U = np.zeros(len(count_U), dtype=np.int64)
-    label_U[unit] = label
-    single = order[~large_U[order]]
-    for c in range(labels):
-        missing = max(0, int(want_C[c] - held_C[c]))
-        test_U[single[label_U[single] == c][:missing]] = True
-
-    if not test_U.any():  # every unit is more than twice the share
-        test_U[order[np.argmin(count_U[order])]] = True
-    if test_U.all():
-        test_U[order[np.argmin(count_U[order])]] = False
-    return test_U[unit]
 
 
 def pseudo_patients(
@@ -165,7 +75,7 @@ def pseudo_patients(
     count_U = np.bincount(unit)
     place_U = np.zeros(len(count_U), dtype=np.int64)
     place_U[unit] = place
-    order = _hashed_order(unit, key_N, seed, "pseudo-patients")
+    order = hashed_order(unit, key_N, seed, "pseudo-patients")
     order = order[np.argsort(place_U[order], kind="stable")]
     before_U = np.cumsum(count_U[order]) - count_U[order]
     total_P = np.bincount(place)
@@ -179,25 +89,3 @@ def pseudo_patients(
                                    return_inverse=True)  # fmt: skip
     names = np.asarray([f"pseudo-{n + 1:04d}" for n in range(int(number_U.max(initial=-1)) + 1)])
     return names[number_U[unit]] if len(unit) else np.zeros(0, dtype="<U11")
-
-
-def _hashed_order(unit_N: Ints, key_N: Texts, seed: int, purpose: str) -> NDArray[np.int64]:
-    """Units in random order, the same for the same images in whatever rows they are."""
-    by_key = np.argsort(key_N, kind="stable")
-    _, first = np.unique(unit_N[by_key], return_index=True)
-    prefix = f"{derive(seed, purpose)}/"
-    drawn = [
-        hashlib.blake2b(f"{prefix}{key}".encode(), digest_size=8).digest()
-        for key in key_N[by_key[first]].tolist()
-    ]
-    return np.argsort(np.asarray(drawn, dtype="S8").view(">u8"), kind="stable")
-
-
-def _counts(unit_N: Ints, label_N: Ints, rows: Ints, labels: int) -> NDArray[np.float64]:
-    """Images of each class in the given units: (len(rows), labels)."""
-    place_U = np.full(unit_N.max() + 1, -1)
-    place_U[rows] = np.arange(len(rows))
-    inside = place_U[unit_N] >= 0
-    flat = place_U[unit_N[inside]] * labels + label_N[inside]
-    counts = np.bincount(flat, minlength=len(rows) * labels)
-    return counts.reshape(len(rows), labels).astype(np.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from safetensors.numpy import load_file, save
 
 from cytofed.arrays import Parts
 from cytofed.client.app import Lab, OnStep, lab_app
 from cytofed.client.budget import LedgerBudget
 from cytofed.client.cells import Cells, load_cells
+from cytofed.client.memory import FolderMemory
+from cytofed.client.opening import absent_classes
 from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
 from cytofed.messages import ERROR_CODE, Order, Update, pack_update, read_parts, unpack_order
@@ -157,6 +158,7 @@ class VirtualLabs:
             randomness=lambda order: SimulatedRandomness(
                 self.plan.train.seed, order.run, name, order.kind, order.round
             ),
+            stream=FEDERATION if run == FEDERATION else "baseline",
         )
 
     def ledger_of(self, name: str) -> Path:
@@ -190,21 +192,6 @@ def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Pat
     )
 
 
-def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.bool_]:
-    """Classes masked in a lab's loss, (C,).
-
-    Without differential privacy those without a training image; with it only what the label maps
-    declare, because the data itself must not decide.
-    """
-    if not plan.train.mask_absent:
-        return np.zeros(len(scheme.codes), dtype=bool)
-    if plan.privacy.unit == "none":
-        return np.asarray(~train.targets_NC.any(axis=0))
-    used = [train.sources[number].listing.absent for number in np.unique(train.source_N)]
-    declared = frozenset.intersection(*used) if used else frozenset()
-    return np.array([code in declared for code in scheme.codes])
-
-
 @dataclass(frozen=True)
 class VirtualBudget:
     """A virtual lab's ledger; the simulation approves its own plan, once per run.
@@ -231,33 +218,6 @@ class VirtualBudget:
 
     def _of(self, order: Order) -> LedgerBudget:
         return LedgerBudget(self.path, order.run, "simulation", self.plan.privacy.unit)
-
-
-@dataclass(frozen=True)
-class FolderMemory:
-    """A lab's memory as files, one a round: a run that is resumed reads the right one."""
-
-    folder: Path
-    lab: str
-    keep: int = field(default=2)
-
-    def load(self, run: str, round_: int) -> Parts:
-        files = [f for f in self._files(run) if _round_of(f) < round_]
-        return load_file(files[-1]) if files else {}
-
-    def save(self, run: str, round_: int, parts: Parts) -> None:
-        path = self.folder / run / self.lab / f"round-{round_:05d}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in parts.items()}))
-        for old in [f for f in self._files(run) if _round_of(f) < round_][: -self.keep]:
-            old.unlink(missing_ok=True)
-
-    def _files(self, run: str) -> list[Path]:
-        return sorted((self.folder / run / self.lab).glob("round-*.safetensors"))
-
-
-def _round_of(file: Path) -> int:
-    return int(file.stem.removeprefix("round-"))
 
 
 def warm_up(plan_file: Path, folder: Path) -> None:

@@ -1,0 +1,357 @@
+"""``cytofed client``: a lab's commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from cytofed.console import note, say
+from cytofed.errors import InputError, VerificationError
+
+_FOLDER = click.Path(path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_folder = click.argument("folder", metavar="DIR", type=_FOLDER)
+
+
+@click.group()
+def client() -> None:
+    """Take part in a federation as a lab: approve plans, train, get the model."""
+
+
+@client.command()
+@click.argument("invite", type=_FOLDER)
+@click.option("--dir", "folder", required=True, type=_FOLDER, help="The lab's new directory.")
+@click.option("--data", required=True, type=_FOLDER, help="Folder or CSV with this lab's images.")
+@click.option("--labels", help="Label map: a name or a YAML file; found by itself if left out.")
+@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH or name:REGEX.")
+@click.option("--patients-declared", type=click.IntRange(1), help="Public, rounded number.")
+@click.option("--proxy", help="http://host:port of an HTTPS proxy.")
+def join(
+    invite: Path,
+    folder: Path,
+    data: Path,
+    labels: str | None,
+    patients: str | None,
+    patients_declared: int | None,
+    proxy: str | None,
+) -> int:
+    """Make this lab's keys and enrol them with INVITE."""
+    from cytofed.client.directory import join as join_federation
+    from cytofed.documents import Invite
+
+    read = Invite.load(invite)
+    made = join_federation(
+        read,
+        folder,
+        data=data,
+        labels=labels,
+        patients=patients,
+        patients_declared=patients_declared,
+        proxy=proxy,
+    )
+    say(f"joined {read.federation} as {read.lab}; compare by phone:")
+    say(f"  coordinator {made.coordinator().fingerprint}")
+    say(f"  this lab    {made.identity().public.fingerprint}")
+    say(f"next: cytofed client start {folder}")
+    return 0
+
+
+@client.command()
+@_folder
+def start(folder: Path) -> int:
+    """Stay connected and carry out approved plans, in the foreground."""
+    from cytofed.client.daemon import Daemon
+    from cytofed.client.directory import ClientDirectory
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    for noisy in ("flwr", "httpx", "httpcore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    directory = ClientDirectory.open(folder)
+    if directory.left:
+        raise InputError(f"this lab has left {directory.membership().federation}")
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt  # everything on the disk is whole at any moment
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        Daemon(directory, note=lambda text: note(f"cytofed: {text}")).run()
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+@client.command()
+@_folder
+@_json
+def status(folder: Path, as_json: bool) -> int:
+    """What the daemon does or waits for, in one line, and whose fingerprints to compare."""
+    from cytofed.client.directory import ClientDirectory
+
+    directory = ClientDirectory.open(folder)
+    membership, said = directory.membership(), directory.said()
+    found = {
+        "federation": membership.federation,
+        "lab": membership.lab,
+        "address": membership.address,
+        "daemon": dict(said) or None,
+        "paused": directory.paused,
+        "left": directory.left,
+        "fingerprints": {
+            "coordinator": membership.fingerprint,
+            "lab": directory.identity().public.fingerprint,
+        },
+    }
+    if as_json:
+        _print_json(found)
+        return 0
+    say(f"{membership.lab} in {membership.federation}: {said.get('text', 'never started')}")
+    say(f"coordinator {membership.fingerprint}")
+    say(f"this lab    {directory.identity().public.fingerprint}")
+    return 0
+
+
+@client.command()
+@_folder
+@_json
+def plans(folder: Path, as_json: bool) -> int:
+    """Plans that were offered, with their price and what changed since the last approval."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.policy import open_ledger
+
+    directory = ClientDirectory.open(folder)
+    settings = directory.settings()
+    with open_ledger(settings) as book:
+        listing = directory.plans().listing(settings, book)
+    if as_json:
+        _print_json(listing)
+        return 0
+    if not listing["plans"]:
+        say("no plan was offered yet")
+    for item in listing["plans"]:
+        price = item["price"] or {}
+        say(f"{item['plan_sha256']}  {item['state']}  {item['name']}  run {item['run']}")
+        if price:
+            say(f"  privacy  {price['privacy']['statement']}")
+            say(f"  rounds   {price['rounds']}, {price['bytes_out']['total']:,} bytes out")
+            say(f"  model    {price['model']['arch']}, {price['model']['parameters']:,} parameters")
+            for lab, fingerprint in price["roster"]["labs"].items():
+                say(f"  lab      {lab} {fingerprint[:16]}")
+        for change in item["changes"]:
+            say(f"  change   {change}")
+        if item["refused"]:
+            say(f"  refused  {item['refused']}")
+    return 0
+
+
+@client.command()
+@_folder
+@click.argument("plan", metavar="PLAN_SHA256")
+@_json
+def approve(folder: Path, plan: str, as_json: bool) -> int:
+    """Approve a plan: its price is set aside, and its labs' keys are pinned."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.policy import open_ledger
+
+    directory = ClientDirectory.open(folder)
+    settings = directory.settings()
+    with open_ledger(settings) as book:
+        entry = directory.plans().approve(plan, settings, book)
+    if as_json:
+        _print_json({"plan_sha256": entry.plan_sha256, "state": entry.state, "run": entry.run})
+    else:
+        say(f"approved plan {entry.plan_sha256} for run {entry.run}")
+    return 0
+
+
+@client.command()
+@_folder
+@click.argument("plan", metavar="PLAN_SHA256")
+@click.option("--reason", default="", help="For this lab's own record.")
+@_json
+def reject(folder: Path, plan: str, reason: str, as_json: bool) -> int:
+    """Reject a plan, or take an approval back."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.policy import open_ledger
+
+    directory = ClientDirectory.open(folder)
+    with open_ledger(directory.settings()) as book:
+        entry = directory.plans().reject(plan, book, reason=reason)
+    if as_json:
+        _print_json({"plan_sha256": entry.plan_sha256, "state": entry.state, "run": entry.run})
+    else:
+        say(f"rejected plan {entry.plan_sha256}")
+    return 0
+
+
+@client.command()
+@_folder
+def pause(folder: Path) -> int:
+    """Refuse all orders until `resume`; nothing is lost."""
+    from cytofed.client.directory import ClientDirectory
+
+    ClientDirectory.open(folder).pause()
+    say("paused")
+    return 0
+
+
+@client.command()
+@_folder
+def resume(folder: Path) -> int:
+    """Take orders again."""
+    from cytofed.client.directory import ClientDirectory
+
+    ClientDirectory.open(folder).resume()
+    say("resumed")
+    return 0
+
+
+@client.command()
+@_folder
+def leave(folder: Path) -> int:
+    """Leave the federation. Nothing of the lab's is deleted."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.policy import open_ledger
+
+    directory = ClientDirectory.open(folder)
+    directory.leave()
+    with open_ledger(directory.settings()) as book:
+        directory.plans().left(book)
+    say("left; keys, ledger, logs and models stay here")
+    say("tell the coordinator, who revokes this lab's certificate")
+    return 0
+
+
+@client.command()
+@_folder
+@click.option("--out", required=True, type=_FOLDER, help="File to write the model to.")
+def model(folder: Path, out: Path) -> int:
+    """The newest model of a run that this lab took part in, with its card."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.files import write_atomically
+
+    directory = ClientDirectory.open(folder)
+    results = sorted(
+        (json.loads(file.read_text())["received_at"], file.parent)
+        for file in (directory.root / "models").glob("*/result.json")
+        if (file.parent / "model.safetensors").is_file()
+    )
+    if not results:
+        raise InputError("no model has arrived yet", hint="see `cytofed client status`")
+    newest = results[-1][1]
+    write_atomically(out, (newest / "model.safetensors").read_bytes())
+    card = out.with_suffix(".card.md")
+    write_atomically(card, (newest / "model_card.md").read_text())
+    kept = json.loads((newest / "result.json").read_text())
+    say(f"model of run {kept['run']} ({kept['status']}) in {out}, card in {card}")
+    return 0
+
+
+@client.command()
+@_folder
+@click.option("--restore-charge", is_flag=True, help="Charge all approved plans after a rollback.")
+@_json
+def budget(folder: Path, restore_charge: bool, as_json: bool) -> int:
+    """What was spent and is held on this lab's patients."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.egress import verify
+    from cytofed.client.policy import budget as read_budget
+    from cytofed.client.policy import restore_charge as charge
+
+    directory = ClientDirectory.open(folder)
+    settings = directory.settings()
+    if restore_charge:
+        report = verify(directory.egress, directory.identity().public)
+        heads = [str(r.body.get("ledger_head", "")) for r in report.messages]
+        found = charge(settings, directory.plans(), seen_heads=[h for h in heads if h])
+    else:
+        found = read_budget(settings)
+    if as_json:
+        _print_json(found)
+        return 0
+    for key in ("spent", "held", "total"):
+        value = found[key]
+        say(f"{key:6} epsilon {value['epsilon']} at delta {value['delta']}, per {found['unit']}")
+    return 0
+
+
+@client.command()
+@_folder
+@click.option("--verify", "check", is_flag=True, help="Check chain and signatures; exit 0 or 5.")
+@_json
+def egress(folder: Path, check: bool, as_json: bool) -> int:
+    """Everything that left this lab."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.egress import check_against_ledger, verify
+    from cytofed.client.policy import ledger_federation, open_ledger
+
+    directory = ClientDirectory.open(folder)
+    membership = directory.membership()
+    report = verify(directory.egress, directory.identity().public)
+    if check:
+        name = ledger_federation(membership.federation, membership.lab)
+        with open_ledger(directory.settings()) as book:
+            check_against_ledger(report, book, federation=name)
+    if as_json:
+        _print_json(report.to_json())
+        return 0
+    for record in report.messages:
+        body = record.body
+        say(f"{record.at:%Y-%m-%d %H:%M:%S}  {body['type']:10}  {body['nbytes']:>10,} bytes  "
+            f"{body['run']} round {body['round']}  {body['sha256'][:16]}")  # fmt: skip
+    if check:
+        say(f"verified: {len(report.messages)} messages, head {report.head[:16]}")
+    return 0
+
+
+@client.command()
+@_folder
+@_json
+def check(folder: Path, as_json: bool) -> int:
+    """Look at everything that a run needs; each line is ok or says what to do."""
+    from cytofed.client import doctor
+    from cytofed.client.directory import ClientDirectory
+
+    directory = ClientDirectory.open(folder)
+    membership, settings, root = directory.membership(), directory.settings(), directory.root
+    host, _, port = membership.address.rpartition(":")
+    secrets = [root / name for name in ("identity.key", "node.key", "storage.key")]
+    findings = doctor.examine(
+        settings,
+        doctor.Files(root, secrets, directory.egress),
+        own=directory.identity().public,
+        federation=membership.federation,
+        coordinator=doctor.Coordinator(
+            host=host.strip("[]"),
+            port=int(port),
+            ca=root / "ca.pem",
+            certificate=root / "certificate.pem",
+            key=root / "node.key",
+            timeout_s=settings.timeouts.connect_s,
+            proxy=settings.proxy,
+        ),
+    )
+    if as_json:
+        _print_json(doctor.to_json(findings))
+    else:
+        for finding in findings:
+            say(f"{finding.state:4}  {finding.name}: {finding.detail}")
+            if finding.way_out:
+                say(f"      {finding.way_out}")
+    if not doctor.passed(findings):
+        raise VerificationError("the check found something to mend")
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")

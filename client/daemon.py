@@ -1,0 +1,496 @@
+"""``cytofed client start``: one process that waits for work and answers it, outbound only.
+
+What comes in is believed in this order: the signed offer of a plan is kept until a person (or the
+lab's own rule) decides; the signed start of a run names a cohort whose members all approved; an
+order opens only in the place that both give. What goes out is sealed for the coordinator and on
+the disk, and in the egress log, before its first byte leaves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from cytofed.client.app import Lab, lab_app
+from cytofed.client.budget import ledger_order
+from cytofed.client.directory import ClientDirectory
+from cytofed.client.egress import EgressLog, Outgoing, Protection, fields_of, public_reason
+from cytofed.client.fleet import Answer, FleetLink
+from cytofed.client.opening import LimitedBudget, open_images, open_lab, parameters_of
+from cytofed.client.outbox import Outbox, SameBytes
+from cytofed.client.policy import Entry, ledger_federation, open_ledger, refuse_cohort
+from cytofed.client.secure import SecureLab
+from cytofed.documents import Decision, Offer, Start, secure_cohort
+from cytofed.errors import CytofedError, RefusedError, VerificationError
+from cytofed.files import write_atomically
+from cytofed.messages import (
+    BadMessage,
+    Order,
+    new_message,
+    unpack_order,
+)
+from cytofed.privacy import ledger
+from cytofed.privacy.sealing import Context as Place
+from cytofed.privacy.sealing import Direction, Sealed, seal, unseal
+from cytofed.privacy.terms import terms_of
+from cytofed.sealed_message import (
+    REFUSAL,
+    Parcel,
+    file_of,
+    new_content,
+    pack_content,
+    pack_parcel,
+    unpack_content,
+    unpack_parcel,
+)
+from cytofed.secure_round import public_bound
+
+_MAX_PAYLOAD_BYTES = 1 << 31
+
+_log = logging.getLogger("cytofed.lab")
+
+
+class Daemon:
+    """A lab at work. ``run`` returns when the process is told to end."""
+
+    def __init__(self, directory: ClientDirectory, *, note: Callable[[str], None]) -> None:
+        self._directory, self._note = directory, note
+        self._membership = directory.membership()
+        self._identity = directory.identity()
+        self._coordinator = directory.coordinator()
+        self._plans = directory.plans()
+        self._said = ""
+        self._open: _OpenRun | None = None
+        self._app = lab_app(self._lab)
+
+    def run(self) -> None:
+        """Connect and answer, for ever. Errors: those of the lab's own files and settings."""
+        settings = self._directory.settings()
+        self._settings = settings
+        with EgressLog(
+            self._directory.egress,
+            self._identity,
+            max_bytes_per_round=settings.limits.max_bytes_per_round,
+        ) as egress:
+            with open_ledger(settings) as book:
+                egress.check_ledger(book)
+            self._egress = egress
+            self._outbox = Outbox(
+                self._directory.root / "outbox", self._directory.storage_key(), egress
+            )
+            link = FleetLink(self._directory, egress, self._say)
+            try:
+                link.work(self._respond, idle=self._idle)
+            except KeyboardInterrupt:
+                link.stop()
+            finally:
+                self._directory.say("stopped", online=False)
+
+    def _say(self, text: str, online: bool) -> None:
+        if text != self._said:
+            self._said = text
+            self._directory.say(text, online=online)
+            self._note(text)
+
+    def _idle(self) -> None:
+        waiting = [e.plan_sha256[:12] for e in self._plans.entries() if e.state == "waiting"]
+        if self._directory.paused:
+            self._say("paused: orders are refused until `cytofed client resume`", True)
+        elif waiting:
+            self._say(f"connected, plan {', '.join(waiting)} waits for approval", True)
+        else:
+            self._say("connected, waiting for work", True)
+
+    # --- answers
+
+    def _respond(self, message: Message) -> Answer:
+        kind = message.metadata.message_type
+        try:
+            if kind == "query.offer":
+                return self._to_offer(message)
+            return self._to_order(message, kind)
+        except CytofedError as error:
+            _log.warning("%s: %s", kind, error.message)
+            return self._unsealed_refusal(error)
+        except Exception as error:
+            _log.exception("%s", kind)
+            return self._unsealed_refusal(error)
+
+    def _unsealed_refusal(self, error: Exception) -> Answer:
+        """For what has no place to seal an answer for: signed by nobody, and says nothing."""
+        reason = public_reason(error, known=(self._membership.lab,))
+        return Answer(reason=reason, outgoing=self._outgoing("refusal", {"reason": reason}))
+
+    def _to_offer(self, message: Message) -> Answer:
+        """Keep a new offer; say what was decided about it, or that nothing was."""
+        record = message.content.get("offer") if message.has_content() else None
+        document = record.get("document") if isinstance(record, ConfigRecord) else None
+        if not isinstance(document, bytes):
+            raise BadMessage("an offer without a document")
+        offer = Offer.verified(document, self._coordinator)
+        if offer.federation != self._membership.federation:
+            raise VerificationError(f"offer of federation {offer.federation}")
+        entry = self._plans.known(offer)
+        if entry is None:
+            parameters = parameters_of(offer.plan, self._directory.run_folder(offer.run))
+            entry = self._plans.offered(document, parameters=parameters)
+            self._note(f"plan {entry.plan_sha256} is offered: see `cytofed client plans`")
+            self._approve_by_rule(entry)
+            entry = self._plans.known(offer) or entry
+        if entry.state == "waiting":
+            return self._plain("status", {"state": "waiting"}, {"decision": b""})
+        decision = self._decision(entry)
+        signed = decision.signed(self._identity)
+        told = {
+            "verdict": decision.verdict,
+            "run": decision.run,
+            "plan_sha256": decision.plan_sha256,
+            "roster_sha256": decision.roster_sha256,
+            "max_weight": decision.max_weight,
+            "at": int(decision.at.timestamp()),
+            "signature": signed,
+        }
+        return self._plain("decision", told, {"decision": signed})
+
+    def _approve_by_rule(self, entry: Entry) -> None:
+        with open_ledger(self._settings) as book:
+            why = self._plans.why_not_automatic(entry, self._settings, book)
+            if why:
+                return
+            try:
+                self._plans.approve(entry.plan_sha256, self._settings, book)
+            except CytofedError as error:
+                self._note(f"not approved by rule: {error.message}")
+
+    def _decision(self, entry: Entry) -> Decision:
+        plan = entry.offer.plan
+        bound = 0.0
+        if entry.state == "approved":
+            if plan.privacy.unit == "none":
+                images = open_images(plan, self._settings)
+                bound = public_bound([float(len(images.train))])
+            else:
+                bound = float(self._settings.patients_declared or 0)
+        return Decision(
+            lab=self._membership.lab,
+            verdict="approved" if entry.state == "approved" else "rejected",
+            run=entry.run,
+            plan_sha256=entry.plan_sha256,
+            roster_sha256=entry.offer.roster.sha256,
+            max_weight=int(bound),
+            at=entry.decided_at or datetime.now(UTC),
+            reason="",
+        )
+
+    def _to_order(self, message: Message, kind: str) -> Answer:
+        parcel = unpack_parcel(message)
+        entry = self._plans.approved(parcel.run)
+        offer = entry.offer
+        self._check_start(offer, parcel)
+        opened = unseal(
+            parcel.sealed,
+            self._place(offer, parcel, kind, to_lab=True),
+            sender=self._coordinator,
+            receiver=self._identity,
+            max_bytes=_MAX_PAYLOAD_BYTES,
+        )
+        content = unpack_content(opened.manifest, opened.payload)
+        # From here on the coordinator has asked this: whatever goes wrong is answered in its place.
+        try:
+            if kind == "query.result":
+                return self._to_result(offer, parcel, content)
+            return self._carry_out(offer, parcel, kind, content)
+        except CytofedError as error:
+            _log.warning("%s of round %d: %s", kind, parcel.round, error.message)
+            return self._refusal(offer, parcel, error)
+        except Exception as error:
+            _log.exception("%s of round %d", kind, parcel.round)
+            return self._refusal(offer, parcel, error)
+
+    def _check_start(self, offer: Offer, parcel: Parcel) -> Start:
+        start = Start.verified(parcel.papers, self._coordinator, offer)
+        if self._membership.lab not in start.decisions:
+            raise VerificationError("this lab is not in the cohort")
+        pinned = self._directory.run_folder(offer.run) / "start"
+        cohort = "\n".join(start.labs)
+        if not pinned.is_file():
+            refuse_cohort(offer, start.labs, self._settings)
+            write_atomically(pinned, cohort, mode=0o600)
+        elif pinned.read_text() != cohort:
+            raise VerificationError("the run has another cohort than when it started")
+        return start
+
+    def _carry_out(self, offer: Offer, parcel: Parcel, kind: str, content: RecordDict) -> Answer:
+        """A train, evaluate or secure-aggregation order, by the lab half."""
+        order_message = new_message(content, kind=kind, node=0, group=str(parcel.round), ttl_s=1.0)
+        if kind == "query.secagg":
+            self._open_run(offer, parcel)
+            return self._sealed(offer, parcel, kind, self._ask_app(order_message), None)
+        order = unpack_order(order_message)
+        found = (order.run, order.round, order.slot, order.plan_sha256)
+        if kind not in ("train", "evaluate") or found != (
+            offer.run, parcel.round, parcel.slot, offer.plan.sha256,
+        ):  # fmt: skip
+            raise VerificationError(f"the order says {found}, its seal another place")
+        if self._directory.paused:
+            raise RefusedError("paused by this lab")
+        mine = ledger_order(order, self._ledger_name(offer))
+        kept = self._outbox.take(mine)
+        if isinstance(kept, SameBytes):
+            self._outbox.again(kept)
+            sealed = Sealed.from_bytes(kept.sealed)
+            return Answer(self._parcel(parcel, kind, sealed), sent=self._settling(offer, order))
+        self._say(f"{kind} for run {order.run}, round {order.round}", True)
+        self._open_run(offer, parcel)
+        return self._sealed(offer, parcel, kind, self._ask_app(order_message), (mine, order))
+
+    def _ask_app(self, message: Message) -> RecordDict:
+        reply = self._app(message, Context(0, 0, {}, RecordDict(), {}))
+        if reply.has_error():
+            raise RefusedError(reply.error.reason or "refused")
+        return reply.content
+
+    def _sealed(
+        self,
+        offer: Offer,
+        parcel: Parcel,
+        kind: str,
+        content: RecordDict,
+        kept: tuple[ledger.Order, Order] | None,
+    ) -> Answer:
+        """Seal an answer; with ``kept`` it goes into the outbox, which logs it."""
+        manifest, payload = pack_content(content)
+        sealed = seal(
+            payload,
+            self._place(offer, parcel, kind, to_lab=False),
+            sender=self._identity,
+            receiver=self._coordinator,
+            manifest=manifest,
+        )
+        data = sealed.to_bytes()
+        secure = offer.plan.secure_aggregation.enabled
+        type_ = {"train": "masked" if secure else "update",
+                 "evaluate": "masked" if secure else "evaluation",
+                 "query.secagg": "secagg", REFUSAL: "refusal"}[kind]  # fmt: skip
+        outgoing = Outgoing(
+            type=type_,
+            destination=self._membership.address,
+            fields=_fields(content),
+            nbytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            run=offer.run,
+            round=parcel.round,
+            slot=parcel.slot,
+            plan_sha256=offer.plan.sha256,
+            protection=self._protection(offer, kind),
+            ledger_head=self._ledger_head(),
+        )
+        travelling = self._parcel(parcel, kind, sealed)
+        if kept is None:
+            return Answer(travelling, outgoing=outgoing)
+        mine, order = kept
+        self._outbox.put(mine, data, outgoing)
+        return Answer(travelling, sent=self._settling(offer, order))
+
+    def _refusal(self, offer: Offer, parcel: Parcel, error: Exception) -> Answer:
+        """Why not, signed and sealed like any answer."""
+        reason = public_reason(error, known=(offer.run, self._membership.lab))
+        return self._sealed(offer, parcel, REFUSAL, new_content({"reason": reason}), None)
+
+    def _to_result(self, offer: Offer, parcel: Parcel, content: RecordDict) -> Answer:
+        """Keep the model, free what the run never used, and say that it is here."""
+        header = content["header"]
+        assert isinstance(header, ConfigRecord)
+        folder = self._directory.root / "models" / self._directory.run_folder(offer.run).name
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        model = file_of(content)
+        if model:
+            write_atomically(folder / "model.safetensors", model)
+        write_atomically(folder / "model_card.md", str(header.get("card", "")))
+        write_result_note(folder, offer, header)
+        with open_ledger(self._settings) as book:
+            self._plans.ended(offer.run, book)
+        self._outbox.end_run(offer.run, self._ledger_name(offer))
+        self._open = None
+        told = f"run {offer.run} {header.get('status')}"
+        self._note(f"{told}: cytofed client model DIR --out FILE" if model else told)
+        return self._received(offer, parcel)
+
+    def _received(self, offer: Offer, parcel: Parcel) -> Answer:
+        content = new_content({"state": "received"})
+        manifest, payload = pack_content(content)
+        sealed = seal(
+            payload,
+            self._place(offer, parcel, "query.result", to_lab=False),
+            sender=self._identity,
+            receiver=self._coordinator,
+            manifest=manifest,
+        )
+        data = sealed.to_bytes()
+        outgoing = Outgoing(
+            type="status",
+            destination=self._membership.address,
+            fields=_fields(content),
+            nbytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            run=offer.run,
+        )
+        return Answer(self._parcel(parcel, "query.result", sealed), outgoing=outgoing)
+
+    # --- places
+
+    def _place(self, offer: Offer, parcel: Parcel, content: str, *, to_lab: bool) -> Place:
+        lab, coordinator = self._membership.lab, self._coordinator.name
+        return Place(
+            federation=self._membership.federation,
+            run=offer.run,
+            plan_sha256=offer.plan.sha256,
+            roster_sha256=offer.roster.sha256,
+            round=parcel.round,
+            slot=parcel.slot,
+            sender=coordinator if to_lab else lab,
+            receiver=lab if to_lab else coordinator,
+            direction=Direction.TO_LAB if to_lab else Direction.TO_COORDINATOR,
+            content=content,
+        )
+
+    def _parcel(self, asked: Parcel, kind: str, sealed: Sealed) -> RecordDict:
+        return pack_parcel(Parcel(asked.run, asked.round, asked.slot, kind, sealed))
+
+    def _plain(
+        self,
+        type_: str,
+        told: Mapping[str, str | int | float | bytes],
+        sent: Mapping[str, bytes],
+    ) -> Answer:
+        """An answer that is signed and not sealed: about an offer, before there is a run."""
+        content = RecordDict({"answer": ConfigRecord(dict(sent))})
+        return Answer(content, outgoing=self._outgoing(type_, told))
+
+    def _outgoing(self, type_: str, told: Mapping[str, str | int | float | bytes]) -> Outgoing:
+        data = repr(sorted(told.items())).encode()
+        return Outgoing(
+            type=type_,
+            destination=self._membership.address,
+            fields=fields_of(told),
+            nbytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+
+    # --- the lab half
+
+    def _lab(self, _context: Context, run: str) -> Lab:
+        if self._open is None or self._open.run != run:
+            raise VerificationError(f"run {run} is not open")
+        return self._open.lab
+
+    def _open_run(self, offer: Offer, parcel: Parcel) -> None:
+        """Open the lab for a run, kept warm until another."""
+        if self._open is not None and self._open.run == offer.run:
+            return
+        folder = self._directory.run_folder(offer.run)
+        secure = None
+        if offer.plan.secure_aggregation.enabled:
+            start = self._check_start(offer, parcel)
+            cohort = secure_cohort(start, offer, self._coordinator)
+            secure = SecureLab(self._identity, cohort, _States(folder))
+        lab = open_lab(
+            offer,
+            self._settings,
+            open_images(offer.plan, self._settings),
+            name=self._membership.lab,
+            folder=folder,
+            outbox=self._outbox,
+            secure=secure,
+        )
+        self._open = _OpenRun(offer.run, lab)
+
+    def _settling(self, offer: Offer, order: Order) -> Callable[[], None]:
+        """After the answer has arrived: the ledger notes it."""
+        if offer.plan.privacy.unit == "none":
+            return lambda: None
+        budget = LimitedBudget(
+            self._settings.ledger,
+            self._settings.pool,
+            self._ledger_name(offer),
+            offer.plan.privacy.unit,
+            self._settings.limits.of_ledger(),
+        )
+        return lambda: budget.settle(order)
+
+    def _ledger_name(self, offer: Offer) -> str:
+        return ledger_federation(offer.federation, self._membership.lab)
+
+    def _ledger_head(self) -> str:
+        with open_ledger(self._settings) as book:
+            return book.head
+
+    def _protection(self, offer: Offer, kind: str) -> Protection:
+        terms = terms_of(offer.plan)
+        if terms is None or kind not in ("train", "evaluate"):
+            return Protection()
+        with open_ledger(self._settings) as book:
+            spent = book.balance().spent
+        sigma = terms.training.sigma
+        if kind == "evaluate" and terms.tally is not None:
+            sigma = terms.tally.sigma
+        return Protection(
+            unit=offer.plan.privacy.unit,
+            clip=terms.max_norm,
+            sigma=sigma,
+            epsilon=spent.epsilon,
+            delta=spent.delta,
+        )
+
+
+@dataclass(frozen=True)
+class _OpenRun:
+    run: str
+    lab: Lab = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _States:
+    """The state of secure aggregation of one run, as a file that only this user reads."""
+
+    folder: Any
+
+    def load(self, run: str) -> bytes | None:
+        path = self.folder / "secagg.state"
+        return path.read_bytes() if path.is_file() else None
+
+    def save(self, run: str, state: bytes) -> None:
+        write_atomically(self.folder / "secagg.state", state, mode=0o600)
+
+
+def write_result_note(folder: Any, offer: Offer, header: ConfigRecord) -> None:
+    """What the model is and how its run ended, beside it."""
+    import json
+
+    kept = {
+        "run": offer.run,
+        "plan_sha256": offer.plan.sha256,
+        "status": header.get("status"),
+        "reason": header.get("reason"),
+        "weights_sha256": header.get("weights_sha256"),
+        "received_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_atomically(folder / "result.json", json.dumps(kept, indent=1) + "\n")
+
+
+def _fields(content: RecordDict) -> Any:
+    header, record = content["header"], content["parts"]
+    from cytofed.client.egress import Field
+
+    scalars = fields_of({str(key): value for key, value in header.items()})  # type: ignore[union-attr]
+    arrays = tuple(
+        Field(str(name), array.dtype, tuple(array.shape))  # type: ignore[union-attr]
+        for name, array in record.items()
+    )
+    return (*scalars, *arrays)

@@ -1,0 +1,329 @@
+"""The lab's end of Flower's fleet protocol. The one place with Flower's internals on this side.
+
+One outbound connection: activate, ask for work, fetch it, answer, ask again; heartbeats beside.
+Whatever fails is tried again, for ever, with growing pauses. Every byte of the lab's own passes
+the egress log first: an object that no logged message announced is not sent.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+import httpx
+from flwr.app import Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from cytofed.client.directory import ClientDirectory, http_client
+from cytofed.client.egress import EgressLog, EgressRefused, Outgoing
+from cytofed.errors import CytofedError
+from cytofed.messages import ERROR_CODE
+
+_BEAT_ALLOWED_S = 30.0
+"""what Flower is told; it takes a lab for gone after twice that"""
+
+_FIRST_PAUSE_S = 0.5
+_MAX_OBJECTS = 4096
+
+_ROUTINE = {
+    "activate-node": "activate",
+    "deactivate-node": "deactivate",
+    "send-node-heartbeat": "heartbeat",
+    "pull-messages": "poll",
+    "pull-object": "fetch",
+    "confirm-message-received": "confirm",
+    "push-messages": "push",
+}
+
+T = TypeVar("T")
+
+
+class _Again(Exception):
+    """The coordinator does not know this session: activate again."""
+
+
+class _Withdrawn(Exception):
+    """The coordinator does not want the answer any more."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a lab says to a message: a content, or a reason why there is none.
+
+    ``outgoing``: its record for the egress log; None where that is written already. ``sent`` is
+    called when all of it has arrived.
+    """
+
+    content: RecordDict | None = field(default=None, repr=False)
+    reason: str = ""
+    outgoing: Outgoing | None = None
+    sent: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+class FleetLink:
+    """The connection of one lab. ``say`` is told what it does, in one line, and if it is online."""
+
+    def __init__(
+        self,
+        directory: ClientDirectory,
+        egress: EgressLog,
+        say: Callable[[str, bool], None],
+    ) -> None:
+        self._directory, self._egress, self._say = directory, egress, say
+        self._times = directory.settings().timeouts
+        self._key = directory.node_key()
+        self._stop = threading.Event()
+        self._node: Node | None = None
+        self._gate = _EgressGate(egress)
+        self._client = self._new_client()
+
+    def stop(self) -> None:
+        """End ``work`` as soon as it waits for nothing."""
+        self._stop.set()
+
+    def work(self, respond: Callable[[Message], Answer], *, idle: Callable[[], None]) -> None:
+        """Answer messages until ``stop``; ``idle`` is called between two of them."""
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        try:
+            while not self._stop.is_set():
+                try:
+                    self._activate()
+                    while not self._stop.is_set():
+                        idle()
+                        self._one(respond)
+                except _Again:
+                    self._node = None
+        finally:
+            self._stop.set()
+            self._deactivate()
+
+    # --- one message
+
+    def _one(self, respond: Callable[[Message], Answer]) -> None:
+        started = time.monotonic()
+        found = self._call("pull_messages", PullMessagesRequest(node=self._node))
+        if not found.messages_list:
+            if time.monotonic() - started < self._times.poll_s:
+                self._stop.wait(self._times.poll_s)
+            return
+        try:
+            message = self._fetch(found)
+            if message is not None:
+                self._push(message, respond(message))
+        except _Withdrawn:
+            return
+
+    def _fetch(self, found: Any) -> Message | None:
+        head, tree = found.messages_list[0], found.message_object_trees[0]
+        run_id = message_from_proto(head).metadata.run_id
+        wanted = dict.fromkeys(item.object_id for item in iterate_object_tree(tree))
+        if len(wanted) > _MAX_OBJECTS:
+            raise _Withdrawn
+        contents = {}
+        for number in wanted:
+            request = PullObjectRequest(node=self._node, run_id=run_id, object_id=number)
+            got = self._call("pull_object", request)
+            if not got.object_found or not got.object_available:
+                raise _Withdrawn
+            contents[number] = got.object_content
+        confirm = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=run_id, message_object_id=tree.object_id
+        )
+        self._call("confirm_message_received", confirm)
+        try:
+            message = inflate_object_from_contents(tree.object_id, contents)
+        except Exception as error:
+            self._say(f"a message could not be read: {type(error).__name__}", True)
+            return None
+        if not isinstance(message, Message):
+            return None
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message
+
+    def _push(self, message: Message, answer: Answer) -> None:
+        if answer.content is None:
+            reply = Message(Error(ERROR_CODE, answer.reason), reply_to=message)
+        else:
+            reply = Message(answer.content, reply_to=message)
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            tree, nested = get_object_tree(reply), get_all_nested_objects(reply)
+            objects = {number: item.deflate() for number, item in nested.items()}
+            head = remove_content_from_message(reply) if reply.has_content() else reply
+            request = PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(head)],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[0.0],
+            )
+        sizes = {number: len(content) for number, content in objects.items()}
+        if answer.outgoing is not None:
+            self._egress.record(replace(answer.outgoing, objects=sizes))
+        self._gate.announce(sizes)
+        try:
+            session = self._call("push_messages", request)
+            for number in session.objects_to_push:
+                if number in objects:
+                    self._call(
+                        "push_object",
+                        PushObjectRequest(
+                            node=self._node,
+                            run_id=message.metadata.run_id,
+                            object_id=number,
+                            object_content=objects[number],
+                            session_id=session.session_id,
+                        ),
+                    )
+        finally:
+            self._gate.announce({})
+        answer.sent()
+
+    # --- the connection
+
+    def _new_client(self) -> FleetHttpClient:
+        context = self._directory.tls()
+        auth = NodeAuthHttpInterceptor(self._key, self._key.public_key())
+        client = FleetHttpClient(
+            self._directory.membership().url, interceptors=[self._gate, auth], verify=context
+        )
+        client._client.close()
+        client._client = http_client(
+            context,
+            proxy=self._directory.settings().proxy,
+            connect_s=self._times.connect_s,
+            request_s=self._times.request_s,
+        )
+        return client
+
+    def _activate(self) -> None:
+        request = ActivateNodeRequest(
+            public_key=public_key_to_bytes(self._key.public_key()),
+            heartbeat_interval=_BEAT_ALLOWED_S,
+        )
+        self._node = Node(node_id=self._call("activate_node", request).node_id)
+        self._say("connected, waiting for work", True)
+
+    def _deactivate(self) -> None:
+        if self._node is not None:
+            try:
+                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+            except (httpx.HTTPError, CytofedError, ValueError):
+                return
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._times.heartbeat_s):
+            if self._node is None:
+                continue
+            try:
+                self._client.SendNodeHeartbeat(
+                    SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=_BEAT_ALLOWED_S)
+                )
+            except (httpx.HTTPError, CytofedError, ValueError):
+                continue  # the other thread says what is wrong
+
+    def _call(self, name: str, request: Any) -> Any:
+        """One request, tried until it is answered.
+
+        Errors: _Again where the session is unknown, _Withdrawn for what is not wanted any more.
+        """
+        method = getattr(self._client, "".join(part.title() for part in name.split("_")))
+        pause_s, told = _FIRST_PAUSE_S, ""
+        while True:
+            try:
+                found = method(request)
+                if told:
+                    self._say("connected again", True)
+                return found
+            except httpx.HTTPStatusError as error:
+                code = error.response.status_code
+                if name != "activate_node" and code in (401, 404, 409):
+                    raise _Again from error
+                if name != "activate_node" and 400 <= code < 500 and code not in (408, 429):
+                    raise _Withdrawn from error
+                why = _why_status(code)
+            except (httpx.TransportError, ValueError) as error:
+                why = _why_transport(error)
+            if why != told:
+                self._say(why, False)
+                told = why
+            if self._stop.wait(pause_s * random.uniform(0.7, 1.3)):
+                raise KeyboardInterrupt
+            pause_s = min(pause_s * 1.6, self._times.retry_max_s)
+
+
+class _EgressGate:
+    """Flower's interceptor seam: nothing is sent that is neither routine nor announced."""
+
+    def __init__(self, egress: EgressLog) -> None:
+        self._egress = egress
+        self._announced: dict[str, int] = {}
+
+    def announce(self, sizes: dict[str, int]) -> None:
+        """The objects of the message that was just written down, and no others."""
+        self._announced = sizes
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        call = context.request.url.path.rpartition("/")[2]
+        if call == "push-object":
+            asked: Any = context.message
+            if self._announced.get(asked.object_id) != len(asked.object_content):
+                raise EgressRefused(f"object {asked.object_id:.16} belongs to no logged message")
+        else:
+            nbytes = int(context.request.headers.get("content-length", 0))
+            self._egress.routine(_ROUTINE.get(call, call), nbytes)
+        return call_next(context)
+
+
+def _why_status(code: int) -> str:
+    if code in (401, 403):
+        return (
+            f"the coordinator refuses this lab (HTTP {code}): revoked, not enrolled, or this "
+            "machine's clock is off by minutes; trying again"
+        )
+    return f"the coordinator answers HTTP {code}; trying again"
+
+
+def _why_transport(error: Exception) -> str:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+        return (
+            "the server's certificate is not by the authority that this lab pinned: another "
+            "server, or a proxy that inspects TLS; trying again"
+        )
+    if "ALERT" in text.upper():
+        return f"the coordinator refuses this lab's certificate ({text:.80}); trying again"
+    kind = type(error).__name__
+    return f"waiting for the coordinator: {kind}; trying again"

@@ -1,0 +1,197 @@
+"""A lab as it takes part in a run: its images, their split, its budget, what it keeps.
+
+N images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cytofed.arrays import Parts, parts_sha256
+from cytofed.client.app import Lab
+from cytofed.client.budget import LedgerBudget, ledger_order
+from cytofed.client.cache import default_cache_dir
+from cytofed.client.cells import Cells, open_cells
+from cytofed.client.check import near_duplicate_groups
+from cytofed.client.memory import FolderMemory
+from cytofed.client.outbox import Outbox, SameUpdate
+from cytofed.client.policy import ledger_federation
+from cytofed.client.secure import SecureLab
+from cytofed.client.settings import Settings
+from cytofed.client.split import hold_out, units
+from cytofed.documents import Offer
+from cytofed.errors import InputError
+from cytofed.labels import Scheme, load_map, load_scheme
+from cytofed.messages import Order, Update
+from cytofed.plan import Plan
+from cytofed.privacy.ledger import Ledger, Limits
+from cytofed.start import START_FILE, read_start, write_start
+
+
+def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.bool_]:
+    """Classes masked in a lab's loss, (C,).
+
+    Without differential privacy those without a training image; with it only what the label maps
+    declare, because the data itself must not decide.
+    """
+    if not plan.train.mask_absent:
+        return np.zeros(len(scheme.codes), dtype=bool)
+    if plan.privacy.unit == "none":
+        return np.asarray(~train.targets_NC.any(axis=0))
+    used = [train.sources[number].listing.absent for number in np.unique(train.source_N)]
+    declared = frozenset.intersection(*used) if used else frozenset()
+    return np.array([code in declared for code in scheme.codes])
+
+
+@dataclass(frozen=True)
+class LimitedBudget(LedgerBudget):
+    """A budget under the lab's own limits, which it may have lowered since it approved."""
+
+    limits: Limits = field(default_factory=Limits)
+
+    @contextmanager
+    def _open(self) -> Iterator[Ledger]:
+        opened = Ledger.open(self.path, pool=self.pool, unit=self.unit, limits=self.limits)
+        with opened as book:
+            yield book
+
+    def release(self, order: Order, parts: Parts) -> None:
+        """Name what may leave; ``settle`` says that it has."""
+        with self._open() as book:
+            book.release(self._entry(order), parts_sha256(parts))
+
+    def settle(self, order: Order) -> None:
+        """The order was answered. Settling twice changes nothing."""
+        with self._open() as book:
+            book.settle(self._entry(order))
+
+
+@dataclass(frozen=True)
+class OutboxUpdates:
+    """The outbox as the place where a round's update is kept for a second attempt."""
+
+    outbox: Outbox = field(repr=False)
+    federation: str
+
+    def load(self, order: Order) -> Update | None:
+        found = self.outbox.take(ledger_order(order, self.federation))
+        if not isinstance(found, SameUpdate):
+            return None
+        header: dict[str, Any] = dict(found.header)
+        return Update(**header, parts=found.parts)
+
+    def save(self, order: Order, update: Update) -> None:
+        header = {
+            "lab": update.lab,
+            "run": update.run,
+            "round": update.round,
+            "weight": update.weight,
+            "loss": update.loss,
+            "train_s": update.train_s,
+        }
+        self.outbox.keep_update(ledger_order(order, self.federation), header, update.parts)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A lab's images for one plan, split."""
+
+    train: Cells = field(repr=False)
+    test: Cells = field(repr=False)
+
+
+def open_images(plan: Plan, settings: Settings) -> Images:
+    """Read (or find cached) all images of the lab and hold out the plan's share of them.
+
+    Errors: InputError for data that cannot be used, with what to do.
+    """
+    cells = open_cells(
+        (settings.data,),
+        load_scheme(plan.labels.scheme),
+        maps=None if settings.labels is None else [load_map(settings.labels)],
+        patients=settings.patients,
+        size_px=plan.labels.scale.size_px,
+        field_um=plan.labels.scale.field_um,
+        cache_dir=default_cache_dir(),
+    )
+    if plan.privacy.unit == "patient" and cells.patients_N is None:
+        raise InputError(
+            "the plan protects patients, and the data does not say which image is whose",
+            hint="set patients in client.yaml, for example patients: column:patient",
+        )
+    groups_N = near_duplicate_groups(cells.dhash_N, images=cells.images)
+    test_N = hold_out(
+        cells.class_N,
+        units(groups_N, cells.patients_N),
+        cells.paths(),
+        cells.dhash_N,
+        cells.source_N,
+        fraction=plan.evaluation.fraction,
+        seed=plan.train.seed,
+    )
+    return Images(cells.take(np.flatnonzero(~test_N)), cells.take(np.flatnonzero(test_N)))
+
+
+def parameters_of(plan: Plan, folder: Path) -> int:
+    """P, from the plan's start model, which is written to ``folder`` the first time.
+
+    Errors: InputError for a plan that starts from a file: plans open no files at a lab.
+    """
+    if plan.model.start != "random":
+        raise InputError(
+            f"plan {plan.sha256[:12]} starts from {plan.model.start!r:.60}, a file and no name",
+            hint="this version trains from a random start only",
+        )
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    start = read_start(folder)
+    if start is None:
+        write_start(plan, folder)
+        start = read_start(folder)
+        assert start is not None
+    return start.manifest.size
+
+
+def open_lab(
+    offer: Offer,
+    settings: Settings,
+    images: Images,
+    *,
+    name: str,
+    folder: Path,
+    outbox: Outbox,
+    secure: SecureLab | None,
+) -> Lab:
+    """The lab as it takes part in an approved run. ``folder``: its place for the run's files."""
+    plan = offer.plan
+    scheme: Scheme = load_scheme(plan.labels.scheme)
+    parameters_of(plan, folder)
+    federation = ledger_federation(offer.federation, name)
+    budget = LimitedBudget(
+        settings.ledger,
+        settings.pool,
+        federation,
+        plan.privacy.unit,
+        settings.limits.of_ledger(),
+    )
+    private = plan.privacy.unit != "none"
+    return Lab(
+        name=name,
+        plan=plan,
+        scheme=scheme,
+        train=images.train,
+        test=images.test,
+        absent_C=absent_classes(plan, scheme, images.train),
+        start=folder / START_FILE,
+        memory=FolderMemory(folder / "memory", name),
+        budget=budget if private else None,
+        declared_patients=settings.patients_declared if private else None,
+        secure=secure,
+        updates=OutboxUpdates(outbox, federation),
+    )
