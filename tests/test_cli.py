@@ -81,7 +81,7 @@ def run(step: Step, folder: Path) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=120,
+        timeout=250,
         env={
             **os.environ,
             "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
