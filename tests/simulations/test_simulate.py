@@ -99,6 +99,7 @@ def test_two_worker_processes_give_the_weights_of_one(
 ) -> None:
     here = directly(small(out=tmp_path / "here"))
     workers = simulate(small(out=tmp_path / "workers", jobs=2), RunProgress(quiet=True))
+    assert workers["status"] == "completed"
     assert workers["weights_sha256"] == here["weights_sha256"]
     assert workers["global"] == here["global"]
 
@@ -110,6 +111,7 @@ def test_strategy_does_not_change_the_baselines(
     flags = ("simulation.labs=2", "simulation.baselines=true")
     plain = directly(small(*flags, out=tmp_path / "plain"))
     other = directly(small(*flags, f"strategy.name={strategy}", out=tmp_path / "other"))
+    assert plain["status"] == other["status"] == "completed"
     assert plain["baselines"] == other["baselines"]
     assert plain["weights_sha256"] != other["weights_sha256"]
 
