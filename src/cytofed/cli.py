@@ -19,8 +19,10 @@ from typing import Any
 import click
 
 from cytofed import __version__
+from cytofed.client.cli import client
 from cytofed.console import note, print_error, say, stdout
 from cytofed.errors import CytofedError, InputError
+from cytofed.server.cli import server
 
 _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -314,6 +316,12 @@ def data_check(
     else:
         render(found, stdout)
     return 0
+
+
+# --- a federation of real labs
+
+cli.add_command(server)
+cli.add_command(client)
 
 
 # --- running
