@@ -1,0 +1,100 @@
+"""Real processes, real TLS: from an empty folder to the finished model at the labs."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import PATIENCE_S, PLAN, Federation
+
+PRIVATE = PLAN.replace("rounds: 2, steps_per_round: 2", "rounds: 1, steps_per_round: 2") + (
+    "privacy: {unit: patient, epsilon: 8, delta: 1.0e-3, declared_patients: 20}\n"
+    "secure_aggregation: {enabled: true}\n"
+)
+
+
+def simulated_weights(federation: Federation, out: Path) -> str:
+    """The weights of the same plan over the same folders, one virtual lab each."""
+    data = [flag for lab in federation.labs for flag in ("--data", str(federation.data(lab)))]
+    command = ["simulate", str(federation.root / "plan.yaml"), *data, "--partition", "sources"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cytofed.cli", *command, "--out", str(out), "--json"],
+        env=federation.environment("simulation"),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_S,
+    )
+    return str(json.loads(done.stdout)["weights_sha256"])
+
+
+def others_may_read(path: Path) -> bool:
+    return bool(stat.S_IMODE(path.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO))
+
+
+def test_run_completes_and_every_lab_gets_the_model_that_a_simulation_gives(
+    federation: Federation, tmp_path: Path
+) -> None:
+    for lab in federation.labs:
+        federation.start(lab)
+    run, plan_sha256 = federation.queue(PLAN)
+    federation.approve(plan_sha256)
+    summary = federation.summary(run)
+
+    assert summary["status"] == "completed"
+    assert [r["received"] for r in summary["participation"]] == [list(federation.labs)] * 2
+    assert set(summary["labs"]) == set(federation.labs)
+    assert summary["weights_sha256"] == simulated_weights(federation, tmp_path / "simulated")
+
+    model = (federation.coordinator / "runs" / run / "model.safetensors").read_bytes()
+    for lab in federation.labs:
+        federation.wait_for_model(lab)
+        out = tmp_path / f"{lab}.safetensors"
+        federation.run(lab, "client", "model", federation.root / lab, "--out", out)
+        assert out.read_bytes() == model
+        federation.kill(lab, 15)
+        federation.run(lab, "client", "egress", federation.root / lab, "--verify")
+
+    assert not others_may_read(federation.coordinator / "runs" / run)
+    for owner in ("coordinator", *federation.labs):
+        keys = list((federation.root / owner).glob("*.key"))
+        assert keys
+        assert not any(map(others_may_read, keys))
+
+
+@pytest.mark.slow
+def test_patient_privacy_and_secure_aggregation_run_together(tmp_path: Path, sample: Path) -> None:
+    from .conftest import deal, free_port
+
+    labs = ("lab-1", "lab-2", "lab-3")
+    deal(sample, tmp_path, labs)
+    federation = Federation(tmp_path, (), free_port())
+    try:
+        federation.found()
+        for lab in labs:
+            federation.join(lab, "--patients", "name:_0*([0-9])", "--patients-declared",
+                            "20")  # fmt: skip
+            federation.start(lab)
+        federation.labs = labs
+        run, plan_sha256 = federation.queue(PRIVATE)
+        federation.approve(plan_sha256)
+        summary = federation.summary(run)
+        assert summary["status"] == "completed"
+        assert summary["labs"] is None
+        assert summary["wire"]["secure_aggregation"]
+        for lab in labs:
+            federation.wait_for_model(lab)
+            spent = json.loads(
+                federation.run(lab, "client", "budget", federation.root / lab, "--json")
+            )
+            assert 0 < spent["spent"]["epsilon"] <= 8.5
+            assert spent["held"]["epsilon"] == 0
+            federation.kill(lab, 15)
+            federation.run(lab, "client", "egress", federation.root / lab, "--verify")
+    finally:
+        federation.kill_all()
