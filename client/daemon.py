@@ -9,18 +9,26 @@ the disk, and in the egress log, before its first byte leaves.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from cytofed.client.app import Lab, lab_app
 from cytofed.client.budget import ledger_order
 from cytofed.client.directory import ClientDirectory
-from cytofed.client.egress import EgressLog, Outgoing, Protection, fields_of, public_reason
+from cytofed.client.egress import (
+    EgressLog,
+    Field,
+    Outgoing,
+    Protection,
+    fields_of,
+    public_reason,
+)
 from cytofed.client.fleet import Answer, FleetLink
 from cytofed.client.opening import LimitedBudget, open_images, open_lab, parameters_of
 from cytofed.client.outbox import Outbox, SameBytes
@@ -46,6 +54,7 @@ from cytofed.sealed_message import (
     new_content,
     pack_content,
     pack_parcel,
+    text_of,
     unpack_content,
     unpack_parcel,
 )
@@ -147,7 +156,7 @@ class Daemon:
             return self._plain("status", {"state": "waiting"}, {"decision": b""})
         decision = self._decision(entry)
         signed = decision.signed(self._identity)
-        told = {
+        told: dict[str, str | int | float | bytes] = {
             "verdict": decision.verdict,
             "run": decision.run,
             "plan_sha256": decision.plan_sha256,
@@ -305,20 +314,18 @@ class Daemon:
 
     def _to_result(self, offer: Offer, parcel: Parcel, content: RecordDict) -> Answer:
         """Keep the model, free what the run never used, and say that it is here."""
-        header = content["header"]
-        assert isinstance(header, ConfigRecord)
         folder = self._directory.root / "models" / self._directory.run_folder(offer.run).name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         model = file_of(content)
         if model:
             write_atomically(folder / "model.safetensors", model)
-        write_atomically(folder / "model_card.md", str(header.get("card", "")))
-        write_result_note(folder, offer, header)
+        write_atomically(folder / "model_card.md", text_of(content, "card"))
+        _note_result(folder, offer, content)
         with open_ledger(self._settings) as book:
             self._plans.ended(offer.run, book)
         self._outbox.end_run(offer.run, self._ledger_name(offer))
         self._open = None
-        told = f"run {offer.run} {header.get('status')}"
+        told = f"run {offer.run} {text_of(content, 'status')}"
         self._note(f"{told}: cytofed client model DIR --out FILE" if model else told)
         return self._received(offer, parcel)
 
@@ -459,7 +466,7 @@ class _OpenRun:
 class _States:
     """The state of secure aggregation of one run, as a file that only this user reads."""
 
-    folder: Any
+    folder: Path
 
     def load(self, run: str) -> bytes | None:
         path = self.folder / "secagg.state"
@@ -469,28 +476,22 @@ class _States:
         write_atomically(self.folder / "secagg.state", state, mode=0o600)
 
 
-def write_result_note(folder: Any, offer: Offer, header: ConfigRecord) -> None:
+def _note_result(folder: Path, offer: Offer, content: RecordDict) -> None:
     """What the model is and how its run ended, beside it."""
-    import json
-
     kept = {
         "run": offer.run,
         "plan_sha256": offer.plan.sha256,
-        "status": header.get("status"),
-        "reason": header.get("reason"),
-        "weights_sha256": header.get("weights_sha256"),
         "received_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{key: text_of(content, key) for key in ("status", "reason", "weights_sha256")},
     }
     write_atomically(folder / "result.json", json.dumps(kept, indent=1) + "\n")
 
 
-def _fields(content: RecordDict) -> Any:
+def _fields(content: RecordDict) -> tuple[Field, ...]:
+    """Header values, and arrays by shape, for the egress log."""
     header, record = content["header"], content["parts"]
-    from cytofed.client.egress import Field
-
-    scalars = fields_of({str(key): value for key, value in header.items()})  # type: ignore[union-attr]
-    arrays = tuple(
-        Field(str(name), array.dtype, tuple(array.shape))  # type: ignore[union-attr]
-        for name, array in record.items()
-    )
-    return (*scalars, *arrays)
+    assert isinstance(header, ConfigRecord)
+    assert isinstance(record, ArrayRecord)
+    scalars = {k: v for k, v in header.items() if isinstance(v, str | int | float | bytes)}
+    arrays = [Field(str(name), array.dtype, tuple(array.shape)) for name, array in record.items()]
+    return (*fields_of(scalars), *arrays)

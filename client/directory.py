@@ -210,7 +210,7 @@ def join(
     identity = Identity.from_bytes((root / "identity.key").read_bytes())
     EgressLog.create(root / "egress.log", identity)
     with EgressLog(root / "egress.log", identity) as egress:
-        fields = {
+        fields: dict[str, int | float | str | bytes] = {
             "token": invite.token,
             "identity": identity.public.to_bytes(),
             "csr": (root / "request.pem").read_bytes(),

@@ -88,7 +88,7 @@ class OutboxUpdates:
         return Update(**header, parts=found.parts)
 
     def save(self, order: Order, update: Update) -> None:
-        header = {
+        header: dict[str, int | float | str] = {
             "lab": update.lab,
             "run": update.run,
             "round": update.round,

@@ -49,7 +49,7 @@ def hold_out(
     together_N = _connected(source_N, unit_N)
     for number in np.unique(together_N):
         rows = np.flatnonzero(together_N == number)
-        keys = image_keys([paths[row] for row in rows], dhash_N[rows])
+        keys = image_keys([paths[row] for row in rows.tolist()], dhash_N[rows])
         test_N[rows] = test_split(class_N[rows], unit_N[rows], keys, fraction=fraction, seed=seed)
     return test_N
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -50,7 +50,7 @@ from cytofed.server.results import (
     write_results,
 )
 from cytofed.server.rounds import Run, run_rounds, status
-from cytofed.server.runs import ENDED, RunFolder
+from cytofed.server.runs import ENDED, Phase, RunFolder
 from cytofed.server.sealed_grid import SealedGrid, SealedRun
 from cytofed.server.secure import SecureRun
 from cytofed.start import Start as StartModel
@@ -290,7 +290,7 @@ class Coordinator:
             reason = stopped.message
         scores = read_scores(folder, latest.round, len(run.scheme.codes))
         summary = write_results(folder, run, offer, latest, scores, model)
-        ended = status(run, latest)
+        ended = cast(Phase, status(run, latest))
         folder.end(ended, reason=reason, absent=_absent(latest.records))
         _log.info("run %s: %s, weights %s", folder.name, ended, summary["weights_sha256"])
         self._deliver(folder)
@@ -442,7 +442,7 @@ class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().connection_made(transport)
         connection = transport.get_extra_info("ssl_object")
         certificate = connection.getpeercert(binary_form=True) if connection else None
-        self.app_state = {**self.app_state, CERTIFICATE: certificate or b""}
+        self.app_state: dict[str, Any] = {**self.app_state, CERTIFICATE: certificate or b""}
 
 
 class _Log:

@@ -7,7 +7,7 @@ that it brings, so nobody enrols keys that are not theirs; the answer is signed 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
@@ -84,7 +84,7 @@ def enrol(directory: ServerDirectory, document: bytes) -> bytes:
 
 def enrolment_route(
     directory: ServerDirectory, enrolled: Callable[[], None]
-) -> Callable[[Request], object]:
+) -> Callable[[Request], Awaitable[Response]]:
     """POST: a request in, an answer out. ``enrolled`` is called after each new lab."""
 
     async def route(request: Request) -> Response:

@@ -127,11 +127,12 @@ class _Upload:
     room: int
 
 
-class _Link(InMemoryLinkState):  # type: ignore[misc]  # Flower has no types for it
+class _Link(InMemoryLinkState):
     """Flower's link state, with take-over, wake-ups and a record of who may touch what."""
 
     def __init__(self) -> None:
-        super().__init__(NoOpFederationManager(), InMemoryObjectStore())
+        self.objects = InMemoryObjectStore()
+        super().__init__(NoOpFederationManager(), self.objects)
         self.wake = threading.Event()
         self.deliveries: dict[str, _Delivery] = {}
         self.uploads: dict[str, _Upload] = {}
@@ -342,7 +343,7 @@ class Fleet:
         self._poll_s = poll_s
         self._nodes: dict[str, int] = {}
         self._closed = threading.Event()
-        self._run = _start_run(self._link)
+        self._run, self._task = _start_run(self._link)
         threading.Thread(target=self._beat, daemon=True, name="fleet-beat").start()
 
     def close(self) -> None:
@@ -422,21 +423,22 @@ class Fleet:
 
     def _beat(self) -> None:
         while not self._closed.wait(_RUN_BEAT_S):
-            self._link.acknowledge_task_heartbeat(self._run.primary_task_id)
+            self._link.acknowledge_task_heartbeat(self._task)
 
 
-def _start_run(link: _Link) -> Run:
+def _start_run(link: _Link) -> tuple[Run, int]:
     """Flower's run: one for the life of this process, whatever cytofed runs in it."""
     run_id = link.create_run(
         "cytofed/coordinator", "0.0.0", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID,
         TaskType.SERVER_APP,
     )  # fmt: skip
     run = link.get_run_info(run_ids=[run_id])[0]
-    if not (link.claim_task(run.primary_task_id) and link.activate_task(run.primary_task_id)):
+    task = run.primary_task_id
+    if task is None or not (link.claim_task(task) and link.activate_task(task)):
         raise CytofedError("Flower's run could not be started")
-    TaskIdentity.run_id, TaskIdentity.task_id = run_id, run.primary_task_id
+    TaskIdentity.run_id, TaskIdentity.task_id = run_id, task
     TaskIdentity.node_id = SUPERLINK_NODE_ID
-    return cast(Run, run)
+    return run, task
 
 
 @dataclass
@@ -453,7 +455,7 @@ class _Waiting:
     found: dict[str, bytes] = field(default_factory=dict, repr=False)
 
 
-class FleetGrid(Grid):  # type: ignore[misc]
+class FleetGrid(Grid):
     """Flower's Grid on the link state of this process. For one thread."""
 
     def __init__(
@@ -564,7 +566,7 @@ class FleetGrid(Grid):  # type: ignore[misc]
         waiting.held_since = time.monotonic()
 
     def _send(self, waiting: _Waiting) -> None:
-        old, store = waiting.message, self._link.object_store
+        old, store = waiting.message, self._link.objects
         left_s = max(1.0, waiting.deadline - time.monotonic())
         message = Message(
             old.content,

@@ -23,6 +23,7 @@ from cytofed.sealed_message import (
     Parcel,
     pack_content,
     pack_parcel,
+    text_of,
     unpack_content,
     unpack_parcel,
 )
@@ -67,7 +68,7 @@ class _Place:
     kind: str
 
 
-class SealedGrid(Grid):  # type: ignore[misc]
+class SealedGrid(Grid):
     """See the module. ``reply_bytes``: largest payload of a reply."""
 
     def __init__(self, inner: Grid, sealed: SealedRun, *, reply_bytes: int) -> None:
@@ -178,8 +179,7 @@ class SealedGrid(Grid):  # type: ignore[misc]
         )
         content = unpack_content(opened.manifest, opened.payload)
         if kind == REFUSAL:
-            header = content["header"]
-            raise BadMessage(f"refused: {header.get('reason')}")
+            raise BadMessage(f"refused: {text_of(content, 'reason')}")
         return content
 
 

@@ -78,6 +78,13 @@ def file_of(content: RecordDict) -> bytes:
     return bytes(record["file"].data) if "file" in record else b""
 
 
+def text_of(content: RecordDict, key: str) -> str:
+    """A text of a content's header; empty where there is none."""
+    header = content["header"]
+    value = header.get(key) if isinstance(header, ConfigRecord) else None
+    return value if isinstance(value, str) else ""
+
+
 def unpack_content(manifest: bytes, payload: memoryview) -> RecordDict:
     """Inverse of ``pack_content``; arrays are views into ``payload``.
 
@@ -94,7 +101,7 @@ def unpack_content(manifest: bytes, payload: memoryview) -> RecordDict:
             raise wire.MalformedMessage(f"{name!r:.80} has dtype {values.dtype}")
         data = values.reshape(-1).view(np.uint8).data
         record[name] = array_of(dtype, values.shape, RAW, data)
-    return RecordDict({"header": ConfigRecord(header), "parts": record})
+    return RecordDict({"header": ConfigRecord(dict(header)), "parts": record})
 
 
 def content_sha256(manifest: bytes, payload: memoryview) -> str:
@@ -159,7 +166,7 @@ def _header_bytes(header: Mapping[str, object]) -> bytes:
     return wire.encode(fields)
 
 
-def _read_header(data: bytes) -> dict[str, str | int | float | bytes]:
+def _read_header(data: bytes) -> Mapping[str, str | int | float | bytes]:
     fields = wire.decode(data)
     if not isinstance(fields, dict):
         raise wire.MalformedMessage("the header is not a map")

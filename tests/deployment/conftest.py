@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class Federation:
     def approve(self, plan_sha256: str, *labs: str) -> None:
         """Approve at the labs, as soon as the plan has arrived there."""
         for lab in labs or self.labs:
-            self.until(lambda lab=lab: self.offered(lab), f"{lab} has the plan")
+            self.until(partial(self.offered, lab), f"{lab} has the plan")
             self.run(lab, "client", "approve", self.root / lab, plan_sha256)
 
     def offered(self, lab: str) -> bool:
