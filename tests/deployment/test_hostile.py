@@ -1,0 +1,275 @@
+"""Whoever reaches the port, with a certificate or without, gets no further than they may."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+)
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cytofed.client.directory import ClientDirectory, pinned_context
+from cytofed.server.gate import FLEET_BODIES
+
+from .conftest import PLAN, Federation, deal, free_port
+
+
+@dataclass
+class Caller:
+    """Someone at the port: with a lab's certificate and key, or with neither."""
+
+    http: httpx.Client
+    directory: ClientDirectory | None = None
+
+    def headers(self, age_s: float = 0.0) -> dict[str, str]:
+        """Flower's signed headers, made ``age_s`` ago."""
+        found = {"content-type": PROTOBUF_MEDIA_TYPE}
+        if self.directory is None:
+            return found
+        key = self.directory.node_key()
+        stamp = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
+        public = public_key_to_bytes(key.public_key())
+        signature = sign_message(key, stamp.encode())
+        return found | {
+            FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public).decode(),
+            TIMESTAMP_HEADER: stamp,
+            FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signature).decode(),
+        }
+
+    def post(self, call: str, body: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+        return self.http.post(f"/v1/fleet/{call}", content=body, headers=headers or self.headers())
+
+    def activate(self) -> int:
+        """Go online; the node id."""
+        assert self.directory is not None
+        key = public_key_to_bytes(self.directory.node_key().public_key())
+        request = ActivateNodeRequest(public_key=key, heartbeat_interval=30)
+        response = self.post("activate-node", request.SerializeToString())
+        assert response.status_code == 200
+        answer = ActivateNodeResponse()
+        answer.ParseFromString(response.content)
+        return int(answer.node_id)
+
+
+@dataclass
+class Port:
+    """A coordinator with two labs, whose daemons do not run: their keys are ours to misuse."""
+
+    federation: Federation
+    url: str
+
+    def caller(self, lab: str = "", *, certificate_of: str = "") -> Caller:
+        root = self.federation.root
+        context = pinned_context(root / "lab-1" / "ca.pem")
+        directory = ClientDirectory.open(root / lab) if lab else None
+        owner = certificate_of or lab
+        if owner:
+            context.load_cert_chain(root / owner / "certificate.pem", root / owner / "node.key")
+        return Caller(httpx.Client(verify=context, base_url=self.url, timeout=30), directory)
+
+    def healthy(self) -> bool:
+        return self.caller().http.get("/health").json()["ok"] is True
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Iterator[Port]:
+    root = tmp_path_factory.mktemp("hostile")
+    labs = ("lab-1", "lab-2")
+    deal(sample, root, labs, each=1)
+    federation = Federation(root, labs, free_port())
+    try:
+        federation.found()
+        yield Port(federation, f"https://127.0.0.1:{federation.port}")
+    finally:
+        federation.kill_all()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/docs", "/openapi.json", "/v1/control/start-run", "/v1/runtime/acquire-task",
+     "/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab",
+     "/v1/fleet/get-run", "/v1/fleet/", "/v1/fleet/../control/start-run", "//v1/enrol"],
+)  # fmt: skip
+def test_only_known_paths_answer(port: Port, path: str) -> None:
+    assert port.caller("lab-1").http.post(path, content=b"").status_code == 404
+    assert port.caller().http.get(path).status_code == 404
+
+
+def test_fleet_needs_a_certificate_of_the_roster_for_the_key_that_signs(port: Port) -> None:
+    body = PullMessagesRequest(node=Node(node_id=1)).SerializeToString()
+    assert port.caller().post("pull-messages", body).status_code == 403
+    without = port.caller("lab-1", certificate_of="lab-2")
+    assert without.post("pull-messages", body).status_code == 403
+    unsigned = {"content-type": PROTOBUF_MEDIA_TYPE}
+    assert port.caller("lab-1").post("pull-messages", body, unsigned).status_code == 403
+
+
+def test_certificate_of_another_authority_is_refused_in_the_handshake(
+    port: Port, tmp_path: Path
+) -> None:
+    from cytofed.server import pki
+
+    authority = pki.new_authority("fed")
+    foreign = pki.new_server_certificate(authority, ("localhost",))
+    (tmp_path / "c.pem").write_bytes(foreign.certificate)
+    (tmp_path / "k.pem").write_bytes(foreign.key)
+    context = pinned_context(port.federation.root / "lab-1" / "ca.pem")
+    context.load_cert_chain(tmp_path / "c.pem", tmp_path / "k.pem")
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{port.url}/health", verify=context)
+
+
+def test_nothing_older_than_tls_1_3_is_spoken(port: Port) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(port.federation.root / "lab-1" / "ca.pem")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{port.url}/health", verify=context)
+
+
+@pytest.mark.parametrize("age_s", [400.0, -60.0])
+def test_stale_and_future_signatures_are_refused(port: Port, age_s: float) -> None:
+    lab = port.caller("lab-1")
+    body = PullMessagesRequest(node=Node(node_id=lab.activate())).SerializeToString()
+    assert lab.post("pull-messages", body, lab.headers(age_s)).status_code == 401
+
+
+def test_lab_cannot_act_as_another_node(port: Port) -> None:
+    one, two = port.caller("lab-1"), port.caller("lab-2")
+    victim = one.activate()
+    two.activate()
+    for call, request in {
+        "pull-messages": PullMessagesRequest(node=Node(node_id=victim)),
+        "deactivate-node": DeactivateNodeRequest(node_id=victim),
+        "push-messages": PushMessagesRequest(node=Node(node_id=victim)),
+        "push-object": PushObjectRequest(node=Node(node_id=victim), object_id="a" * 64),
+    }.items():
+        assert two.post(call, request.SerializeToString()).status_code == 401, call
+
+
+def test_bodies_are_limited_before_anyone_is_authenticated(port: Port) -> None:
+    stranger = port.caller()
+    for path, limit in FLEET_BODIES.items():
+        sent = stranger.http.post(path, content=b"", headers={"content-length": str(limit + 1)})
+        assert sent.status_code == 413, path
+    assert stranger.http.post("/v1/enrol", content=b"x" * (1 << 17)).status_code == 413
+    chunked = stranger.http.post("/v1/enrol", content=iter([b"x" * 1000] * 3))
+    assert chunked.status_code == 411
+
+
+def test_another_labs_objects_and_replies_are_out_of_reach(port: Port) -> None:
+    one, two = port.caller("lab-1"), port.caller("lab-2")
+    mine, other = one.activate(), two.activate()
+    federation = port.federation
+    run, _ = federation.queue(PLAN.replace("min_labs: 3", "min_labs: 2"))
+    try:
+        request = PullMessagesRequest(node=Node(node_id=mine)).SerializeToString()
+        found = PullMessagesResponse()
+
+        def offered() -> bool:
+            found.ParseFromString(one.post("pull-messages", request).content)
+            return bool(found.messages_list)
+
+        federation.until(offered, "lab-1 has an offer")
+        tree, head = found.message_object_trees[0], found.messages_list[0]
+        run_id = head.metadata.run_id
+        for call, theft in {
+            "pull-object": PullObjectRequest(
+                node=Node(node_id=other), run_id=run_id, object_id=tree.object_id
+            ),
+            "confirm-message-received": ConfirmMessageReceivedRequest(
+                node=Node(node_id=other), run_id=run_id, message_object_id=tree.object_id
+            ),
+            "push-object": PushObjectRequest(
+                node=Node(node_id=other), run_id=run_id, object_id=tree.object_id,
+                object_content=b"x", session_id="guess",
+            ),
+        }.items():  # fmt: skip
+            assert two.post(call, theft.SerializeToString()).status_code == 403, call
+        own = PullObjectRequest(node=Node(node_id=mine), run_id=run_id, object_id=tree.object_id)
+        assert one.post("pull-object", own.SerializeToString()).status_code == 200
+    finally:
+        federation.run("coordinator", "server", "stop-run", federation.coordinator, run)
+        assert federation.summary(run)["status"] == "failed"
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    call=st.sampled_from([path.rpartition("/")[2] for path in FLEET_BODIES]),
+    body=st.binary(max_size=2000),
+)
+def test_no_body_of_an_enrolled_lab_crashes_the_coordinator(
+    port: Port, call: str, body: bytes
+) -> None:
+    lab = port.caller("lab-2")
+    assert lab.post(call, body).status_code in (400, 401, 403, 413, 415, 422)
+    assert port.healthy()
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", os.urandom(500), b"\x82\x40\x40", b"\x80" * 4000])
+def test_garbage_does_not_enrol(port: Port, body: bytes) -> None:
+    assert port.caller().http.post("/v1/enrol", content=body).status_code == 400
+
+
+def test_invite_is_good_once_and_a_guess_is_never(port: Port, tmp_path: Path) -> None:
+    federation = port.federation
+    invite = json.loads((federation.root / "lab-1.invite").read_text())
+    for number, token in enumerate((invite["token"], secrets.token_urlsafe(32))):
+        file = tmp_path / f"{number}.invite"
+        file.write_text(json.dumps({**invite, "token": token}))
+        federation.run(
+            "thief", "client", "join", file, "--dir", tmp_path / f"thief-{number}",
+            "--data", federation.data("lab-1"), code=3,
+        )  # fmt: skip
+
+
+def test_invite_with_another_fingerprint_is_not_joined(port: Port, tmp_path: Path) -> None:
+    federation = port.federation
+    invite = tmp_path / "lab-9.invite"
+    federation.run("c", "server", "invite", federation.coordinator, "lab-9", "--out", invite)
+    told = json.loads(invite.read_text())
+    invite.write_text(json.dumps({**told, "fingerprint": "0" * 64}))
+    federation.run(
+        "lab-9", "client", "join", invite, "--dir", tmp_path / "lab-9",
+        "--data", federation.data("lab-1"), code=5,
+    )  # fmt: skip
+    assert not (tmp_path / "lab-9" / "certificate.pem").exists()
+
+
+def test_revoked_lab_is_out_at_once_and_its_keys_do_not_come_back(port: Port) -> None:
+    federation = port.federation
+    lab = port.caller("lab-2")
+    node = lab.activate()
+    body = PullMessagesRequest(node=Node(node_id=node)).SerializeToString()
+    federation.run("coordinator", "server", "revoke", federation.coordinator, "lab-2")
+    assert lab.post("pull-messages", body).status_code == 403
+    assert port.healthy()
