@@ -16,6 +16,7 @@ import socket
 import ssl
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -147,8 +148,9 @@ def check_images(
         counts += f", {found.patients.count} patients"
     yield Finding("data", "ok" if found.images else "fail", counts, "" if found.images else more)
     if found.quarantined:
-        detail = f"{len(found.quarantined)} images cannot be used"
-        yield Finding("data, damaged", "warn", detail, more)
+        kinds = Counter(problem.kind for problem in found.quarantined)
+        detail = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
+        yield Finding("data, left out", "warn", detail, more)
     if found.mislabelled_duplicates:
         detail = f"{len(found.mislabelled_duplicates)} groups of duplicates with different labels"
         yield Finding("data, labels", "warn", detail, more)

@@ -103,13 +103,18 @@ def _epsilon(guarantee: Mapping[str, Any], unit: str) -> str:
     return text if value is None else f"{text} at delta {guarantee['delta']:g}, per {unit}"
 
 
+def _day(at: datetime) -> str:
+    return f"<span class=day>{at:%Y-%m-%d}</span>"
+
+
 def _bytes(count: int) -> str:
+    """A size as HTML, with a space that does not break."""
     size = float(count)
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+            return f"{size:.0f}&nbsp;{unit}" if unit == "bytes" else f"{size:.1f}&nbsp;{unit}"
         size /= 1000
-    return f"{size:.1f} GB"
+    return f"{size:.1f}&nbsp;GB"
 
 
 # --- sections
@@ -138,7 +143,7 @@ def _headline(facts: Facts) -> str:
         "message, and its program sends nothing that is not listed.</p>"
         "<dl class=tiles>"
         + "".join(
-            f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{ref}</p></div>'
+            f'<div class="tile"><dt>{escape(name)}</dt><dd>{value}</dd><p>{ref}</p></div>'
             for name, value, ref in tiles
         )
         + "</dl>"
@@ -151,7 +156,7 @@ def _plan_refs(entries: Iterable[Entry]) -> list[str]:
 
 _MEANING = {
     "update": "change of the model's weights after local training",
-    "masked": "the same, masked: readable only in the sum over the cohort",
+    "masked": "change of weights, or counts, under masks: readable only in the cohort's sum",
     "evaluation": "counts of right and wrong predictions; noised where the plan is private",
     "hello": "the lab's name and, without privacy, how many images it has",
     "secagg": "keys and sealed shares of secure aggregation; nothing about images",
@@ -181,7 +186,7 @@ def _left(facts: Facts) -> str:
                 escape(", ".join(names)),
                 f"{len(records):,}",
                 _bytes(total),
-                f"{records[0].at:%Y-%m-%d}<br>{records[-1].at:%Y-%m-%d}",
+                f"{_day(records[0].at)}<br>{_day(records[-1].at)}",
                 f"{_from_record(records[0])}<br>{_from_record(records[-1])}",
             )
         )
@@ -258,7 +263,7 @@ def _approved(facts: Facts) -> str:
     for entry in facts.plans:
         privacy = (entry.price or {}).get("privacy") or {}
         out = (entry.price or {}).get("bytes_out") or {}
-        decided = "–" if entry.decided_at is None else f"{entry.decided_at:%Y-%m-%d}"
+        decided = "–" if entry.decided_at is None else _day(entry.decided_at)
         changes = "<br>".join(escape(change) for change in entry.changes[:8])
         more = len(entry.changes) - 8
         rows.append(
@@ -462,11 +467,11 @@ def _network(facts: Facts) -> str:
         ),
         ("inbound", "none", "none", "the lab's program listens on no port"),
     ]
-    kinds = ", ".join(f"{kind} (to {_bytes(size)})" for kind, size in ROUTINE.items())
+    kinds = ", ".join(f"{escape(kind)} (to {_bytes(size)})" for kind, size in ROUTINE.items())
     return _section(
         "Network",
         _table(("direction", "between", "port", "how"), rows)
-        + f"<p>Routine requests and their largest size: {escape(kinds)}.</p>"
+        + f"<p>Routine requests and their largest size: {kinds}.</p>"
         "<p>No telemetry, no update check, no other destination. A proxy that opens TLS is "
         "refused: exempt this address from inspection.</p>",
     )
@@ -653,7 +658,7 @@ padding:18px 20px;margin:16px 0}
 .warning{border-left:4px solid var(--second);background:var(--tint);padding:8px 12px;
 border-radius:4px}
 .blank{border-bottom:1.5px dashed var(--second);color:var(--second)}
-.none{color:var(--muted)}
+.day{white-space:nowrap}.none{color:var(--muted)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:10px}
 .tile{background:var(--paper);border:1px solid var(--grid);border-radius:10px;padding:9px 12px}
 .tile dt{color:var(--muted);font-size:13px}

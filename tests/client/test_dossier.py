@@ -140,7 +140,7 @@ def test_every_hash_on_the_page_is_one_of_the_records(facts: Facts) -> None:
 def test_what_left_adds_up_to_the_log(facts: Facts) -> None:
     text = render(facts)
     total = sum(int(r.body["nbytes"]) for r in facts.egress.messages)
-    assert f"{total / 1000:.1f} kB" in text
+    assert f"{total / 1000:.1f}&nbsp;kB" in text
     for record in facts.egress.messages:
         row = next(line for line in text.split("<tr>") if f"{record.body['nbytes']:,}" in line)
         assert record.hash in row
