@@ -342,7 +342,7 @@ contents = st.builds(
 ).map(RecordDict)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(contents, st.sampled_from(["train", "evaluate", "query", "train.x", "system"]))
 def test_any_content_is_read_or_refused_and_never_an_insane_update(
     content: RecordDict, kind: str

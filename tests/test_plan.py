@@ -66,6 +66,7 @@ OTHER: dict[str, Any] = {
     "secure_aggregation.min_cohort": 4,
     "secure_aggregation.bits": 16,
     "secure_aggregation.range": 0.5,
+    "secure_aggregation.control_range": 4.0,
     "cohort.min_labs": 2,
     "cohort.approval_days": 1.0,
     "cohort.wait_s": 5.0,
@@ -329,7 +330,7 @@ values = st.recursive(
 known = st.sampled_from([*OTHER, "train", "strategy", "model.zzz", "strategy.option"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.dictionaries(known, values, max_size=4))
 def test_any_tree_makes_a_plan_or_an_input_error(settings_by_key: dict[str, Any]) -> None:
     tree: dict[str, Any] = {}

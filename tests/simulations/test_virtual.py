@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cytofed.client.memory import FolderMemory
 from cytofed.console import RunProgress
 from cytofed.simulations import simulate as simulation
 from cytofed.simulations.partitions import parse_partition
 from cytofed.simulations.simulate import Request
-from cytofed.simulations.virtual import FolderMemory, VirtualLabs
+from cytofed.simulations.virtual import VirtualLabs
 
 Small = Callable[..., Request]
 PARTITIONS = ("iid", "dirichlet:0.3", "classes:2", "quantity:1", "acquisition", "iid+missing:1")
@@ -22,10 +24,12 @@ PARTITIONS = ("iid", "dirichlet:0.3", "classes:2", "quantity:1", "acquisition", 
 
 def cut(request: Request) -> VirtualLabs:
     """The labs of a request, without training."""
-    request.out.mkdir(exist_ok=True)
+    shutil.rmtree(request.out, ignore_errors=True)
+    private = request.out / "checkpoints"
+    private.mkdir(parents=True)
     spec = parse_partition(request.plan.simulation.partition)
     cells = simulation._read(request, RunProgress(quiet=True))
-    return simulation._cut(request, spec, cells, request.out)
+    return simulation._cut(request, spec, cells, private)
 
 
 def paths(labs: VirtualLabs, lab: int, side: int) -> list[str]:
