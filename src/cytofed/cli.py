@@ -94,6 +94,11 @@ def simulate(**flags: Any) -> int:
         _print_json(summary)
     else:
         render_summary(summary, stdout, run_dir=request.out)
+    if summary["status"] == "failed":
+        reasons = [
+            text for record in summary["participation"] for text in record["absent"].values()
+        ]
+        note(f"no round moved the model; {reasons[0] if reasons else 'no lab answered'}")
     return {"completed": 0, "incomplete": 4}.get(summary["status"], 1)
 
 

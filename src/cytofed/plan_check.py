@@ -38,9 +38,16 @@ def check_plan(plan: Plan) -> list[str]:
             hint="leave evaluation.per_lab out, or switch secure_aggregation off",
         )
     _check_scores(plan)
+    warnings = []
+    if "control" in strategy.lab.up and plan.train.optimizer != "sgd":
+        warnings.append(
+            f"strategy {strategy.name} takes local paths for sums of gradients, which they are with "
+            f"train.optimizer=sgd and not with {plan.train.optimizer}"
+        )
     if plan.privacy.unit == "none":
-        return ["privacy.unit is none: not differentially private, the model may reveal a patient"]
-    return _check_private(plan)
+        told = "privacy.unit is none: not differentially private, the model may reveal a patient"
+        return [*warnings, told]
+    return [*warnings, *_check_private(plan)]
 
 
 def _check_scores(plan: Plan) -> None:
