@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -93,6 +94,7 @@ class Daemon:
             self._outbox = Outbox(
                 self._directory.root / "outbox", self._directory.storage_key(), egress
             )
+            threading.Thread(target=_warm_up, daemon=True, name="warm-up").start()
             link = FleetLink(self._directory, egress, self._say)
             try:
                 link.work(self._respond, idle=self._idle)
@@ -108,6 +110,9 @@ class Daemon:
             self._note(text)
 
     def _idle(self) -> None:
+        if self._directory.left:
+            self._note("this lab has left the federation")
+            raise KeyboardInterrupt
         waiting = [e.plan_sha256[:12] for e in self._plans.entries() if e.state == "waiting"]
         if self._directory.paused:
             self._say("paused: orders are refused until `cytofed client resume`", True)
@@ -474,6 +479,11 @@ class _States:
 
     def save(self, run: str, state: bytes) -> None:
         write_atomically(self.folder / "secagg.state", state, mode=0o600)
+
+
+def _warm_up() -> None:
+    """Import what takes seconds while there is nothing to do."""
+    from cytofed.client import training  # noqa: F401
 
 
 def _note_result(folder: Path, offer: Offer, content: RecordDict) -> None:

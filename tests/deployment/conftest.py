@@ -29,7 +29,10 @@ train: {rounds: 2, steps_per_round: 2, batch: 8}
 cohort: {min_labs: 3, wait_s: 60, round_timeout_s: 120}
 """
 
-Kill = Callable[[subprocess.Popen[bytes]], None]
+PRIVATE = PLAN.replace("rounds: 2, steps_per_round: 2", "rounds: 1, steps_per_round: 2") + (
+    "privacy: {unit: patient, epsilon: 8, delta: 1.0e-3, declared_patients: 20}\n"
+    "secure_aggregation: {enabled: true}\n"
+)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from cytofed.client.directory import ClientDirectory
 from cytofed.client.egress import verify
 
-from .conftest import PLAN, Federation
+from .conftest import PLAN, PRIVATE, Federation, deal, free_port
 
 LONG = PLAN.replace("rounds: 2, steps_per_round: 2", "rounds: 4, steps_per_round: 12")
 
@@ -61,3 +62,33 @@ def test_lab_that_never_comes_back_is_absent_by_name(federation: Federation) -> 
     summary = federation.summary(run)
     assert summary["status"] == "completed"
     assert "lab-3" in summary["participation"][-1]["absent"]
+
+
+@pytest.mark.faults
+def test_kill_of_the_coordinator_costs_a_private_masked_run_nothing(
+    tmp_path: Path, sample: Path
+) -> None:
+    labs = ("lab-1", "lab-2", "lab-3")
+    deal(sample, tmp_path, labs)
+    federation = Federation(tmp_path, (), free_port())
+    try:
+        federation.found()
+        for lab in labs:
+            federation.join(lab, "--patients", "name:_0*([0-9])", "--patients-declared", "20")
+            federation.start(lab)
+        federation.labs = labs
+        run, plan_sha256 = federation.queue(PRIVATE.replace("rounds: 1", "rounds: 3"))
+        federation.approve(plan_sha256)
+        federation.until(lambda: federation.records(run), "the first round is done")
+        federation.kill("coordinator")
+        federation.start("coordinator")
+        assert federation.summary(run)["status"] == "completed"
+        for lab in labs:
+            federation.wait_for_model(lab)
+            told = federation.run(lab, "client", "budget", federation.root / lab, "--json")
+            rounds = [event["round"] for event in json.loads(told)["events"]]
+            assert rounds == [1, 2, 3]
+            federation.kill(lab, 15)
+            federation.run(lab, "client", "egress", federation.root / lab, "--verify")
+    finally:
+        federation.kill_all()

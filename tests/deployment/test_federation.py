@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import PATIENCE_S, PLAN, Federation, deal, free_port
-
-PRIVATE = PLAN.replace("rounds: 2, steps_per_round: 2", "rounds: 1, steps_per_round: 2") + (
-    "privacy: {unit: patient, epsilon: 8, delta: 1.0e-3, declared_patients: 20}\n"
-    "secure_aggregation: {enabled: true}\n"
-)
+from .conftest import PATIENCE_S, PLAN, PRIVATE, Federation, deal, free_port
 
 
 def simulated_weights(federation: Federation, out: Path) -> str:
@@ -50,6 +45,9 @@ def test_run_completes_and_every_lab_gets_the_model_that_a_simulation_gives(
     assert [r["received"] for r in summary["participation"]] == [list(federation.labs)] * 2
     assert set(summary["labs"]) == set(federation.labs)
     assert summary["weights_sha256"] == simulated_weights(federation, tmp_path / "simulated")
+
+    pid = federation.running["coordinator"].pid
+    assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
 
     model = (federation.coordinator / "runs" / run / "model.safetensors").read_bytes()
     for lab in federation.labs:
