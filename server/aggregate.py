@@ -7,14 +7,10 @@ however many labs there are.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import numpy.typing as npt
 
-from cytofed.arrays import Float32, Parts
+from cytofed.arrays import Float32, Parts, in_shares
 from cytofed.errors import CytofedError
 from cytofed.messages import MAX_UPDATE, MAX_WEIGHT
 
@@ -22,9 +18,6 @@ FRACTION_BITS = 30
 """One unit of the sum is 2^-30. MAX_UPDATE (2^8) times a total weight of 2^24 fits in int64."""
 
 _CHUNK = 1 << 15  # values at a time: the scratch arrays stay in the processor's cache
-
-_SHARE = 16  # chunks that a thread takes at a time
-_THREADS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "aggregate")
 
 _ROUNDING = 1.5 * 2.0**52
 _ROUNDING_BITS = np.array(_ROUNDING).view(np.int64)
@@ -68,45 +61,29 @@ def add_fixed_point(total_P: npt.NDArray[np.int64], values_P: Float32, weight: f
     scale = weight * 2.0**FRACTION_BITS
     fits = MAX_UPDATE * scale < 2.0**51
 
-    def add(chunk: slice, scratch: npt.NDArray[np.float64]) -> None:
-        total = total_P[chunk]
-        part = scratch[: len(total)]
-        np.copyto(part, values_P[chunk])
-        np.multiply(part, scale, out=part)
-        if fits:
-            whole = np.add(part, _ROUNDING, out=part).view(np.int64)
-            np.add(total, np.subtract(whole, _ROUNDING_BITS, out=whole), out=total)
-        else:
-            np.add(total, np.rint(part, out=part).astype(np.int64), out=total)
+    def add(share: slice) -> None:
+        scratch = np.empty(_CHUNK, dtype=np.float64)
+        for start in range(share.start, share.stop, _CHUNK):
+            chunk = slice(start, min(start + _CHUNK, share.stop))
+            total, part = total_P[chunk], scratch[: chunk.stop - start]
+            np.copyto(part, values_P[chunk])
+            np.multiply(part, scale, out=part)
+            if fits:
+                whole = np.add(part, _ROUNDING, out=part).view(np.int64)
+                np.add(total, np.subtract(whole, _ROUNDING_BITS, out=whole), out=total)
+            else:
+                np.add(total, np.rint(part, out=part).astype(np.int64), out=total)
 
-    _chunk_by_chunk(add, len(total_P))
+    in_shares(add, len(total_P))
 
 
 def _scaled(total_P: npt.NDArray[np.int64], scale: float) -> Float32:
     mean_P = np.empty(len(total_P), np.float32)
 
-    def divide(chunk: slice, scratch: npt.NDArray[np.float64]) -> None:
-        total = total_P[chunk]
-        mean_P[chunk] = np.multiply(total, scale, out=scratch[: len(total)])
+    def divide(share: slice) -> None:
+        for start in range(share.start, share.stop, _CHUNK):
+            chunk = slice(start, min(start + _CHUNK, share.stop))
+            mean_P[chunk] = total_P[chunk] * scale
 
-    _chunk_by_chunk(divide, len(total_P))
+    in_shares(divide, len(total_P))
     return mean_P
-
-
-def _chunk_by_chunk(work: Callable[[slice, npt.NDArray[np.float64]], None], size: int) -> None:
-    """Call ``work`` with every chunk of ``size`` values and a scratch array, on a few threads.
-
-    However many labs there are, one coordinator adds up: numpy lets threads do so side by side.
-    """
-
-    def work_on(share: range) -> None:
-        scratch = np.empty(_CHUNK, dtype=np.float64)
-        for start in share:
-            work(slice(start, start + _CHUNK), scratch)
-
-    starts = range(0, size, _CHUNK)
-    shares = [starts[first : first + _SHARE] for first in range(0, len(starts), _SHARE)]
-    if len(shares) > 1:
-        list(_THREADS.map(work_on, shares))
-    else:
-        work_on(starts)

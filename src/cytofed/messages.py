@@ -25,7 +25,7 @@ from flwr.app import (
     RecordDict,
 )
 
-from cytofed.arrays import Float32, Parts
+from cytofed.arrays import Float32, Parts, in_shares
 from cytofed.errors import CytofedError
 from cytofed.metrics import Tally
 
@@ -48,9 +48,6 @@ MAX_COUNT = 2**40
 
 ERROR_CODE = 100
 """Flower error code of a lab that says why it did not answer; the reason is the text."""
-
-
-_CHUNK = 1 << 17  # values at a time: the second look at them is into the processor's cache
 
 
 class BadMessage(CytofedError):
@@ -359,9 +356,10 @@ def read_parts(
 
 
 def _check_sane(name: str, values_P: Float32) -> None:
-    for start in range(0, len(values_P), _CHUNK):
-        chunk = values_P[start : start + _CHUNK]
-        low, high = float(chunk.min()), float(chunk.max())
+    def bounds(share: slice) -> tuple[float, float]:
+        return float(values_P[share].min()), float(values_P[share].max())
+
+    for low, high in in_shares(bounds, len(values_P)):
         if math.isnan(low) or math.isnan(high):
             raise BadMessage(f"{name} contains NaN")
         if max(-low, high) > MAX_UPDATE:
