@@ -41,8 +41,8 @@ def check_plan(plan: Plan) -> list[str]:
     warnings = []
     if "control" in strategy.lab.up and plan.train.optimizer != "sgd":
         warnings.append(
-            f"strategy {strategy.name} takes local paths for sums of gradients, which they are with "
-            f"train.optimizer=sgd and not with {plan.train.optimizer}"
+            f"strategy {strategy.name} takes local paths for sums of gradients: that holds with "
+            f"train.optimizer=sgd, not with {plan.train.optimizer}"
         )
     if plan.privacy.unit == "none":
         told = "privacy.unit is none: not differentially private, the model may reveal a patient"
