@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -33,7 +34,6 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from google.protobuf.message import Message as ProtobufMessage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -176,7 +176,7 @@ def test_lab_cannot_act_as_another_node(port: Port) -> None:
     one, two = port.caller("lab-1"), port.caller("lab-2")
     victim = one.activate()
     two.activate()
-    asked: dict[str, ProtobufMessage] = {
+    asked: dict[str, Any] = {
         "pull-messages": PullMessagesRequest(node=Node(node_id=victim)),
         "deactivate-node": DeactivateNodeRequest(node_id=victim),
         "push-messages": PushMessagesRequest(node=Node(node_id=victim)),
@@ -211,7 +211,7 @@ def test_another_labs_objects_and_replies_are_out_of_reach(port: Port) -> None:
         federation.until(offered, "lab-1 has an offer")
         tree, head = found.message_object_trees[0], found.messages_list[0]
         run_id = head.metadata.run_id
-        thefts: dict[str, ProtobufMessage] = {
+        thefts: dict[str, Any] = {
             "pull-object": PullObjectRequest(
                 node=Node(node_id=other), run_id=run_id, object_id=tree.object_id
             ),
