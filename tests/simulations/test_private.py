@@ -70,7 +70,7 @@ def test_pseudo_patients_and_seeded_noise_are_labelled_everywhere(
     small: Small, directly: Simulate
 ) -> None:
     request = small(*PRIVATE)
-    summary = directly(request)
+    summary = directly(request, report=True)
     assert summary["privacy"]["pseudo_patients"] is True
     assert "seeded" in summary["privacy"]["noise"]
     assert any("pseudo-patients" in warning for warning in summary["warnings"])
