@@ -101,4 +101,7 @@ def weights_only(weights_P: Float32) -> State:
 
 def add_mean(state: State, mean: Mean, server_lr: float = 1.0) -> Float32:
     """The weights moved by the mean update times ``server_lr``."""
-    return np.asarray(state["weights"] + np.float32(server_lr) * mean.parts["weights"])
+    update_P = mean.parts["weights"]
+    if server_lr != 1.0:
+        update_P = np.float32(server_lr) * update_P
+    return np.asarray(state["weights"] + update_P)
