@@ -75,7 +75,10 @@ class Memory(Protocol):
 
 
 class Updates(Protocol):
-    """Keeps the one update of a round, so that a second attempt releases the very same."""
+    """Keeps the one update of a round, so that a second attempt releases the very same.
+
+    Noised scores are kept the same way, as an update of their order.
+    """
 
     def load(self, order: Order) -> Update | None:
         """What was kept for the round and weights of this order."""
@@ -473,6 +476,9 @@ def _evaluate_privately(order: Order, lab: Lab, net: _Net) -> Tally:
             "the plan releases no scores: they are of patients, and exact ones are not private",
             hint="set evaluation.sigma in the plan",
         )
+    kept = _kept(order, lab)
+    if kept is not None:
+        return _tally_of(kept.parts, lab)
     units = units_of(lab.plan.privacy.unit, len(lab.test), lab.test.patients_N)
     budget.reserve(order)
     randomness = lab.randomness(order)
@@ -484,9 +490,19 @@ def _evaluate_privately(order: Order, lab: Lab, net: _Net) -> Tally:
     unit_N = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn.rows])
     probs_NC = _predict(order, lab, net, cells)
     confusion_CC = clipped_confusion(probs_NC, cells.targets_NC, unit_N, mechanism)
-    released = noised_tally(confusion_CC, mechanism, randomness)
-    budget.release(order, {"confusion": released.confusion_CC.ravel().astype(np.float32)})
-    return released
+    noised_CC = noised_tally(confusion_CC, mechanism, randomness).confusion_CC
+    parts = {"confusion": noised_CC.ravel().astype(np.float32)}
+    if lab.updates is not None:
+        lab.updates.save(order, Update(lab.name, order.run, order.round, 1.0, parts))
+    budget.release(order, parts)
+    return _tally_of(parts, lab)
+
+
+def _tally_of(parts: Parts, lab: Lab) -> Tally:
+    """A released confusion matrix as the tally that is sent, the same at every attempt."""
+    empty = Tally.empty(len(lab.scheme.codes))
+    confusion_CC = parts["confusion"].reshape(empty.confusion_CC.shape).astype(np.int64)
+    return Tally(confusion_CC, empty.bins_B3)
 
 
 def _predict(order: Order, lab: Lab, net: _Net, cells: Cells) -> Float32:

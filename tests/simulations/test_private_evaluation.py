@@ -19,7 +19,7 @@ from cytofed.client.app import Lab, lab_app
 from cytofed.client.training import Trained
 from cytofed.console import RunProgress
 from cytofed.errors import RefusedError
-from cytofed.messages import Order, new_message, pack_order, unpack_evaluation
+from cytofed.messages import Order, Update, new_message, pack_order, unpack_evaluation
 from cytofed.metrics import Tally
 from cytofed.privacy import evaluation, selfcheck
 from cytofed.privacy.accounting import price
@@ -194,12 +194,12 @@ def deployed(request: Request, **changes: Any) -> tuple[ClientApp, Lab]:
     return lab_app(lambda _context, _run: lab), lab
 
 
-def asked(app: ClientApp, lab: Lab, kind: str, *, weights: float = 0.0) -> Message:
+def asked(app: ClientApp, lab: Lab, kind: str, *, weights: float = 0.0, slot: int = 0) -> Message:
     """The lab's reply to an order of round 1."""
     start = read_start(lab.start.parent)
     assert start is not None
     parts = {"weights": start.weights_P + np.float32(weights)}
-    order = pack_order(Order("train", "federation", 1, lab.plan.sha256, parts))
+    order = pack_order(Order("train", "federation", 1, lab.plan.sha256, parts, slot=slot))
     message = new_message(order, kind=kind, node=0, group="1", ttl_s=60, message_id="1")
     reply: Message = app(message, Context(0, 0, {}, RecordDict(), {}))
     return reply
@@ -226,6 +226,34 @@ def test_the_same_order_again_tells_the_same_or_nothing(small: Small) -> None:
     assert first.tally.confusion_CC.any()
     assert "already released another" in refusal(asked(app, lab, "evaluate"))
     assert "other weights" in refusal(asked(app, lab, "evaluate", weights=0.5))
+
+
+class Kept:
+    """The outbox's part: what was released is kept, by kind and round."""
+
+    def __init__(self) -> None:
+        self.updates: dict[tuple[str, int], Update] = {}
+
+    def load(self, order: Order) -> Update | None:
+        return self.updates.get((order.kind, order.round))
+
+    def save(self, order: Order, update: Update) -> None:
+        self.updates[order.kind, order.round] = update
+
+
+def test_a_second_attempt_at_an_evaluation_tells_the_kept_scores_and_costs_nothing(
+    small: Small,
+) -> None:
+    request = small(*SCORED, "simulation.labs=1")
+    app, lab = deployed(request, randomness=lambda _: SystemRandomness(), updates=Kept())
+    found = [
+        unpack_evaluation(asked(app, lab, "evaluate", slot=slot), classes=21, noised=True)
+        for slot in (0, 1)
+    ]
+    assert (found[0].tally.vector_D == found[1].tally.vector_D).all()
+    path = request.out / "checkpoints" / "ledgers" / "lab-1.sqlite"
+    with Ledger.open(path, pool="federation") as ledger:
+        assert len(ledger.spent_events()) == 1
 
 
 # --- the secure sum
