@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -15,7 +15,12 @@ from cytofed.privacy.ledger import Ledger
 from cytofed.simulations.simulate import Request
 
 Small = Callable[..., Request]
-Simulate = Callable[[Request], dict[str, Any]]
+
+
+class Simulate(Protocol):
+    def __call__(self, request: Request, *, report: bool = False) -> dict[str, Any]: ...
+
+
 PRIVATE = ("privacy.unit=patient", "simulation.pseudo_patient_cells=4", "simulation.labs=2")
 
 
