@@ -288,6 +288,9 @@ def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
         f"({cost['bytes']['parameters']:,} parameters)"
     )
     say(f"privacy  {cost['privacy']['statement']}")
+    for name in ("evaluation", "total"):
+        if cost.get(name):
+            say(f"{name:<8} {cost[name]['statement']}")
     for warning in warnings:
         say(f"warning: {warning}")
     return 0
