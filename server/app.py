@@ -8,6 +8,7 @@ after a crash ``start`` goes on with the interrupted run at its next round.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import ssl
@@ -73,7 +74,7 @@ class Coordinator:
         self._directory = directory
         self._settings = directory.settings()
         self._identity = directory.identity()
-        self._fleet = Fleet(poll_s=self._settings.poll_s)
+        self._fleet = Fleet(poll_s=self._settings.poll_s, spool=directory.root / "spool")
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._watch = _Log()
@@ -273,6 +274,7 @@ class Coordinator:
             save_progress(folder.checkpoints, after, plan_sha256=plan.sha256)
             write_metrics(folder, after)
             latest = after
+            gc.collect()  # Flower's records are in cycles that hold arrays
 
         reason = ""
         try:

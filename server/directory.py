@@ -10,6 +10,7 @@
     epoch                          number of the last change of the roster
     invites/NAME.json              hash of a token and when it ends
     runs/RUN/                      see cytofed.server.runs
+    spool/                         sealed messages on their way; emptied at the start
     control.sock                   where `run`, `status`, `revoke` and `stop-run` reach `start`
 """
 

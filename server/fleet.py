@@ -20,11 +20,13 @@ import asyncio
 import itertools
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -65,11 +67,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from cytofed.errors import CytofedError
-from cytofed.messages import ERROR_CODE
+from cytofed.messages import ERROR_CODE, content_bytes
 from cytofed.server.gate import Gate, Rate
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
 
+_SPOOL_FROM_BYTES = 1 << 18
 _RUN_BEAT_S = 15.0  # Flower fails a run without a sign of life within 60 s
 _SEND_AGAIN = 5
 """times that a message is sent again before its lab counts as absent"""
@@ -127,11 +130,52 @@ class _Upload:
     room: int
 
 
+class _SpooledStore(InMemoryObjectStore):
+    """Flower's object store; large objects, which are sealed, lie in files until they are read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._spooled: set[str] = set()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+
+    def has(self, object_id: str) -> bool:
+        """Whether an object has arrived, without reading it."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            return entry is not None and entry.is_available
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        super().put(object_id, object_content)
+        if len(object_content) < _SPOOL_FROM_BYTES:
+            return
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            if entry is not None and object_id not in self._spooled:
+                (self._folder / object_id).write_bytes(object_content)
+                self._spooled.add(object_id)
+                entry.content = b""
+
+    def get(self, object_id: str) -> bytes | None:
+        with self.lock_store:
+            if object_id in self._spooled:
+                return (self._folder / object_id).read_bytes()
+            return super().get(object_id)
+
+    def delete(self, object_id: str) -> None:
+        with self.lock_store:
+            super().delete(object_id)
+            if object_id in self._spooled and object_id not in self.store:
+                self._spooled.remove(object_id)
+                (self._folder / object_id).unlink(missing_ok=True)
+
+
 class _Link(InMemoryLinkState):
     """Flower's link state, with take-over, wake-ups and a record of who may touch what."""
 
-    def __init__(self) -> None:
-        self.objects = InMemoryObjectStore()
+    def __init__(self, spool: Path) -> None:
+        self.objects = _SpooledStore(spool)
         super().__init__(NoOpFederationManager(), self.objects)
         self.wake = threading.Event()
         self.deliveries: dict[str, _Delivery] = {}
@@ -236,7 +280,7 @@ class _Link(InMemoryLinkState):
             tree = self.object_store.get_object_tree(delivery.reply)
         except NoObjectInStoreError:
             return False
-        return all(self.object_store.get(item.object_id) for item in iterate_object_tree(tree))
+        return all(self.objects.has(item.object_id) for item in iterate_object_tree(tree))
 
 
 class _Holder:
@@ -336,10 +380,13 @@ def _clock_offset(request: Request) -> float:
 
 
 class Fleet:
-    """The labs' connections. ``close`` ends all waiting."""
+    """The labs' connections. ``close`` ends all waiting.
 
-    def __init__(self, *, poll_s: float) -> None:
-        self._link = _Link()
+    ``spool``: a folder of this process's own for what is on its way; emptied at the start.
+    """
+
+    def __init__(self, *, poll_s: float, spool: Path) -> None:
+        self._link = _Link(spool)
         self._poll_s = poll_s
         self._nodes: dict[str, int] = {}
         self._closed = threading.Event()
@@ -452,7 +499,7 @@ class _Waiting:
     times: int = 0
     reply: str = ""
     missing: dict[str, None] = field(default_factory=dict)
-    found: dict[str, bytes] = field(default_factory=dict, repr=False)
+    objects: tuple[str, ...] = ()
 
 
 class FleetGrid(Grid):
@@ -509,11 +556,13 @@ class FleetGrid(Grid):
             if why:
                 self.close()
                 raise Stopped(why)
-            replies = [
-                reply
-                for number in wanted
-                if (reply := self._advance(self._waiting[number])) is not None
-            ]
+            replies = []
+            for number in wanted:
+                reply = self._advance(self._waiting[number])
+                if reply is not None:
+                    replies.append(reply)
+                    if _size(reply) > _SPOOL_FROM_BYTES:
+                        break  # large ones one at a time: the others wait in the spool
             if replies or time.monotonic() > until:
                 break
             self._link.wake.wait(0.1)
@@ -562,7 +611,7 @@ class FleetGrid(Grid):
     def _withdraw(self, waiting: _Waiting) -> None:
         self._link.forget(waiting.sent)
         waiting.sent, waiting.reply = "", ""
-        waiting.missing, waiting.found = {}, {}
+        waiting.missing, waiting.objects = {}, ()
         waiting.held_since = time.monotonic()
 
     def _send(self, waiting: _Waiting) -> None:
@@ -606,25 +655,31 @@ class FleetGrid(Grid):
                     self._withdraw(waiting)
                     return None
                 waiting.missing = dict.fromkeys(x.object_id for x in iterate_object_tree(tree))
+                waiting.objects = tuple(waiting.missing)
             if not waiting.reply:
                 return None
-        for number in list(waiting.missing):  # as they arrive
-            content = self._link.get_object(self._run.run_id, number)
-            if content is None:  # the upload took too long and is gone
-                self._withdraw(waiting)
-                return None
-            if content:
-                waiting.found[number] = content
+        store = self._link.objects
+        for number in list(waiting.missing):
+            if store.has(number):
                 del waiting.missing[number]
+            elif self._link.get_object(self._run.run_id, number) is None:
+                self._withdraw(waiting)  # the upload took too long and is gone
+                return None
         if waiting.missing:
             return None
+        contents = {number: store.get(number) or b"" for number in waiting.objects}
         try:
-            message = inflate_object_from_contents(waiting.reply, waiting.found)
+            message = inflate_object_from_contents(waiting.reply, contents)
         except Exception as error:  # whatever a hostile lab can make of Flower's objects
             return _failure(waiting, f"its reply cannot be read: {type(error).__name__}")
         if not isinstance(message, Message):
             return _failure(waiting, "its reply is no message")
         return _reply_to(waiting, message)
+
+
+def _size(reply: Message) -> int:
+    """Bytes of a reply's content; 0 for an error."""
+    return content_bytes(reply.content) if reply.has_content() else 0
 
 
 def _failure(waiting: _Waiting, reason: str) -> Message:
