@@ -136,10 +136,11 @@ def _make_step(
         features = torch.from_numpy(features_NF).to(place)
         targets_NC = torch.from_numpy(cells.targets_NC).to(place)
         head = getattr(net, "head")  # noqa: B009  # every net of models.build has one
+        masked_C = present_C if absent_C.any() else None
 
         def head_step(drawn: Draw) -> Step:
             return private_head_step(
-                optimizer, drawn, head, features, targets_NC, present_C=present_C, correction=pull
+                optimizer, drawn, head, features, targets_NC, present_C=masked_C, correction=pull
             )
 
         return head_step

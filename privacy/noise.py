@@ -59,7 +59,7 @@ class _Stream:
         bits of a float32 uniform they would end at 6.7).
         """
         normal = np.empty(count + count % 2, np.float32)
-        buffer = bytearray(len(_ZEROS) + 15)
+        buffer = bytearray(12 * min(len(normal) // 2, _PAIRS_PER_CHUNK) + 15)
         for start in range(0, len(normal), 2 * _PAIRS_PER_CHUNK):
             pairs = min(_PAIRS_PER_CHUNK, (len(normal) - start) // 2)
             self._fill(buffer, 12 * pairs)
