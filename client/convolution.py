@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FEW_POSITIONS = 512
-"""up to it the product was faster for each shape of ResNet-18 at 64 px"""
+MANY_WEIGHTS = 1 << 18
+"""within both the product was faster for each shape of ResNet-18 at 64 px; beyond, it is not"""
 
 Pair = tuple[int, int]
 
@@ -30,7 +31,8 @@ class Convolution(nn.Conv2d):
         result: Tensor
         if self._plain and not isinstance(padding, str) and _suits(input, weight):
             height, width = _positions(input, weight, stride, _pair(padding))
-            if len(input) * height * width <= FEW_POSITIONS:
+            few = len(input) * height * width <= FEW_POSITIONS
+            if few and weight.numel() >= MANY_WEIGHTS:
                 result = _Product.apply(input, weight, stride, _pair(padding))
                 return result
         result = super()._conv_forward(input, weight, bias)
