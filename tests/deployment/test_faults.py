@@ -64,7 +64,7 @@ def test_lab_that_never_comes_back_is_absent_by_name(federation: Federation) -> 
     assert "lab-3" in summary["participation"][-1]["absent"]
 
 
-@pytest.mark.faults
+@pytest.mark.slow  # minutes on a busy machine; joins the matrix with the rest of deployment
 def test_kill_of_the_coordinator_costs_a_private_masked_run_nothing(
     tmp_path: Path, sample: Path
 ) -> None:

@@ -135,7 +135,7 @@ def test_kill_9_and_resume_give_the_weights_of_an_uninterrupted_run(begin: Begin
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "local_norms", "fedadam"])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
 def test_ten_kills_and_resume_give_the_weights_of_an_uninterrupted_run(
     strategy: str, begin: Begin
 ) -> None:
