@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,26 @@ from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
 from cytofed.metrics import spread
 from cytofed.plan import Plan, dump_plan, load_plan
+from cytofed.privacy.accounting import SubsampledGaussian, price
 
 MANY_ROWS = 30
 """Longer tables show only their first or worst rows and count the rest."""
 FEW_ROWS = 10
 
 Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A finished run beside this one that differs in its privacy alone; by its folder's name.
+
+    ``epsilon`` as its summary tells it, ``by_rdp`` that of its training by RDP; None: no privacy.
+    """
+
+    name: str
+    epsilon: float | None
+    by_rdp: float | None
+    macro_f1: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,8 @@ class Run:
     plan: Plan
     scheme: Scheme | None
     """None when the plan's label scheme is a file that is not at hand"""
+    neighbours: tuple[Neighbour, ...] = ()
+    """what accuracy against epsilon is compared with; none for a run without privacy"""
 
 
 def read_run(run_dir: Path) -> Run:
@@ -66,7 +82,8 @@ def read_run(run_dir: Path) -> Run:
         scheme = load_scheme(plan.labels.scheme)
     except InputError:
         scheme = None
-    return Run(summary, _read_rounds(run_dir / "metrics.jsonl"), plan, scheme)
+    rounds = _read_rounds(run_dir / "metrics.jsonl")
+    return Run(summary, rounds, plan, scheme, _read_neighbours(run_dir, summary, plan))
 
 
 def write_report(run_dir: Path) -> Path:
@@ -117,6 +134,47 @@ def _read_rounds(path: Path) -> tuple[Json, ...]:
                 hint="run again with --resume, or remove the line",
             ) from None
     return tuple(rounds[r] for r in sorted(rounds))
+
+
+def _read_neighbours(run_dir: Path, summary: Json, plan: Plan) -> tuple[Neighbour, ...]:
+    """Finished runs in the same parent, of the same data and seed and, but for epsilon and sigma
+    or for all of ``privacy``, the same plan. What cannot be read is no run to compare with."""
+    if plan.privacy.unit == "none":
+        return ()
+    here = run_dir.resolve()
+    found = []
+    for folder in sorted(here.parent.iterdir()):
+        if folder.resolve() == here or not (folder / "summary.json").is_file():
+            continue
+        try:
+            other = _read_summary(folder / "summary.json")
+            same = ("data_sha256", "seed", "status")
+            if other.get("global") and all(other.get(k) == summary.get(k) for k in same):
+                theirs = load_plan(folder / "plan.yaml")
+                if _but_for_privacy(theirs, plan) == _but_for_privacy(plan, plan):
+                    score = float(other["global"]["macro_f1"])
+                    found.append(Neighbour(folder.name, *_epsilons(other["privacy"]), score))
+        except (InputError, KeyError, TypeError, ValueError):
+            continue
+    return tuple(found)
+
+
+def _but_for_privacy(plan: Plan, like: Plan) -> Plan:
+    """The plan without its name, and with that of ``like`` where two plans may differ."""
+    if plan.privacy.unit == "none":
+        return replace(plan, name="", privacy=like.privacy, evaluation=like.evaluation)
+    same = replace(plan.privacy, epsilon=like.privacy.epsilon, sigma=like.privacy.sigma)
+    return replace(plan, name="", privacy=same)
+
+
+def _epsilons(privacy: Json) -> tuple[float | None, float | None]:
+    """Epsilon of the object ``privacy`` of a summary, and that of its training by RDP."""
+    if privacy["unit"] == "none":
+        return None, None
+    rate, sigma = float(privacy["sampling_rate"]), float(privacy["sigma"])
+    event = SubsampledGaussian(privacy["unit"], rate, sigma, int(privacy["steps"]))
+    by_rdp = price([event], float(privacy["delta"]), accountant="RDP").epsilon
+    return float(privacy["epsilon"]), by_rdp
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -595,8 +653,42 @@ def _privacy(run: Run) -> str:
     if len(labs) > len(shown):
         table += f"<p>The {len(shown)} largest of {len(labs):,}.</p>"
     parts.append(f'<p class="claim">{escape(claim)}</p><p>{escape(how)} {together}</p>{table}')
+    parts.append(_accuracy_against_epsilon(run))
     parts.append(f"<p>{anonymous} Epsilon bounds how much.</p>")
     return _section("Privacy", "".join(parts))
+
+
+def _accuracy_against_epsilon(run: Run) -> str:
+    privacy = run.summary.get("privacy") or {}
+    spent = [(float(e["epsilon"]), float(e["macro_f1"])) for e in privacy.get("by_round") or []]
+    if not spent:
+        return ""
+    levels = [n.macro_f1 for n in run.neighbours if n.by_rdp is None]
+    figure = figures.epsilon_figure(
+        spent,
+        {n.name: (n.by_rdp, n.macro_f1) for n in run.neighbours if n.by_rdp is not None},
+        max(levels, default=None),
+        meaning=f"delta {_number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove",
+    )
+    caption = (
+        "Macro F1 of the model after each round, against what a lab that came to every round had "
+        "spent on training by then. Epsilons of this figure are by RDP, which composes round by "
+        "round and lies somewhat above the price by PRV."
+    )
+    table = ""
+    if run.neighbours:
+        caption += " Other runs: those beside this one with the same data, seed and plan."
+        score = (run.summary.get("global") or {}).get("macro_f1", math.nan)
+        this = Neighbour("this run", privacy.get("epsilon"), spent[-1][0], score)
+        ends = sorted((this, *run.neighbours), key=lambda n: (n.epsilon or math.inf, n.name))
+        rows = [
+            [n.name, _number(n.epsilon), _number(n.by_rdp), f"{n.macro_f1:.3f}"]
+            for n in ends[:MANY_ROWS]
+        ]
+        table = _scroll(_table(["run", "epsilon", "by RDP", "macro F1"], rows, texts=1))
+        table += "<p>A dash: without differential privacy.</p>" if levels else ""
+    picture = _figure(figure, "epsilon", "macro F1 against epsilon", caption)
+    return f'<div class="grid">{picture}<div>{table}</div></div>'
 
 
 def _plan(run: Run) -> str:

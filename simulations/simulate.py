@@ -39,7 +39,7 @@ from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summar
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict
 from cytofed.plan_check import check_plan, privacy_price, score_prices
-from cytofed.privacy.accounting import across_labs, price
+from cytofed.privacy.accounting import across_labs, price, times
 from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.terms import terms_of
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
@@ -521,7 +521,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
             {key: record[key] for key in ("round", "expected", "received", "absent")}
             for record in records
         ],
-        "privacy": _privacy(world, run),
+        "privacy": _privacy(world, run, records),
         "wire": {
             "up_bytes_per_lab_round": sum(r["up_bytes"] for r in records) // max(updates, 1),
             "down_bytes_per_lab_round": sum(r["down_bytes"] for r in records) // max(orders, 1),
@@ -607,10 +607,12 @@ def _gaps(results: Results, scheme: Scheme) -> dict[str, Any] | None:
     return {"central": gap(ours, theirs, scheme, rng=np.random.default_rng(0))}
 
 
-def _privacy(world: World, run: Run) -> dict[str, Any]:
+def _privacy(world: World, run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The plan's terms, and what each lab's ledger says was spent on its patients.
 
     ``federation`` is what one patient pays: at one lab, or at all where patients may overlap.
+    ``by_round`` is what a lab that came to every round has spent on training by then, by RDP:
+    PRV takes half a second a round.
     """
     plan, labs = world.plan, world.labs
     shown = privacy_price(plan)
@@ -638,10 +640,24 @@ def _privacy(world: World, run: Run) -> dict[str, Any]:
             "delta": whole.delta,
             "statement": str(whole),
         },
+        "by_round": _by_round(plan, records),
         "pseudo_patients": pseudo,
         "pseudo_patient_cells": plan.simulation.pseudo_patient_cells if pseudo else None,
         "noise": "seeded: this run can be repeated, so it protects nobody",
     }
+
+
+def _by_round(plan: Plan, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    terms = terms_of(plan)
+    assert terms is not None
+    found = []
+    for record in records:
+        if record.get("global"):
+            event = times(terms.training, record["round"])
+            spent = price([event], terms.delta, accountant="RDP")
+            macro_f1 = record["global"]["macro_f1"]
+            found.append({"round": record["round"], "epsilon": spent.epsilon, "macro_f1": macro_f1})
+    return found
 
 
 def _pseudo(labs: VirtualLabs) -> bool:

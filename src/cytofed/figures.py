@@ -383,6 +383,51 @@ def _many_labs(
 
 
 @_styled
+def epsilon_figure(
+    spent_R: Sequence[tuple[float, float]],
+    others: Mapping[str, tuple[float, float]],
+    level: float | None,
+    *,
+    meaning: str,
+) -> Figure:
+    """Macro F1 against epsilon: a run round by round, and the ends of other runs by name.
+
+    ``spent_R``, ``others``: (epsilon, macro F1). ``level``: macro F1 without privacy.
+    ``meaning``: delta, unit and adversary, without which no epsilon is shown.
+    """
+    figure = Figure(figsize=(5.2, 3.3))
+    axes = figure.subplots()
+    marker = "o" if len(spent_R) <= MANY_ROUNDS else ""
+    x, y = zip(*spent_R, strict=True) if spent_R else ((), ())
+    axes.plot(x, y, color=FIRST, marker=marker, markersize=3, label="this run, round by round")
+    if others:
+        axes.plot(
+            *zip(*others.values(), strict=True),
+            "s",
+            color=THIRD,
+            markersize=6,
+            label="other runs, at their end",
+        )
+    for name, place in others.items():
+        note = axes.annotate(
+            _clip(name), place, (0, 7), textcoords="offset points", ha="center", fontsize=7.5
+        )
+        note.set_color(THIRD)
+    if level is not None:
+        axes.axhline(
+            level, color=SECOND, linewidth=1.2, dashes=(6, 2), label=f"without privacy {level:.3f}"
+        )
+    scores = [*y, *(score for _, score in others.values())]
+    axes.set_ylim(0, min(1.0, 1.2 * max([*scores, level or 0.0, 0.1])))
+    widest = max([*x, *(epsilon for epsilon, _ in others.values()), 0.1])
+    axes.set_xlim(0, 1.08 * widest)
+    axes.set_xlabel(f"epsilon of training, {meaning}")
+    axes.set_ylabel("macro F1")
+    axes.grid()
+    return _legend_below(figure, axes)
+
+
+@_styled
 def reliability_figure(points: Sequence[Mapping[str, float]]) -> Figure:
     """Accuracy of predictions against their stated confidence, dot area by number of images."""
     figure = Figure(figsize=(5.2, 3.1))

@@ -37,6 +37,11 @@ def test_every_lab_pays_what_one_accountant_over_all_steps_says(
         assert privacy["labs"][lab]["epsilon"] == pytest.approx(expected, abs=1e-3)
     one_round = epsilon_for(privacy["sigma"], 1e-3, 0.25, 2)
     assert privacy["labs"]["lab-1"]["epsilon"] > one_round + 0.1, "not reset each round"
+    by_round = privacy["by_round"]
+    assert [entry["round"] for entry in by_round] == [1, 2, 3]
+    spent = [entry["epsilon"] for entry in by_round]
+    assert one_round < spent[0] < spent[1] < spent[2], "RDP is above PRV"
+    assert expected < spent[2] < 1.3 * expected
 
 
 def test_a_lab_that_dropped_out_has_spent_less(small: Small, directly: Simulate) -> None:

@@ -96,7 +96,17 @@ def made_run(
     own = {lab: summarise(made_tally(rng, 0.35, 400), SCHEME) for lab in lab_names[:40]}
     counts_KC = rng.poisson(60 * rng.dirichlet(np.full(21, 0.5), labs) * 21)
     pixels = base64.b64encode(b"\xff\xd8\xff\xe0 not really").decode()
-    private = {"epsilon": 7.96, "delta": 1e-3, "sigma": 1.31, "sampling_rate": 0.25, "steps": 96}
+    private = {
+        "epsilon": 7.96,
+        "delta": 1e-3,
+        "sigma": 1.31,
+        "sampling_rate": 0.25,
+        "steps": 96,
+        "by_round": [
+            {"round": r, "epsilon": 8.9 * np.sqrt(r / rounds), "macro_f1": 0.4 * r / rounds}
+            for r in range(1, rounds + 1)
+        ],
+    }
     summary: dict[str, Any] = {
         "status": "completed",
         "plan_name": plan.name,
@@ -291,6 +301,48 @@ def test_epsilon_is_never_shown_without_delta_and_unit(tmp_path: Path) -> None:
     assert "epsilon 7.96 at delta 0.001, per pseudo-patient, add-or-remove" in text
     assert "protects no real person" in text
     assert "Not differentially private" not in text
+
+
+def private_run(folder: Path, **privacy: Any) -> Path:
+    """A run of a private plan with these settings, on the same data as every other."""
+    made_run(folder, rounds=3, unit="patient", drawn=False)
+    tree: dict[str, Any] = {"name": "marrow", "train": {"rounds": 3}}
+    plan = from_dict({**tree, "privacy": {"unit": "patient", **privacy}})
+    (folder / "plan.yaml").write_text(dump_plan(plan))
+    return change(folder, data_sha256="ab" * 32)
+
+
+def test_accuracy_is_shown_against_epsilon_with_the_runs_beside_it(tmp_path: Path) -> None:
+    folder = private_run(tmp_path / "eight", epsilon=8)
+    alone = _Page(write_report(folder).read_text())
+    assert "epsilon of training, delta 0.001, per patient, add-or-remove" in alone.text
+    assert "other runs" not in alone.text
+    for number, name in enumerate(("one", HOSTILE.replace("/", "")), start=1):
+        private_run(tmp_path / name, epsilon=number)
+    change(made_run(tmp_path / "open", rounds=3, drawn=False), data_sha256="ab" * 32)
+    beside = _Page(write_report(folder).read_text())
+    assert "other runs, at their end" in beside.text
+    assert "without privacy 0." in beside.text
+    for name in ("one", "open", "this run", HOSTILE.replace("/", "")):
+        assert name in beside.text
+    assert "script" not in beside.tags
+
+
+@pytest.mark.parametrize("difference", ["data", "seed", "plan", "unfinished", "broken"])
+def test_run_of_anything_else_is_not_compared_with(tmp_path: Path, difference: str) -> None:
+    folder = private_run(tmp_path / "this", epsilon=8)
+    before = write_report(folder).read_bytes()
+    settings = {"max_norm": 0.5} if difference == "plan" else {}
+    other = private_run(tmp_path / "other", epsilon=1, **settings)
+    if difference == "data":
+        change(other, data_sha256="cd" * 32)
+    elif difference == "seed":
+        change(other, seed=2)
+    elif difference == "unfinished":
+        change(other, status="incomplete")
+    elif difference == "broken":
+        (other / "summary.json").write_text("{")
+    assert write_report(folder).read_bytes() == before
 
 
 def test_image_unit_is_labelled_as_weaker_than_patient(tmp_path: Path) -> None:
