@@ -9,12 +9,15 @@ counts that are computed on the way stay in the return value for the lab's own l
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +27,9 @@ from cytofed.client import convolution, training
 from cytofed.client.augment import augment
 from cytofed.client.cells import Cells
 from cytofed.client.training import Bools, Objective, Progress
-from cytofed.errors import InputError
-from cytofed.plan import Plan, Train
+from cytofed.errors import InputError, VerificationError
+from cytofed.plan import Plan, Train, from_dict
+from cytofed.privacy.accounting import Guarantee, SubsampledGaussian
 from cytofed.privacy.gradients import (
     Mechanism,
     PatientOptimizer,
@@ -33,11 +37,22 @@ from cytofed.privacy.gradients import (
     private_head_step,
     private_step,
 )
-from cytofed.privacy.noise import Randomness
+from cytofed.privacy.noise import Randomness, SimulatedRandomness
 from cytofed.privacy.sampling import Draw, Rows, Units, draw, units_of
 from cytofed.privacy.terms import Terms
 from cytofed.seeds import derive
 from cytofed.strategies.strategy import Correction
+
+
+class Images(Protocol):
+    """What private training reads of a lab's ``Cells``."""
+
+    def __len__(self) -> int: ...
+    @property
+    def targets_NC(self) -> Bools: ...
+    @property
+    def patients_N(self) -> npt.NDArray[np.str_] | None: ...
+    def images(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class PrivatelyTrained:
 
 def train_privately(
     net: nn.Module,
-    cells: Cells,
+    cells: Images,
     plan: Plan,
     terms: Terms,
     *,
@@ -121,7 +136,7 @@ def train_privately(
 
 def _make_step(
     net: nn.Module,
-    cells: Cells,
+    cells: Images,
     plan: Plan,
     optimizer: PatientOptimizer,
     randomness: Randomness,
@@ -214,3 +229,132 @@ def frozen_features(
             images = models.images_of(torch.from_numpy(cells.images(index)).to(device))
             parts.append(models.features(net, images).float().cpu().numpy())
     return np.concatenate(parts)
+
+
+# --- self-check
+
+
+def check_training() -> None:
+    """Without noise and clipping, a private step is a plain one, weight by weight.
+
+    The private one comes from ``train_privately``, with its convolutions, its optimizers and
+    weights that lie channels last; the plain one has nothing of these. Of noise and clipping alone
+    a gradient in the wrong order cannot be told: once a fused optimizer read contiguous gradients
+    against channels-last kernels, and every other check passed.
+    Errors: VerificationError naming the first tensor that moves in another way.
+    """
+    cells, start = _FewCells(), _few_weights()
+    for optimizer in ("sgd", "adamw"):
+        for trainable in ("all", "head"):
+            plan = _noiseless_plan(optimizer, trainable)
+            plain, private = copy.deepcopy(start), copy.deepcopy(start)
+            private.to(memory_format=torch.channels_last)
+            _plain_step(plain, cells, plan)
+            everything = np.arange(len(cells))
+            images = models.images_of(torch.from_numpy(cells.images(everything)))
+            train_privately(
+                private,
+                cells,
+                plan,
+                _NOISELESS,
+                declared_patients=2,
+                randomness=SimulatedRandomness(0, "self-check training"),
+                progress_start=0.0,
+                progress_end=1.0,
+                absent_C=np.zeros(cells.targets_NC.shape[1], bool),
+                features_NF=models.features(private, images).numpy()
+                if trainable == "head"
+                else None,
+                device="cpu",
+            )
+            _refuse_other_moves(start, plain, private, f"{optimizer}, trainable {trainable}")
+
+
+_NOISELESS = Terms(
+    training=SubsampledGaussian("patient", sampling_rate=1.0, sigma=1e-16, steps=1),
+    rounds=1,
+    delta=1e-3,
+    max_norm=1e4,
+    cells_per_unit=2,
+    guarantee=Guarantee(math.inf, 1e-3, "patient", "RDP"),
+)
+
+
+def _noiseless_plan(optimizer: str, trainable: str) -> Plan:
+    steady = {"schedule": "constant", "warmup": 0, "weight_decay": 0, "precision": "float32"}
+    still = {"flip": False, "rotate": False, "shift": 0, "scale": 0, "stain": 0}
+    return from_dict(
+        {
+            "model": {"trainable": trainable},
+            "train": {"optimizer": optimizer, "lr": 0.1, "augment": still, **steady},
+            "privacy": {"unit": "patient"},
+        },
+        source="self-check",
+    )
+
+
+@dataclass(frozen=True)
+class _FewCells:
+    """Two patients of two images, as ``Cells`` would show them."""
+
+    def __len__(self) -> int:
+        return 4
+
+    @property
+    def targets_NC(self) -> Bools:
+        return np.eye(5, dtype=bool)[:4]
+
+    @property
+    def patients_N(self) -> npt.NDArray[np.str_]:
+        return np.array(["a", "b", "b", "a"])
+
+    def images(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        uniform = SimulatedRandomness(0, "self-check images").uniforms(4 * 8 * 8 * 3)
+        return (256 * uniform).astype(np.uint8).reshape(4, 8, 8, 3)[index]
+
+
+def _few_weights() -> models.Classifier:
+    """A net with both kinds of convolutions: torch's own, and those that are products."""
+    with torch.device("meta"):  # draws nothing from torch's own generator
+        few = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        many = nn.Conv2d(64, 64, 8, padding=1, bias=False)  # 2^18 weights
+        layers = few, nn.GroupNorm(8, 64), nn.ReLU(), many, nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        net = models.Classifier(nn.Sequential(*layers), features=64, classes=5)
+    net = net.to_empty(device="cpu")
+    numbers = SimulatedRandomness(0, "self-check weights")
+    with torch.no_grad():
+        for tensor in net.parameters():
+            scale = math.sqrt(tensor.shape[0] / tensor.numel())
+            tensor.copy_(torch.from_numpy(numbers.normals(tensor.numel())).view_as(tensor) * scale)
+    return net
+
+
+def _plain_step(net: nn.Module, cells: Images, plan: Plan) -> None:
+    parameters = training.select(net, models.manifest(net, plan.model.trainable))
+    pixels = torch.from_numpy(cells.images(np.arange(len(cells))))
+    logits_NC = net(models.images_of(pixels).contiguous())
+    targets_NC = torch.from_numpy(cells.targets_NC)
+    loss = Objective(torch.ones(targets_NC.shape[1], dtype=torch.bool))(logits_NC, targets_NC)
+    gradients = torch.autograd.grad(loss, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    lr, momentum = plan.train.lr, plan.train.momentum
+    inner: torch.optim.Optimizer
+    if plan.train.optimizer == "sgd":
+        inner = torch.optim.SGD(parameters, lr, momentum, nesterov=True, foreach=False)
+    else:
+        inner = torch.optim.AdamW(parameters, lr, weight_decay=0, foreach=False)
+    inner.step()
+
+
+def _refuse_other_moves(start: nn.Module, plain: nn.Module, private: nn.Module, what: str) -> None:
+    tensors = zip(start.named_parameters(), plain.parameters(), private.parameters(), strict=True)
+    for (name, before), wanted, found in tensors:
+        way = float((wanted - before).detach().norm())
+        apart = float((found - wanted).detach().norm())
+        # Adam takes a step of full length for the smallest gradient, so rounding shows there.
+        if not apart <= 0.02 * way + 1e-7:
+            raise VerificationError(
+                f"training self-test ({what}): without noise and clipping a private step moves "
+                f"{name!r} by {apart:.2g} elsewhere than a plain step, which moves it by {way:.2g}"
+            )
