@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cytofed.errors import InputError
-from cytofed.plan import Plan, builtin_plans, dump_plan, from_dict, load_plan, to_dict
+from cytofed.plan import (
+    PRIVATE_DEFAULTS,
+    Plan,
+    builtin_plans,
+    dump_plan,
+    from_dict,
+    load_plan,
+    to_dict,
+)
 from cytofed.plan_check import check_plan
 
 OTHER: dict[str, Any] = {
@@ -186,6 +194,21 @@ def test_set_reads_numbers_that_yaml_takes_for_text(override: str, lr: float) ->
 
 def test_later_set_wins_over_earlier_and_over_the_file() -> None:
     assert load_plan("demo", ["train.rounds=2", "train.rounds=5"]).train.rounds == 5
+
+
+def test_privacy_changes_the_defaults_and_nothing_that_the_user_names(tmp_path: Path) -> None:
+    private = load_plan("marrow", ["privacy.unit=patient"])
+    for key, value in PRIVATE_DEFAULTS["train"].items():
+        assert value_of(private, f"train.{key}") == value
+    assert private.train != load_plan("marrow").train
+    assert load_plan("marrow", ["train.lr=0.1", "privacy.unit=patient"]).train.lr == 0.1
+    file = tmp_path / "plan.yaml"
+    file.write_text("train: {optimizer: adamw}\nprivacy: {unit: patient}\n")
+    assert load_plan(file).train.optimizer == "adamw", "the user's own file"
+    assert load_plan(file).train.lr == PRIVATE_DEFAULTS["train"]["lr"]
+    file.write_text(dump_plan(private))
+    assert load_plan(file) == private
+    assert load_plan(file, ["privacy.unit=none"]).train == private.train, "all is named there"
 
 
 @pytest.mark.parametrize("override", ["train.rounds", "=3", "train.rounds.x=3", "x y", "", "."])

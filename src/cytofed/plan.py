@@ -7,6 +7,7 @@ frozen dataclasses, ``sha256`` identifies it, and any change is another plan.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -218,6 +219,13 @@ class Plan:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+PRIVATE_DEFAULTS: Mapping[str, Any] = {
+    "train": {"rounds": 10, "local_epochs": 0.5, "optimizer": "sgd", "lr": 0.3, "warmup": 0.0},
+}
+"""what ``load_plan`` takes under differential privacy where the user names nothing else: few
+steps, since each costs noise on all, and SGD, since Adam scales noise up to full steps"""
+
+
 def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as nested dicts of YAML's own types; ``from_dict`` takes it back."""
     tree = dataclasses.asdict(plan)
@@ -238,6 +246,9 @@ def from_dict(tree: Mapping[str, Any], *, source: str = "plan") -> Plan:
 def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """The plan of a YAML file or of a built-in name, with ``KEY=VALUE`` overrides applied.
 
+    Under differential privacy, what neither the user's file nor an override names is as in
+    ``PRIVATE_DEFAULTS``: a built-in plan was tuned without noise.
+
     Errors: InputError when the file is missing, is no YAML, or does not make a plan.
     """
     text, source = _read(name_or_path)
@@ -251,9 +262,33 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
             f"{source}: expected keys and values, found {type(tree).__name__}",
             hint="see `cytofed plan show demo` for a plan with all its keys",
         )
+    plan = _from_layers(tree, overrides, source)
+    if plan.privacy.unit == "none":
+        return plan
+    if source.startswith(_BUILTIN):
+        return _from_layers(_merged(tree, PRIVATE_DEFAULTS), overrides, source)
+    return _from_layers(_merged(PRIVATE_DEFAULTS, tree), overrides, source)
+
+
+def _from_layers(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Plan:
+    changed = copy.deepcopy(dict(tree))
     for override in overrides:
-        _override(tree, override)
-    return from_dict(tree, source=source)
+        _override(changed, override)
+    return from_dict(changed, source=source)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, key by key; an empty section is no section."""
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        if isinstance(known, Mapping) and (value is None or isinstance(value, Mapping)):
+            value = _merged(known, value or {})
+        merged[key] = value
+    return merged
+
+
+_BUILTIN = "built-in plan"
 
 
 def builtin_plans() -> list[str]:
@@ -276,7 +311,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
         raise InputError(f"cannot read plan {path}: {error}") from None
     if str(name_or_path) in builtin_plans():
         text = (resources.files("cytofed") / "plans" / f"{name_or_path}.yaml").read_text("utf-8")
-        return text, f"built-in plan {name_or_path}"
+        return text, f"{_BUILTIN} {name_or_path}"
     raise InputError(
         f"no plan file {str(name_or_path)!r}",
         hint=f"give a YAML file or a built-in plan: {', '.join(builtin_plans())}",

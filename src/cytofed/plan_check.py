@@ -6,14 +6,16 @@ lab before a person approves it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
-from cytofed.privacy.accounting import Guarantee
+from cytofed.privacy.accounting import Guarantee, shown
 from cytofed.privacy.secagg import check_rules
-from cytofed.privacy.terms import terms_of
+from cytofed.privacy.terms import Terms, terms_of
 from cytofed.strategies import make_strategy
 
 
@@ -82,8 +84,9 @@ def _check_private(plan: Plan) -> list[str]:
             "cover",
             hint="leave evaluation.per_lab out",
         )
-    terms_of(plan)
-    warnings = []
+    terms = terms_of(plan)
+    assert terms is not None
+    warnings = _costly_ways(plan, terms)
     if plan.privacy.unit == "image":
         warnings.append("privacy.unit is image: the guarantee is for one image; a patient has many")
     if plan.privacy.declared_patients is None:
@@ -95,6 +98,43 @@ def _check_private(plan: Plan) -> list[str]:
             "evaluation.sigma is not set: a deployment tells no scores, a simulation exact ones"
         )
     return warnings
+
+
+FEW_PATIENTS = 100
+"""below it a lab's noise is large, and sampling makes it larger"""
+
+
+def _costly_ways(plan: Plan, terms: Terms) -> list[str]:
+    """Settings that are private and learn little for their epsilon, each with the way out."""
+    found = []
+    train, model, privacy = plan.train, plan.model, plan.privacy
+    if train.optimizer == "adamw":
+        found.append(
+            "train.optimizer is adamw: it scales noise to steps of full length, and learns little; "
+            "set train.optimizer=sgd train.lr=0.3 train.warmup=0"
+        )
+    if model.start == "random" and model.trainable == "all":
+        found.append(
+            "all weights are trained from random ones: each takes its noise; a linear head on an "
+            "encoder that no lab's patient is in learns far more: set model.arch=encoder+head "
+            "model.start=FILE model.trainable=head"
+        )
+    declared = privacy.declared_patients
+    counts = list(declared.values()) if isinstance(declared, Mapping) else [declared or math.inf]
+    if privacy.sampling_rate < 1 and min(counts) < FEW_PATIENTS:
+        found.append(
+            f"privacy.sampling_rate is {privacy.sampling_rate:g} with {min(counts)} declared "
+            f"patients: a step sees about {privacy.sampling_rate * min(counts):.0f}, and the noise "
+            "of a step is shared by no more; set privacy.sampling_rate=1"
+        )
+    scores, total = terms.scores(), terms.total()
+    if scores is not None and total.epsilon > 1.25 * terms.guarantee.epsilon:
+        found.append(
+            f"scores raise epsilon from {shown(terms.guarantee.epsilon)} to {shown(total.epsilon)} "
+            f"({total.unit}, delta {total.delta:g}, {total.adversary}): raise evaluation.sigma (it "
+            f"is {plan.evaluation.sigma:g}) or evaluation.every (it is {plan.evaluation.every})"
+        )
+    return found
 
 
 def price(plan: Plan) -> dict[str, Any]:

@@ -81,6 +81,22 @@ def test_image_units_are_labelled() -> None:
     assert any("one image" in warning for warning in warnings)
 
 
+@pytest.mark.parametrize(
+    ("costly", "better"),
+    [
+        ("train.optimizer=adamw", "train.optimizer=sgd"),
+        ("model.start=random", "model.trainable=head"),
+        ("privacy.declared_patients=40", "privacy.sampling_rate=1"),
+        ("privacy.declared_patients={lab-1: 40, lab-2: 900}", "privacy.sampling_rate=1"),
+        ("evaluation.sigma=2", "evaluation.every"),
+    ],
+)
+def test_what_costs_much_for_little_is_warned_of_with_the_way_out(costly: str, better: str) -> None:
+    [warning] = [w for w in check_plan(private(costly)) if better in w]
+    frugal = ("model.trainable=head", "privacy.declared_patients=400", "evaluation.sigma=60")
+    assert warning not in check_plan(private(*frugal))
+
+
 def test_robust_rules_and_secure_aggregation_do_not_go_together() -> None:
     overrides = ["strategy.name=median", "secure_aggregation.enabled=true"]
     with pytest.raises(InputError, match="median"):
