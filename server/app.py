@@ -254,7 +254,7 @@ class Coordinator:
         size = model.manifest.size
         reply_bytes = 8 * size * len(strategy.lab.up) + _SPARE_BYTES
         sealed = self._sealed(offer, start)
-        run = self._run(folder, offer, start, sealed, size)
+        run = self._run(folder, offer, start, sealed, model)
         grid = SealedGrid(
             self._fleet.grid(
                 wait_s=plan.cohort.wait_s, reply_bytes=reply_bytes, stopped=folder.stop_reason
@@ -374,9 +374,9 @@ class Coordinator:
         )
 
     def _run(
-        self, folder: RunFolder, offer: Offer, start: Start, sealed: SealedRun, size: int
+        self, folder: RunFolder, offer: Offer, start: Start, sealed: SealedRun, model: StartModel
     ) -> Run:
-        plan = offer.plan
+        plan, size = offer.plan, model.manifest.size
         strategy = make_strategy(plan.strategy)
         secure = None
         if plan.secure_aggregation.enabled:
@@ -393,7 +393,16 @@ class Coordinator:
                 counter_file=folder.private / "counter.json",
             )
         scheme = load_scheme(plan.labels.scheme)
-        return Run(start.run, plan, strategy, scheme, sealed.nodes, size, secure)
+        return Run(
+            start.run,
+            plan,
+            strategy,
+            scheme,
+            sealed.nodes,
+            size,
+            secure,
+            release=model.released,
+        )
 
     def _deliver(self, folder: RunFolder) -> None:
         """Send the result to the labs of the cohort that are there and do not have it yet."""

@@ -70,7 +70,7 @@ def write_results(
     if summary["status"] != "failed":
         write_model(
             folder.root / "model.safetensors",
-            start.with_weights(final_weights(progress)),
+            start.with_weights(final_weights(run, progress)),
             replace(start.info, plan_sha256=run.plan.sha256),
         )
         write_atomically(folder.root / "model_card.md", model_card(summary, run.plan))
@@ -111,7 +111,7 @@ def _summary(
     up = [record["up_bytes"] / max(len(record["received"]), 1) for record in records]
     down = [record["down_bytes"] / max(len(record["expected"]), 1) for record in records]
     train_s = sum(record["train_s"] for record in records)
-    weights = weights_sha256(start.manifest, final_weights(progress))
+    weights = weights_sha256(start.manifest, final_weights(run, progress))
     return {
         "status": ended,
         "plan_name": plan.name,

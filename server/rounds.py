@@ -66,6 +66,8 @@ class Run:
     """with secure aggregation: the coordinator sees sums only"""
     tell_exact: bool = False
     """labs are virtual, and tell their exact scores besides what the plan lets leave"""
+    release: Callable[[Float32], Float32] = lambda weights_P: weights_P
+    """the trained weights as a model that is evaluated and given away (``Start.released``)"""
 
     @property
     def rounds(self) -> int:
@@ -148,7 +150,7 @@ def run_rounds(
                 # Labs close a round when they evaluate its model: a coordinator that forgot it
                 # could not ask for it again.
                 checkpoint(_timed(progress, started))
-            scores = evaluate(grid, run, number, {"weights": progress.state["weights"]}, watch)
+            scores = evaluate(grid, run, number, {"weights": final_weights(run, progress)}, watch)
             progress = _noted(progress, _told(run, scores))
             on_scores(number, scores)
         progress = _timed(progress, started)
@@ -421,6 +423,6 @@ def status(run: Run, progress: Progress) -> str:
     return "completed" if whole else "incomplete"
 
 
-def final_weights(progress: Progress) -> Float32:
-    """The model that the run ended with."""
-    return progress.state["weights"]
+def final_weights(run: Run, progress: Progress) -> Float32:
+    """The model after the last round of ``progress``, as it is evaluated and given away."""
+    return run.release(progress.state["weights"])

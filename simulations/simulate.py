@@ -26,6 +26,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 import cytofed
+from cytofed.arrays import weights_sha256
 from cytofed.card import model_card
 from cytofed.client.cache import default_cache_dir
 from cytofed.client.cells import Cells, open_cells
@@ -150,12 +151,21 @@ class World:
             size,
             secure,
             tell_exact=self.plan.privacy.unit != "none",
+            release=self.start.released,
         )
 
     def baseline(self, name: str, cohort: Mapping[str, int]) -> Run:
         """A model that is not federated, at the same amount of training."""
         plan = baseline_plan(self.plan)
-        return Run(name, plan, fedavg(), self.scheme, cohort, self.start.manifest.size)
+        return Run(
+            name,
+            plan,
+            fedavg(),
+            self.scheme,
+            cohort,
+            self.start.manifest.size,
+            release=self.start.released,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,7 @@ class Results:
     scores: Scores
     baselines: Mapping[str, Mapping[str, Tally]]
     """name of a baseline run -> its final model's tally at every lab"""
+    baselines_s: float
     nodes: Mapping[str, int]
 
 
@@ -179,9 +190,10 @@ def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
     last: dict[int, Scores] = {}
     federation = _resumed(grid, run, world, on_scores=last.__setitem__)
     if run.rounds not in last:  # resumed after its last round
-        final = {"weights": final_weights(federation)}
+        final = {"weights": final_weights(run, federation)}
         last[run.rounds] = evaluate(grid, run, run.rounds, final, world.watch)
     baselines: dict[str, Mapping[str, Tally]] = {}
+    started = time.monotonic()
     if world.plan.simulation.baselines:
         cohorts = {CENTRAL: {CENTRAL: nodes[CENTRAL]}}
         cohorts |= {f"local-{name}": {name: labs[name]} for name in world.labs.names}
@@ -192,7 +204,8 @@ def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
                 for name, cohort in cohorts.items()
             }
             baselines = {name: future.result() for name, future in futures.items()}
-    return Results(federation, last[run.rounds], baselines, labs)
+    baselines_s = time.monotonic() - started
+    return Results(federation, last[run.rounds], baselines, baselines_s, labs)
 
 
 def _baseline(
@@ -205,7 +218,7 @@ def _baseline(
     """A federation of one: as many epochs over the same images, then tested at every lab."""
     run = world.baseline(name, cohort)
     progress = _resumed(grid, run, world, evaluate_rounds=False)
-    everyone, final = replace(run, cohort=labs), {"weights": final_weights(progress)}
+    everyone, final = replace(run, cohort=labs), {"weights": final_weights(run, progress)}
     return evaluate_exactly(grid, everyone, run.rounds, final, world.watch)
 
 
@@ -471,7 +484,7 @@ def make_start(plan_file: Path, folder: Path) -> Start:
 def _finish(world: World, results: Results, wall_s: float) -> dict[str, Any]:
     out, plan = world.request.out, world.plan
     run = world.run(results.nodes)
-    weights_P = final_weights(results.federation)
+    weights_P = final_weights(run, results.federation)
     summary = _summary(world, run, results, wall_s)
     write_model(
         out / "model.safetensors",
@@ -500,6 +513,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
     pooled = results.scores.best
     lab_scores = summarise_labs(results.scores.labs, scheme)
     train_s = sum(record["train_s"] for record in records)
+    baselines_s = results.baselines_s
     updates = sum(len(record["received"]) for record in records)
     orders = sum(len(record["expected"]) for record in records)
     workers = world.request.jobs or max(1, (os.cpu_count() or 1) // plan.train.threads)
@@ -507,7 +521,9 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
         "status": status(run, results.federation),
         "plan_name": plan.name,
         "plan_sha256": plan.sha256,
-        "weights_sha256": _weights_sha256(world, results.federation),
+        "weights_sha256": weights_sha256(
+            world.start.manifest, final_weights(run, results.federation)
+        ),
         "data_sha256": _data_sha256(labs.cells),
         "seed": plan.train.seed,
         "rounds": results.federation.round,
@@ -530,7 +546,8 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
         "timing": {
             "wall_s": round(wall_s, 2),
             "train_s": round(train_s / workers, 2),
-            "overhead_s": round(max(0.0, wall_s - train_s / workers), 2),
+            "overhead_s": round(max(0.0, wall_s - baselines_s - train_s / workers), 2),
+            "baselines_s": round(baselines_s, 2),
             "workers": workers,
             "lab_train_s": round(train_s, 2),
         },
@@ -704,12 +721,6 @@ def _baselines(results: Results, scheme: Scheme) -> dict[str, Any] | None:
             own = summarise_labs({lab: tallies[lab]}, scheme)
             found["local_own"].update(own)
     return found
-
-
-def _weights_sha256(world: World, progress: Progress) -> str:
-    from cytofed.arrays import weights_sha256
-
-    return weights_sha256(world.start.manifest, final_weights(progress))
 
 
 def _data_sha256(cells: Cells) -> str:

@@ -57,6 +57,29 @@ def test_weights_put_back_are_all_tensors_again(tmp_path: Path) -> None:
         start.with_weights(start.weights_P[:-1])
 
 
+def test_a_class_that_no_lab_trained_is_never_predicted_by_the_released_model(
+    tmp_path: Path,
+) -> None:
+    start = start_of(PLAN, tmp_path)
+    trained_P = start.weights_P + 0
+    head = start.manifest.split(trained_P)
+    head["head.weight"][:7], head["head.bias"][:7] = 0.1, -3
+    before_P = trained_P.copy()
+    released = start.with_weights(start.released(trained_P))
+    np.testing.assert_array_equal(trained_P, before_P)  # training goes on from the same weights
+    softmax_C = np.exp(released["head.bias"]) / np.exp(released["head.bias"]).sum()
+    assert (softmax_C[7:] < 1e-30).all()
+    assert (softmax_C[:7] > 0.1).all()
+    for name, values in start.with_weights(trained_P).items():
+        same = slice(7) if name == "head.bias" else slice(None)
+        np.testing.assert_array_equal(released[name][same], values[same])
+
+
+def test_an_untrained_model_is_released_as_it_is(tmp_path: Path) -> None:
+    start = start_of(PLAN, tmp_path)
+    np.testing.assert_array_equal(start.released(start.weights_P), start.weights_P)
+
+
 def test_training_of_the_head_alone_exchanges_the_head_alone(tmp_path: Path) -> None:
     whole = start_of(PLAN, tmp_path / "whole")
     head = start_of(load_plan("demo", [*FLAGS, "model.trainable=head"]), tmp_path / "head")

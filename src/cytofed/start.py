@@ -21,6 +21,8 @@ from cytofed.seeds import derive
 
 START_FILE = "start.safetensors"
 _MANIFEST_FILE = "manifest.json"
+_CLOSED = -100.0
+"""Bias of a class that must not be predicted: a softmax gives it no probability in float32."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,23 @@ class Start:
     def with_weights(self, weights_P: Float32) -> dict[str, Float32]:
         """All tensors, the trained ones taken from ``weights_P``."""
         return {**self.tensors, **self.manifest.split(weights_P)}
+
+    def released(self, weights_P: Float32) -> Float32:
+        """``weights_P`` as a model that is used: classes that no lab had are never predicted.
+
+        A class without an image at any lab is masked everywhere, so its row of a fresh head is
+        still all zeros. Left open it would take probability from the others, which masked losses
+        do not push up against it. Training goes on from ``weights_P`` itself.
+        """
+        weights_P = weights_P.copy()
+        tensors = self.manifest.split(weights_P)
+        if not {"head.weight", "head.bias"} <= tensors.keys():
+            return weights_P
+        rows_CF, bias_C = tensors["head.weight"], tensors["head.bias"]
+        untrained_C = (bias_C == 0) & (rows_CF == 0).all(axis=1)
+        if not untrained_C.all():
+            bias_C[untrained_C] = _CLOSED
+        return weights_P
 
 
 def write_start(plan: Plan, folder: Path) -> None:

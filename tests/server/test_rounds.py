@@ -178,7 +178,7 @@ class Ended:
 
     @property
     def weights(self) -> Float32:
-        return final_weights(self.progress)
+        return final_weights(self.run, self.progress)
 
     def records(self, key: str) -> list[Any]:
         return [record[key] for record in self.progress.records]
