@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +33,9 @@ def client() -> None:
 @click.option("--labels", help="Label map: a name or a YAML file; found by itself if left out.")
 @click.option("--patients", help="Who is who: column:NAME, folder:DEPTH or name:REGEX.")
 @click.option("--patients-declared", type=click.IntRange(1), help="Public, rounded number.")
+@click.option(
+    "--pool", default="default", help="Whose budget: labs with the same patients share it."
+)
 @click.option("--proxy", help="http://host:port of an HTTPS proxy.")
 def join(
     invite: Path,
@@ -40,6 +44,7 @@ def join(
     labels: str | None,
     patients: str | None,
     patients_declared: int | None,
+    pool: str,
     proxy: str | None,
 ) -> int:
     """Make this lab's keys and enrol them with INVITE."""
@@ -54,6 +59,7 @@ def join(
         labels=labels,
         patients=patients,
         patients_declared=patients_declared,
+        pool=pool,
         proxy=proxy,
     )
     say(f"joined {read.federation} as {read.lab}; compare by phone:")
@@ -73,7 +79,7 @@ def start(folder: Path) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    for noisy in ("flwr", "httpx", "httpcore"):
+    for noisy in ("flwr", "httpx", "httpcore", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     directory = ClientDirectory.open(folder)
     if directory.left:
@@ -263,24 +269,28 @@ def model(folder: Path, out: Path) -> int:
 def budget(folder: Path, restore_charge: bool, as_json: bool) -> int:
     """What was spent and is held on this lab's patients."""
     from cytofed.client.directory import ClientDirectory
-    from cytofed.client.egress import verify
+    from cytofed.client.egress import accept_cut, read_report
     from cytofed.client.policy import budget as read_budget
     from cytofed.client.policy import restore_charge as charge
+    from cytofed.privacy.accounting import shown
 
     directory = ClientDirectory.open(folder)
     settings = directory.settings()
     if restore_charge:
-        report = verify(directory.egress, directory.identity().public)
+        report = read_report(directory.egress, directory.identity().public)
         heads = [str(r.body.get("ledger_head", "")) for r in report.messages]
         found = charge(settings, directory.plans(), seen_heads=[h for h in heads if h])
+        accept_cut(directory.egress)
     else:
         found = read_budget(settings)
     if as_json:
         _print_json(found)
         return 0
+    say(f"pool {found['pool']}, by RDP composition of everything ever spent and held")
     for key in ("spent", "held", "total"):
         value = found[key]
-        say(f"{key:6} epsilon {value['epsilon']} at delta {value['delta']}, per {found['unit']}")
+        epsilon = "unbounded" if value["epsilon"] is None else shown(value["epsilon"])
+        say(f"{key:6} epsilon {epsilon} at delta {value['delta']:g}, per {found['unit']}")
     return 0
 
 
@@ -308,8 +318,40 @@ def egress(folder: Path, check: bool, as_json: bool) -> int:
         body = record.body
         say(f"{record.at:%Y-%m-%d %H:%M:%S}  {body['type']:10}  {body['nbytes']:>10,} bytes  "
             f"{body['run']} round {body['round']}  {body['sha256'][:16]}")  # fmt: skip
+    for kind, sizes in sorted(report.routine.items()):
+        total = sum(size * count for size, count in sizes.items())
+        say(f"routine              {kind:10}  {total:>10,} bytes  {sum(sizes.values())} requests")
     if check:
         say(f"verified: {len(report.messages)} messages, head {report.head[:16]}")
+    return 0
+
+
+@client.command()
+@_folder
+@click.option("--out", required=True, type=_FOLDER, help="HTML file to write.")
+def dossier(folder: Path, out: Path) -> int:
+    """One page for the data-protection officer, from this lab's own records."""
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.dossier import Facts, write_dossier
+    from cytofed.client.egress import verify
+    from cytofed.client.policy import budget as read_budget
+
+    directory = ClientDirectory.open(folder)
+    membership, settings = directory.membership(), directory.settings()
+    own = directory.identity().public
+    facts = Facts(
+        own=own,
+        federation=membership.federation,
+        coordinator=directory.coordinator(),
+        address=membership.address,
+        settings=settings,
+        egress=verify(directory.egress, own),
+        budget=read_budget(settings),
+        plans=directory.plans().entries(),
+        made_at=datetime.now(UTC),
+    )
+    write_dossier(out, facts)
+    say(f"dossier of {membership.lab} in {out}")
     return 0
 
 

@@ -35,6 +35,7 @@ from cytofed.client.opening import LimitedBudget, open_images, open_lab, paramet
 from cytofed.client.outbox import Outbox, SameBytes
 from cytofed.client.policy import Entry, ledger_federation, open_ledger, refuse_cohort
 from cytofed.client.secure import SecureLab
+from cytofed.client.states import SealedStates
 from cytofed.documents import Decision, Offer, Start, secure_cohort
 from cytofed.errors import CytofedError, RefusedError, VerificationError
 from cytofed.files import write_atomically
@@ -139,7 +140,8 @@ class Daemon:
     def _unsealed_refusal(self, error: Exception) -> Answer:
         """For what has no place to seal an answer for: signed by nobody, and says nothing."""
         reason = public_reason(error, known=(self._membership.lab,))
-        return Answer(reason=reason, outgoing=self._outgoing("refusal", {"reason": reason}))
+        outgoing = self._outgoing("refusal", {"reason": reason}, reason.encode())
+        return Answer(reason=reason, outgoing=outgoing)
 
     def _to_offer(self, message: Message) -> Answer:
         """Keep a new offer; say what was decided about it, or that nothing was."""
@@ -158,7 +160,7 @@ class Daemon:
             self._approve_by_rule(entry)
             entry = self._plans.known(offer) or entry
         if entry.state == "waiting":
-            return self._plain("status", {"state": "waiting"}, {"decision": b""})
+            return self._plain("status", {"state": "waiting"}, b"")
         decision = self._decision(entry)
         signed = decision.signed(self._identity)
         told: dict[str, str | int | float | bytes] = {
@@ -170,7 +172,7 @@ class Daemon:
             "at": int(decision.at.timestamp()),
             "signature": signed,
         }
-        return self._plain("decision", told, {"decision": signed})
+        return self._plain("decision", told, signed)
 
     def _approve_by_rule(self, entry: Entry) -> None:
         with open_ledger(self._settings) as book:
@@ -379,14 +381,15 @@ class Daemon:
         self,
         type_: str,
         told: Mapping[str, str | int | float | bytes],
-        sent: Mapping[str, bytes],
+        signed: bytes,
     ) -> Answer:
         """An answer that is signed and not sealed: about an offer, before there is a run."""
-        content = RecordDict({"answer": ConfigRecord(dict(sent))})
-        return Answer(content, outgoing=self._outgoing(type_, told))
+        content = RecordDict({"answer": ConfigRecord({"decision": signed})})
+        return Answer(content, outgoing=self._outgoing(type_, told, signed))
 
-    def _outgoing(self, type_: str, told: Mapping[str, str | int | float | bytes]) -> Outgoing:
-        data = repr(sorted(told.items())).encode()
+    def _outgoing(
+        self, type_: str, told: Mapping[str, str | int | float | bytes], data: bytes
+    ) -> Outgoing:
         return Outgoing(
             type=type_,
             destination=self._membership.address,
@@ -411,7 +414,8 @@ class Daemon:
         if offer.plan.secure_aggregation.enabled:
             start = self._check_start(offer, parcel)
             cohort = secure_cohort(start, offer, self._coordinator)
-            secure = SecureLab(self._identity, cohort, _States(folder))
+            states = SealedStates(folder, self._directory.storage_key())
+            secure = SecureLab(self._identity, cohort, states)
         lab = open_lab(
             offer,
             self._settings,
@@ -444,41 +448,22 @@ class Daemon:
             return book.head
 
     def _protection(self, offer: Offer, kind: str) -> Protection:
-        terms = terms_of(offer.plan)
+        """What covers an answer: the mechanism of its kind, and what is spent with it."""
+        unit, terms = offer.plan.privacy.unit, terms_of(offer.plan)
         if terms is None or kind not in ("train", "evaluate"):
-            return Protection()
+            return Protection(unit)
         with open_ledger(self._settings) as book:
             spent = book.balance().spent
-        sigma = terms.training.sigma
+        clip, sigma = terms.max_norm, terms.training.sigma
         if kind == "evaluate" and terms.tally is not None:
-            sigma = terms.tally.sigma
-        return Protection(
-            unit=offer.plan.privacy.unit,
-            clip=terms.max_norm,
-            sigma=sigma,
-            epsilon=spent.epsilon,
-            delta=spent.delta,
-        )
+            clip, sigma = terms.tally.max_norm, terms.tally.sigma
+        return Protection(unit, clip=clip, sigma=sigma, epsilon=spent.epsilon, delta=spent.delta)
 
 
 @dataclass(frozen=True)
 class _OpenRun:
     run: str
     lab: Lab = field(repr=False)
-
-
-@dataclass(frozen=True)
-class _States:
-    """The state of secure aggregation of one run, as a file that only this user reads."""
-
-    folder: Path
-
-    def load(self, run: str) -> bytes | None:
-        path = self.folder / "secagg.state"
-        return path.read_bytes() if path.is_file() else None
-
-    def save(self, run: str, state: bytes) -> None:
-        write_atomically(self.folder / "secagg.state", state, mode=0o600)
 
 
 def _warm_up() -> None:

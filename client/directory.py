@@ -8,8 +8,9 @@
     certificate.pem ca.pem         what the coordinator's authority signed; the authority itself
     federation.json                federation, lab, address, the coordinator's pinned fingerprint
     coordinator.cbor               the coordinator's public identity
-    plans/ egress.log outbox/      offers and decisions; what left; what is about to
-    runs/RUN/                      start model, protocol state, kept update
+    plans/ outbox/                 offers and decisions; what is about to leave
+    egress.log egress.head         what left; its last record's hash
+    runs/RUN/                      start model, own layers, protocol state (encrypted)
     models/RUN/                    results
     paused left status.json        marks and the daemon's one line
 """
@@ -184,6 +185,7 @@ def join(
     labels: str | None = None,
     patients: str | None = None,
     patients_declared: int | None = None,
+    pool: str = "default",
     proxy: str | None = None,
 ) -> ClientDirectory:
     """Make the lab's keys, enrol them with the invite, and write the directory.
@@ -202,6 +204,7 @@ def join(
             labels=labels,
             patients=patients,
             patients_declared=patients_declared,
+            pool=pool,
             proxy=proxy,
         )
         write_atomically(root / "client.yaml", text, mode=0o600)
@@ -240,7 +243,7 @@ def _check_new(root: Path, data: Path) -> None:
     strangers = []
     if root.is_dir():
         own = {"identity.key", "node.key", "storage.key", "request.pem", "request.cbor", "ca.pem",
-               "client.yaml", "egress.log"}  # fmt: skip
+               "client.yaml", "egress.log", "egress.head"}  # fmt: skip
         strangers = [path.name for path in root.iterdir() if path.name not in own]
     if strangers:
         raise InputError(f"{root} is not empty", hint="choose another --dir")

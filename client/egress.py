@@ -17,7 +17,8 @@ Kinds of records::
     repair   a torn last line was cut off: its message never left
 
 The log carries the privacy ledger's head and so is its second witness; the rounds that the ledger
-settled, in turn, must all be here.
+settled, in turn, must all be here. The last record's number and hash are in a file beside the log
+too (``egress.head``): a log that was cut short, or an old one put back, is shorter than that says.
 
 ::
 
@@ -520,11 +521,16 @@ class EgressLog:
         size = os.fstat(self._file).st_size
         whole, last_line = 0, b""
         rows: list[tuple[Kind, dict[str, Any]]] = []
+        noted = _noted_head(self.path)
         for record, line, end in _read(self.path):
             self._remember(record)
             whole, last_line = end, line
+            if noted == (record.number, record.hash):
+                noted = None
         if last_line:
             _check_signature(self._identity.public, self._number, last_line, self.path)
+        if noted is not None:
+            raise _cut_short(self.path, noted[0])
         if whole < size:
             rows += self._mend(whole)
         start = {"version": VERSION, "cytofed": __version__, "lab": self._identity.name}
@@ -580,6 +586,7 @@ class EgressLog:
             ) from error
         for record in records:
             self._remember(record)
+        _note_head(self.path, self._number, self._head)
         return records
 
     def _remember(self, record: Record) -> None:
@@ -603,10 +610,20 @@ class EgressLog:
 
 
 def verify(path: Path, lab: PublicIdentity) -> EgressReport:
-    """Check every record's place in the chain and its signature; nothing but the file is needed.
+    """Check every record's place in the chain, its signature, and that none is missing at the end.
 
+    Nothing but the lab's files is needed; the log may be in use.
     Errors: EgressAltered naming the first record that does not hold; EgressMissing.
     """
+    noted = _noted_head(path)  # first: a log in use grows
+    report = read_report(path, lab)
+    if noted is not None and noted not in {(r.number, r.hash) for r in report.records}:
+        raise _cut_short(path, noted[0])
+    return report
+
+
+def read_report(path: Path, lab: PublicIdentity) -> EgressReport:
+    """As ``verify``, for a log that may be older than what left: for ``restore_charge``."""
     records: list[Record] = []
     whole = 0
     for record, line, end in _read(path):
@@ -648,6 +665,49 @@ def check_against_ledger(report: EgressReport, book: Ledger, *, federation: str)
                 "log has no such message: the log is older than what left this lab",
                 hint="put the latest egress log back",
             )
+
+
+def accept_cut(path: Path) -> None:
+    """Go on with a log that is older than what left: called when all approvals were charged."""
+    _head_file(path).unlink(missing_ok=True)
+
+
+def _head_file(path: Path) -> Path:
+    return path.with_suffix(".head")
+
+
+def _note_head(path: Path, number: int, head: str) -> None:
+    """Note the last record beside the log.
+
+    Not synced: after a power cut an older note stands there, and a longer log is no fault.
+    """
+    part = path.with_suffix(".head.part")
+    try:
+        part.write_text(f"{number} {head}\n")
+        part.replace(_head_file(path))
+    except OSError as error:
+        raise CytofedError(
+            f"{_head_file(path)} cannot be written: {error.strerror}",
+            hint="nothing leaves until it can be",
+        ) from error
+
+
+def _noted_head(path: Path) -> tuple[int, str] | None:
+    """Number and hash of the last record noted; None where there is no (whole) note."""
+    try:
+        number, head = _head_file(path).read_text().split()
+        return int(number), head
+    except (OSError, ValueError):
+        return None
+
+
+def _cut_short(path: Path, number: int) -> EgressMissing:
+    return EgressMissing(
+        f"the egress log {path} does not have its record {number}: it was cut short, or is older "
+        "than what left this lab",
+        hint="put the latest egress log back; if it is lost: `cytofed client budget DIR "
+        "--restore-charge`",
+    )
 
 
 def _routine_of(

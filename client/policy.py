@@ -253,6 +253,12 @@ def refuse(offer: Offer, settings: Settings, *, own: PublicIdentity, parameters:
             hint="set patients in client.yaml, for example patients: column:patient",
         )
     cost_of(plan, settings, own.name)
+    if plan.privacy.unit == "none" and limits.of_ledger().any:
+        raise RefusedError(
+            f"{what} protects nobody (privacy.unit is none), and this lab has a limit on epsilon",
+            hint="ask for a plan with privacy.unit=patient, or remove limits.max_epsilon and "
+            "max_epsilon_per_year in client.yaml",
+        )
     if limits.allowed_models and plan.model.arch not in limits.allowed_models:
         raise RefusedError(
             f"{what} has model.arch {plan.model.arch}, not one of limits.allowed_models: "
@@ -445,12 +451,14 @@ class PlanBook:
         changes = self.changes(entry)
         self._end_others(entry, book)
         price = price_of(offer, settings, book, lab=lab, parameters=entry.parameters)
-        hold = book.hold(
-            federation=ledger_federation(offer.federation, lab),
-            plan_sha256=entry.plan_sha256,
-            cost=cost_of(offer.plan, settings, lab),
-            prv=price.plan,
-        )
+        hold = ""
+        if price.plan is not None:  # what has no price has nothing to set aside
+            hold = book.hold(
+                federation=ledger_federation(offer.federation, lab),
+                plan_sha256=entry.plan_sha256,
+                cost=cost_of(offer.plan, settings, lab),
+                prv=price.plan,
+            ).id
         return self._write(
             replace(
                 entry,
@@ -459,7 +467,7 @@ class PlanBook:
                 reason="",
                 price=price.to_json(),
                 changes=changes,
-                hold=hold.id,
+                hold=hold,
                 ended=False,
             )
         )

@@ -29,6 +29,7 @@ from cytofed.client.egress import (
     Field,
     Outgoing,
     Protection,
+    accept_cut,
     check_against_ledger,
     check_outgoing,
     fields_of,
@@ -229,6 +230,20 @@ def test_a_missing_log_is_never_begun_anew(path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_a_log_cut_short_or_put_back_from_a_backup_is_noticed(path: Path, lines: int) -> None:
+    write(path, *numbered(3))
+    kept = path.read_bytes().splitlines(keepends=True)[:-lines]
+    path.write_bytes(b"".join(kept))
+    with pytest.raises(EgressMissing, match="cut short"):
+        verify(path, LEEDS.public)
+    with pytest.raises(EgressMissing, match="cut short"):
+        EgressLog(path, LEEDS)
+    assert path.read_bytes() == b"".join(kept)
+    accept_cut(path)  # as after all approvals were charged in full
+    assert len(write(path, *numbered(1)).messages) >= 1
+
+
 @pytest.mark.parametrize("keep", [1, 40, -20, -1])
 def test_a_torn_last_line_is_mended_and_no_signed_record_is_dropped(path: Path, keep: int) -> None:
     write(path, *numbered(2))
@@ -236,6 +251,7 @@ def test_a_torn_last_line_is_mended_and_no_signed_record_is_dropped(path: Path, 
     start = raw.rindex(b"\n", 0, len(raw) - 1) + 1
     torn = raw[: start + keep] if keep > 0 else raw[:keep]
     path.write_bytes(torn)
+    path.with_suffix(".head").unlink()  # noted after the line is whole: here it never was
     whole_records = torn.count(b"\n")
     assert verify(path, LEEDS.public).torn_bytes > 0  # reading alone changes nothing
     assert path.read_bytes() == torn
@@ -406,6 +422,7 @@ def test_a_log_older_than_what_the_ledger_settled_is_found(path: Path, book: Led
     head = answered(book, 1)
     check_against_ledger(write(path, replace(UPDATE, ledger_head=head)), book, federation="f")
     path.write_bytes(backup)
+    path.with_suffix(".head").unlink()
     with pytest.raises(EgressMissing, match="round 1"):
         check_against_ledger(verify(path, LEEDS.public), book, federation="f")
 

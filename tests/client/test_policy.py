@@ -135,6 +135,24 @@ def test_a_plan_with_another_number_of_patients_is_refused(lab: Settings, stated
         refuse(offer, lab, own=LEEDS, parameters=P)
 
 
+def test_a_plan_that_protects_nobody_holds_no_price_and_is_refused_under_a_limit(
+    lab: Settings, plans: PlanBook
+) -> None:
+    plan = plan_of(privacy={}, evaluation={})
+    offered(plans, offer_of(plan))
+    with open_ledger(lab) as book:
+        head = book.head
+        with pytest.raises(RefusedError, match="protects nobody"):
+            plans.approve(plan.sha256, with_limits(lab, max_epsilon=100.0), book)
+        assert plans.approve(plan.sha256, lab, book).state == "approved"
+        assert plans.approved("r1").hold == ""
+        assert json.dumps(plans.listing(lab, book), allow_nan=False)
+        assert book.holds() == ()
+        assert book.head == head
+        plans.ended("r1", book)
+        assert book.head == head
+
+
 def test_patient_privacy_needs_to_know_the_patients(lab: Settings) -> None:
     with pytest.raises(RefusedError, match="which image is whose"):
         refuse(offer_of(), replace(lab, patients=None), own=LEEDS, parameters=P)
@@ -271,18 +289,6 @@ def test_over_budget_is_refused_whole_with_the_rounds_that_fit(
         assert str(fits) in listed["refused"]
         fitting = plan_of(train={"rounds": fits, "steps_per_round": 5})
         plans.approve(offered(plans, offer_of(fitting, "r2")).plan_sha256, tight, book)
-
-
-def test_a_plan_without_privacy_is_refused_where_a_limit_is_set(
-    plans: PlanBook, lab: Settings
-) -> None:
-    entry = offered(plans, offer_of(plan_of(privacy={}, evaluation={})))
-    limited = with_limits(lab, max_epsilon=8.0)
-    with open_ledger(limited) as book, pytest.raises(RefusedError, match="nothing"):
-        plans.approve(entry.plan_sha256, limited, book)
-    with open_ledger(lab) as book:
-        assert plans.approve(entry.plan_sha256, lab, book).state == "approved"
-        assert json.dumps(plans.listing(lab, book), allow_nan=False)
 
 
 def test_rejecting_frees_what_was_not_reserved(plans: PlanBook, lab: Settings) -> None:
