@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test test-faults bench lint types layers clean
+.PHONY: demo federation test test-faults bench lint types layers clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed  ## a federation on the sample images, into runs/demo
 	rm -rf runs/demo
 	$(BIN)/cytofed simulate --out runs/demo
+
+federation: $(VENV)/installed  ## a coordinator and three labs as processes, docs/deploy.md by itself
+	rm -rf runs/federation
+	CYTOFED=$(abspath $(BIN))/cytofed deploy/federation.sh runs/federation
 
 test: lint types layers  ## lint, types, layers, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not slow" -rs $(TESTS)
