@@ -7,18 +7,21 @@ the egress log first: an object that no logged message announced is not sent.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import httpx
+from cryptography import x509
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -47,16 +50,26 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from cytofed import __version__
 from cytofed.client.directory import ClientDirectory, http_client
-from cytofed.client.egress import EgressLog, EgressRefused, Outgoing
-from cytofed.errors import CytofedError
+from cytofed.client.egress import EgressLog, EgressRefused, Outgoing, fields_of
+from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED
+from cytofed.errors import CytofedError, RefusedError, VerificationError
+from cytofed.files import write_atomically
 from cytofed.messages import ERROR_CODE
+from cytofed.privacy import wire
+from cytofed.privacy.identity import sign, verify
 
 _BEAT_ALLOWED_S = 30.0
 """what Flower is told; it takes a lab for gone after twice that"""
 
+RENEW_DAYS = 30.0
+"""A certificate that ends sooner is renewed."""
+
+_RENEW_EVERY_S = 3600.0
 _FIRST_PAUSE_S = 0.5
 _MAX_OBJECTS = 4096
+_MAX_ANSWER_BYTES = 1 << 16
 
 _ROUTINE = {
     "activate-node": "activate",
@@ -109,6 +122,7 @@ class FleetLink:
         self._node: Node | None = None
         self._gate = _EgressGate(egress)
         self._client = self._new_client()
+        self._renew_at = time.monotonic()
 
     def stop(self) -> None:
         """End ``work`` as soon as it waits for nothing."""
@@ -123,6 +137,7 @@ class FleetLink:
                     self._activate()
                     while not self._stop.is_set():
                         idle()
+                        self._renew_in_time()
                         self._one(respond)
                 except _Again:
                     self._node = None
@@ -213,6 +228,22 @@ class FleetLink:
 
     # --- the connection
 
+    def _renew_in_time(self) -> None:
+        """Renew a certificate that ends soon; where that fails the lab says so and works on."""
+        if time.monotonic() < self._renew_at:
+            return
+        self._renew_at = time.monotonic() + _RENEW_EVERY_S
+        days = certificate_days(self._directory)
+        if days > RENEW_DAYS:
+            return
+        try:
+            renew(self._directory, self._egress)
+        except CytofedError as error:
+            self._say(f"the certificate ends in {days:.0f} days: {error.message}", True)
+            return
+        old, self._client = self._client, self._new_client()
+        old.close()
+
     def _new_client(self) -> FleetHttpClient:
         context = self._directory.tls()
         auth = NodeAuthHttpInterceptor(self._key, self._key.public_key())
@@ -226,6 +257,7 @@ class FleetLink:
             connect_s=self._times.connect_s,
             request_s=self._times.request_s,
         )
+        client._client.headers["user-agent"] = f"cytofed/{__version__}"
         return client
 
     def _activate(self) -> None:
@@ -305,6 +337,80 @@ class _EgressGate:
             nbytes = int(context.request.headers.get("content-length", 0))
             self._egress.routine(_ROUTINE.get(call, call), nbytes)
         return call_next(context)
+
+
+def certificate_days(directory: ClientDirectory) -> float:
+    """Days until this lab's certificate ends."""
+    certificate = x509.load_pem_x509_certificate((directory.root / "certificate.pem").read_bytes())
+    return (certificate.not_valid_after_utc - datetime.now(UTC)) / timedelta(days=1)
+
+
+def renew(directory: ClientDirectory, egress: EgressLog) -> None:
+    """Get and keep a new certificate for the key that this lab has.
+
+    Errors: RefusedError; VerificationError for an answer that is not the coordinator's;
+    CytofedError where it cannot be reached.
+    """
+    request_pem = (directory.root / "request.pem").read_bytes()  # as it enrolled with
+    answer = _tell(directory, egress, "renew", LABEL_RENEW, "renewal", {"request": request_pem},
+                   {"csr": request_pem})  # fmt: skip
+    body = verify(answer, label=LABEL_RENEWED, signer=directory.coordinator())
+    fields = wire.Fields.of(body, "renewed certificate")
+    certificate, lab = fields.raw("certificate"), fields.text("lab")
+    fields.end()
+    key = x509.load_pem_x509_certificate(certificate).public_key()
+    if lab != directory.membership().lab or key != directory.node_key().public_key():
+        raise VerificationError("the new certificate is of another lab or key")
+    write_atomically(directory.root / "certificate.pem", certificate)
+
+
+def tell_leave(directory: ClientDirectory, egress: EgressLog) -> None:
+    """Tell the coordinator that this lab leaves; from then on it does not let the lab in.
+
+    Errors: RefusedError where it did not know the lab any more; CytofedError where it cannot be
+    reached.
+    """
+    _tell(directory, egress, "leave", LABEL_LEAVE, "leave", {}, {})
+
+
+def _tell(
+    directory: ClientDirectory,
+    egress: EgressLog,
+    path: str,
+    label: str,
+    type_: str,
+    content: dict[str, wire.Value],
+    told: dict[str, int | float | str | bytes],
+) -> bytes:
+    """Send a signed document outside of any run, logged before it leaves; the answer's body."""
+    membership, settings = directory.membership(), directory.settings()
+    body = wire.encode({"federation": membership.federation, **content})
+    signed = sign(directory.identity(), label, body)
+    document = wire.encode([membership.lab, signed])
+    egress.record(
+        Outgoing(
+            type=type_,
+            destination=membership.address,
+            fields=fields_of({**told, "signature": signed}),
+            nbytes=len(document),
+            sha256=hashlib.sha256(document).hexdigest(),
+        )
+    )
+    times = settings.timeouts
+    client = http_client(
+        directory.tls(),
+        proxy=settings.proxy,
+        connect_s=times.connect_s,
+        request_s=times.request_s,
+    )
+    try:
+        with client:
+            response = client.post(f"{membership.url}/v1/{path}", content=document)
+    except httpx.TransportError as error:
+        raise CytofedError(_why_transport(error)) from None
+    if response.status_code != 200:
+        raise RefusedError(_why_status(response.status_code))
+    return response.content[:_MAX_ANSWER_BYTES]
 
 
 def _why_status(code: int) -> str:

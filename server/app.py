@@ -40,9 +40,9 @@ from cytofed.server.asking import ask, ask_each, content_of
 from cytofed.server.checkpoints import Progress, Record, load_progress, save_progress
 from cytofed.server.control import Command, serve_commands
 from cytofed.server.directory import ServerDirectory
-from cytofed.server.enrolment import enrolment_route, health
+from cytofed.server.enrolment import enrol, health, leave, renew, route_of
 from cytofed.server.fleet import Fleet, Stopped
-from cytofed.server.gate import CERTIFICATE, ENROL, HEALTH, Rate
+from cytofed.server.gate import CERTIFICATE, ENROL, HEALTH, LEAVE, RENEW, Rate
 from cytofed.server.results import (
     failed_summary,
     keep_scores,
@@ -82,6 +82,7 @@ class Coordinator:
 
     def serve(self) -> None:
         """Open the port and the control socket, go on with interrupted runs; blocks."""
+        self._directory.renew_own_certificate()
         runs = threading.Thread(target=self._carry_out_all, daemon=True, name="runs")
         with serve_commands(self._directory.socket, self._answer):
             server = self._server()
@@ -102,7 +103,9 @@ class Coordinator:
             enrolments=Rate(settings.enrolments_per_minute, 60.0),
             body_timeout_s=settings.body_timeout_s,
         )
-        app.add_route(ENROL, enrolment_route(self._directory, self._refresh), methods=["POST"])
+        for path, change in {ENROL: enrol, RENEW: renew, LEAVE: leave}.items():
+            route = route_of(change, self._directory, self._refresh)
+            app.add_route(path, route, methods=["POST"])
         app.add_route(HEALTH, health, methods=["GET", "HEAD"])
         config = uvicorn.Config(
             app,
@@ -187,6 +190,8 @@ class Coordinator:
                     "lab": member.name,
                     "online": presence.online,
                     "last_seen": None if seen is None else seen.isoformat(timespec="seconds"),
+                    "version": presence.version or None,
+                    "round": self._watch.rounds.get(member.name),
                     "clock_s": round(presence.clock_s, 1),
                     "declared_patients": member.declared_patients or None,
                     "decision": decided.get(member.name),
@@ -200,6 +205,10 @@ class Coordinator:
             "federation": roster.federation,
             "fingerprint": self._identity.public.fingerprint,
             "labs": labs,
+            "gone": [
+                {"lab": gone.lab, "why": gone.why, "at": gone.at.isoformat(timespec="seconds")}
+                for gone in self._directory.gone()
+            ],
             "runs": [describe_run(folder) for folder in RunFolder.all(self._directory.runs)],
         }
 
@@ -457,12 +466,16 @@ class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
 
 class _Log:
-    """A run's progress as lines of the log."""
+    """A run's progress as lines of the log. ``rounds``: the last that each lab has answered."""
+
+    def __init__(self) -> None:
+        self.rounds: dict[str, int] = {}
 
     def order(self, run: str, kind: str, round_: int, rounds: int, labs: int) -> None:
         _log.info("%s: %s, round %d of %d, %d labs", run, kind, round_, rounds, labs)
 
     def reply(self, run: str, kind: str, round_: int, lab: str, loss: float) -> None:
+        self.rounds[lab] = round_
         told = f", loss {loss:.3f}" if math.isfinite(loss) else ""
         _log.info("%s: %s of round %d from %s%s", run, kind, round_, lab, told)
 

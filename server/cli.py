@@ -111,6 +111,7 @@ def status(folder: Path, as_json: bool) -> int:
     """Labs and runs, a line each."""
     from cytofed.server.control import send_command
     from cytofed.server.directory import ServerDirectory
+    from cytofed.server.pki import WARN_DAYS
 
     found = send_command(ServerDirectory.open(folder).socket, "status")
     if as_json:
@@ -122,13 +123,17 @@ def status(folder: Path, as_json: bool) -> int:
             lab["lab"],
             "online" if lab["online"] else "away",
             lab["last_seen"] or "never seen",
+            "-" if lab["round"] is None else f"round {lab['round']}",
+            f"version {lab['version'] or '-'}",
             f"clock {lab['clock_s']:+.1f} s",
             lab["decision"] or "-",
-            f"certificate {lab['certificate_days']} days",
+            f"certificate {lab['certificate_days']} days"
+            + (": its daemon renews it" if lab["certificate_days"] < WARN_DAYS else ""),
         ]
         for lab in found["labs"]
     ]
     _print_rows(rows or [["no labs: cytofed server invite DIR LAB --out FILE"]])
+    _print_rows([[gone["lab"], f"{gone['why']} {gone['at']}"] for gone in found["gone"]])
     _print_rows(
         [
             [r["run"], r["status"], f"{r['rounds']} rounds", f"{len(r['cohort'])} labs"]

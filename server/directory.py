@@ -6,7 +6,8 @@
     ca.pem ca.key                  the federation's own authority
     server.pem server.key          TLS
     identity.key                   signatures and sealing
-    labs/NAME.cbor NAME.pem        what a lab enrolled with; revoked/ keeps those that were revoked
+    labs/NAME.cbor NAME.pem        what a lab enrolled with
+    revoked/ left/                 keys of labs that were revoked, or left: none comes back
     epoch                          number of the last change of the roster
     invites/NAME.json              hash of a token and when it ends
     runs/RUN/                      see cytofed.server.runs
@@ -37,6 +38,7 @@ from cytofed.server import pki
 from cytofed.server.pki import Issued
 
 _LAB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_STAMP = "%Y%m%dT%H%M%S%f"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ enrolments_per_minute: 30
 
 
 @dataclass(frozen=True)
+class Gone:
+    """A lab that is not in the roster any more. ``why``: ``left`` or ``revoked``."""
+
+    lab: str
+    why: str
+    at: datetime
+
+
+@dataclass(frozen=True)
 class ServerDirectory:
     """A coordinator's directory that exists."""
 
@@ -113,7 +124,7 @@ class ServerDirectory:
             write_atomically(root / file, data, mode=0o600)
         write_atomically(root / "ca.pem", authority.certificate)
         write_atomically(root / "server.pem", server.certificate)
-        for folder in ("labs", "revoked", "invites", "runs"):
+        for folder in ("labs", "revoked", "left", "invites", "runs"):
             (root / folder).mkdir(mode=0o700)
         listen = "127.0.0.1" if host in ("127.0.0.1", "localhost") else "0.0.0.0"
         text = _SERVER_YAML.format(name=name, address=address, listen=listen)
@@ -162,6 +173,13 @@ class ServerDirectory:
     def authority(self) -> Issued:
         return Issued((self.root / "ca.pem").read_bytes(), (self.root / "ca.key").read_bytes())
 
+    def renew_own_certificate(self) -> None:
+        """Renew the server's certificate where it ends soon."""
+        file = self.root / "server.pem"
+        if pki.days_left(file.read_bytes()) < pki.WARN_DAYS:
+            renewed = pki.renewed_server_certificate(self.authority(), file.read_bytes())
+            write_atomically(file, renewed)
+
     @property
     def socket(self) -> Path:
         return self.root / "control.sock"
@@ -198,12 +216,34 @@ class ServerDirectory:
 
     def revoke(self, lab: str) -> Roster:
         """Take a lab off the roster for good; its keys can't come back."""
+        return self._drop(lab, "revoked")
+
+    def leave(self, lab: str) -> Roster:
+        """As ``revoke``, at the lab's own wish."""
+        return self._drop(lab, "left")
+
+    def gone(self) -> tuple[Gone, ...]:
+        """Labs that left or were revoked, the latest last."""
+        found = []
+        for why in ("left", "revoked"):
+            for file in (self.root / why).glob("*.cbor"):
+                lab, _, stamp = file.stem.rpartition(".")
+                at = datetime.strptime(stamp, _STAMP).replace(tzinfo=UTC)
+                found.append(Gone(lab, why, at))
+        return tuple(sorted(found, key=lambda gone: gone.at))
+
+    def renew(self, lab: str, certificate_pem: bytes) -> None:
+        """Keep a lab's new certificate; it is of the key that is in the roster."""
+        write_atomically(self.root / "labs" / f"{lab}.pem", certificate_pem)
+
+    def _drop(self, lab: str, why: str) -> Roster:
         file = self.root / "labs" / f"{lab}.cbor"
         if not file.is_file():
             raise InputError(f"no lab {lab!r} in the roster", hint="see `cytofed server status`")
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-        file.rename(self.root / "revoked" / f"{lab}.{stamp}.cbor")
+        (self.root / why).mkdir(mode=0o700, exist_ok=True)
+        file.rename(self.root / why / f"{lab}.{datetime.now(UTC).strftime(_STAMP)}.cbor")
         (self.root / "labs" / f"{lab}.pem").unlink(missing_ok=True)
+        (self.root / "labs" / f"{lab}.request").unlink(missing_ok=True)
         (self.root / "invites" / f"{lab}.json").unlink(missing_ok=True)
         self._raise_epoch()
         return self.roster()

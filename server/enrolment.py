@@ -1,7 +1,9 @@
-"""Enrolment: a lab with an invite sends its public keys and gets its certificate. And health.
+"""Enrolment, renewal of certificates, leaving. And health.
 
-The one thing that answers without a client certificate. The request is signed with the identity
-that it brings, so nobody enrols keys that are not theirs; the answer is signed by the coordinator.
+A lab with an invite sends its public keys and gets its certificate: the one request that is
+answered without one. It is signed with the identity that it brings, so nobody enrols keys that are
+not theirs. Later the lab asks for a new certificate of the same key, or says that it leaves, both
+over its connection and signed. Answers are signed by the coordinator.
 """
 
 from __future__ import annotations
@@ -16,12 +18,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cytofed import __version__
-from cytofed.documents import LABEL_ENROL, LABEL_ENROLLED, Member
+from cytofed.documents import (
+    LABEL_ENROL,
+    LABEL_ENROLLED,
+    LABEL_LEAVE,
+    LABEL_RENEW,
+    LABEL_RENEWED,
+    Member,
+)
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.privacy.identity import PublicIdentity, sign, verify
 from cytofed.privacy.wire import Fields, decode, encode
 from cytofed.server import pki
 from cytofed.server.directory import ServerDirectory
+
+_ONE_AT_A_TIME = threading.Lock()
+"""over all changes of the roster"""
 
 
 @dataclass(frozen=True)
@@ -83,23 +95,68 @@ def enrol(directory: ServerDirectory, document: bytes) -> bytes:
     return sign(identity, LABEL_ENROLLED, body)
 
 
-def enrolment_route(
-    directory: ServerDirectory, enrolled: Callable[[], None]
+def renew(directory: ServerDirectory, document: bytes) -> bytes:
+    """A new certificate for the key that the lab has: the roster, and what labs pinned, stay.
+
+    Errors: InputError, VerificationError.
+    """
+    member, fields = _from_member(directory, document, LABEL_RENEW)
+    request_pem = fields.raw("request")
+    fields.end()
+    certificate = pki.sign_request(directory.authority(), request_pem, lab=member.name)
+    if hashlib.sha256(pki.public_key_pem(certificate)).hexdigest() != member.node_key_sha256:
+        raise VerificationError(f"{member.name} asks for a certificate of another key")
+    directory.renew(member.name, certificate)
+    body = encode({"certificate": certificate, "lab": member.name})
+    return sign(directory.identity(), LABEL_RENEWED, body)
+
+
+def leave(directory: ServerDirectory, document: bytes) -> bytes:
+    """Take a lab off the roster, as it asks. Errors: VerificationError."""
+    member, fields = _from_member(directory, document, LABEL_LEAVE)
+    fields.end()
+    directory.leave(member.name)
+    return b""
+
+
+def _from_member(directory: ServerDirectory, document: bytes, label: str) -> tuple[Member, Fields]:
+    """Who of the roster has signed this document, and what it says.
+
+    Errors: VerificationError for a stranger, a forged document, one of another federation.
+    """
+    outer = decode(document, limit=1 << 16)
+    if not isinstance(outer, list) or len(outer) != 2:
+        raise VerificationError("not a signed document of a lab")
+    lab, signed = outer
+    if not isinstance(lab, str) or not isinstance(signed, bytes):
+        raise VerificationError("not a signed document of a lab")
+    roster = directory.roster()
+    member = roster.member(lab)
+    fields = Fields.of(verify(signed, label=label, signer=member.identity), "document")
+    if fields.text("federation") != roster.federation:
+        raise VerificationError("a document of another federation")
+    return member, fields
+
+
+Change = Callable[[ServerDirectory, bytes], bytes]
+"""A signed request in, the answer out: ``enrol``, ``renew``, ``leave``."""
+
+
+def route_of(
+    change: Change, directory: ServerDirectory, changed: Callable[[], None]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """POST: a request in, an answer out. ``enrolled`` is called after each new lab."""
+    """POST: a request in, an answer out. ``changed`` is called after each."""
 
-    one_at_a_time = threading.Lock()
-
-    def enrol_one(document: bytes) -> bytes:
-        with one_at_a_time:
-            answer = enrol(directory, document)
-            enrolled()
+    def change_one(document: bytes) -> bytes:
+        with _ONE_AT_A_TIME:
+            answer = change(directory, document)
+            changed()
             return answer
 
     async def route(request: Request) -> Response:
         body = await request.body()
         try:
-            answer = await run_in_threadpool(enrol_one, body)
+            answer = await run_in_threadpool(change_one, body)
         except (InputError, RefusedError, VerificationError) as error:
             status = 403 if isinstance(error, RefusedError) else 400
             told = {"error": error.message[:300], "hint": error.hint[:300]}

@@ -24,7 +24,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -102,8 +102,9 @@ class Presence:
     """What is known of a lab's connection. ``clock_s``: its clock minus ours at its last call."""
 
     online: bool
-    last_seen: datetime | None
-    clock_s: float
+    last_seen: datetime | None = None
+    clock_s: float = 0.0
+    version: str = ""
 
 
 @dataclass
@@ -180,7 +181,7 @@ class _Link(InMemoryLinkState):
         self.wake = threading.Event()
         self.deliveries: dict[str, _Delivery] = {}
         self.uploads: dict[str, _Upload] = {}
-        self.seen: dict[int, tuple[datetime, float]] = {}
+        self.seen: dict[int, Presence] = {}
         self._mail: dict[int, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -308,7 +309,11 @@ class _Binding(BaseHTTPMiddleware):
         node = self._link.get_node_id_by_public_key(_key_of(request))
         if node is None:
             raise HTTPException(403, "not in the roster")
-        self._link.seen[node] = (datetime.now(UTC), _clock_offset(request))
+        agent = request.headers.get("user-agent", "")
+        version = agent.removeprefix("cytofed/") if agent.startswith("cytofed/") else ""
+        self._link.seen[node] = Presence(
+            True, datetime.now(UTC), _clock_offset(request), _printable(version)
+        )
         self._check(call, node, asked)
         if call == "pull-messages":
             await self._link.wait_for_message(node, self._poll_s)
@@ -374,6 +379,10 @@ def _key_of(request: Request) -> bytes:
     return b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER])  # node authentication held
 
 
+def _printable(text: str) -> str:
+    return "".join(char for char in text[:20] if char.isalnum() or char in ".+-")
+
+
 def _clock_offset(request: Request) -> float:
     stamp = datetime.fromisoformat(request.headers[TIMESTAMP_HEADER])
     return (stamp - datetime.now(UTC)).total_seconds()
@@ -423,8 +432,8 @@ class Fleet:
 
     def presence(self, lab: str) -> Presence:
         node = self._nodes.get(lab, -1)
-        seen, clock_s = self._link.seen.get(node, (None, 0.0))
-        return Presence(self._online(node), seen, clock_s)
+        seen = self._link.seen.get(node, Presence(False))
+        return replace(seen, online=self._online(node))
 
     def app(self, *, enrolments: Rate, body_timeout_s: float) -> FastAPI:
         """The ASGI app with the fleet's routes; others are added with ``add_route``."""

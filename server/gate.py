@@ -1,7 +1,8 @@
 """What is refused at the door: before a body is read, before anything of Flower sees a request.
 
-Only known paths answer; bodies are small, have a length and arrive in time; the fleet's paths need
-a client certificate of the roster, made for the very key that signs the request's headers.
+Only known paths answer; bodies are small, have a length and arrive in time. All but enrolment and
+health need a client certificate of the roster, the fleet's paths one for the very key that signs
+the request's headers. Enrolment, renewal and leaving are limited in their rate.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cytofed.server.pki import public_key_pem_of_der
 
-ENROL, HEALTH = "/v1/enrol", "/health"
+ENROL, RENEW, LEAVE, HEALTH = "/v1/enrol", "/v1/renew", "/v1/leave", "/health"
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -74,6 +75,7 @@ class Gate:
         body_timeout_s: float,
     ) -> None:
         self._app, self._known_key, self._enrolments = app, known_key, enrolments
+        self._changes = Rate(enrolments.count, enrolments.per_s)
         self._key_header, self._body_timeout_s = key_header.lower().encode(), body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,7 +109,8 @@ class Gate:
         path, method = scope["path"], scope["method"]
         if path == HEALTH and method in ("GET", "HEAD"):
             return 0
-        limit = ENROL_BODY if path == ENROL else FLEET_BODIES.get(path)
+        signed = path in (ENROL, RENEW, LEAVE)
+        limit = ENROL_BODY if signed else FLEET_BODIES.get(path)
         if limit is None or method != "POST":
             return 404
         headers = dict(scope["headers"])
@@ -116,20 +119,26 @@ class Gate:
             return 411
         if not length.isdigit() or len(length) > 12 or int(length) > limit:
             return 413
-        if path == ENROL:
-            return 429 if self._enrolments.full() else 0
-        return 0 if self._is_bound(scope, headers.get(self._key_header, b"")) else 403
+        own = _certified_key(scope)
+        if path != ENROL and not (own and self._known_key(own)):
+            return 403
+        if signed:
+            # Apart: strangers who ask to enrol cannot keep a lab from renewing or leaving.
+            return 429 if (self._enrolments if path == ENROL else self._changes).full() else 0
+        return 0 if _decoded(headers.get(self._key_header, b"")) == own else 403
 
-    def _is_bound(self, scope: Scope, key: bytes) -> bool:
-        """The certificate of the connection, the key of the request and the roster agree."""
-        certificate = scope.get("state", {}).get(CERTIFICATE, b"")
-        if not certificate:
-            return False
-        try:
-            claimed = b64decode(key, validate=True)
-        except ValueError:
-            return False
-        return claimed == public_key_pem_of_der(certificate) and self._known_key(claimed)
+
+def _certified_key(scope: Scope) -> bytes:
+    """The key (PEM) of the connection's client certificate, or nothing."""
+    certificate = scope.get("state", {}).get(CERTIFICATE, b"")
+    return public_key_pem_of_der(certificate) if certificate else b""
+
+
+def _decoded(key: bytes) -> bytes:
+    try:
+        return b64decode(key, validate=True)
+    except ValueError:
+        return b""
 
 
 async def _answer(send: Send, status: int) -> None:

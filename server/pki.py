@@ -55,6 +55,16 @@ def new_server_certificate(authority: Issued, hosts: tuple[str, ...]) -> Issued:
     return Issued(certificate, _key_pem(key))
 
 
+def renewed_server_certificate(authority: Issued, certificate_pem: bytes) -> bytes:
+    """The server's certificate over the same key and names, from today on."""
+    old = x509.load_pem_x509_certificate(certificate_pem)
+    key = old.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    name = str(old.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    return _leaf(authority, name, key, ExtendedKeyUsageOID.SERVER_AUTH, names)
+
+
 def sign_request(authority: Issued, request_pem: bytes, *, lab: str) -> bytes:
     """A client certificate for ``lab`` over the key of its signing request.
 

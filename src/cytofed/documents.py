@@ -38,6 +38,8 @@ LABEL_START = "cytofed/1/start"
 LABEL_ENROL = "cytofed/1/enrol"
 LABEL_ENROLLED = "cytofed/1/enrolled"
 LABEL_LEAVE = "cytofed/1/leave"
+LABEL_RENEW = "cytofed/1/renew"
+LABEL_RENEWED = "cytofed/1/renewed"
 LABEL_END = "cytofed/1/end"
 
 Verdict = Literal["approved", "rejected"]
