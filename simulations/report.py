@@ -33,7 +33,7 @@ from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
 from cytofed.metrics import spread
 from cytofed.plan import Plan, dump_plan, load_plan
-from cytofed.privacy.accounting import SubsampledGaussian, price
+from cytofed.privacy.accounting import SubsampledGaussian, price, shown
 
 MANY_ROWS = 30
 """Longer tables show only their first or worst rows and count the rest."""
@@ -215,6 +215,8 @@ def _headline(run: Run) -> str:
     notes = [str(w) for w in summary.get("warnings") or []]
     if summary.get("status") != "completed":
         notes.insert(0, _why_not_completed(run))
+    if (summary.get("scores") or {}).get("noised"):
+        notes.append("All scores are released scores: computed from counts with noise.")
     boxes = "".join(f'<p class="warning">{escape(n)}</p>' for n in notes)
     return (
         f'<p class="status {_token(status)}">{escape(status)}</p>'
@@ -282,8 +284,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if privacy.get("unit", "none") == "none":
         tiles.append(("privacy", "none", "not differentially private"))
     else:
-        note = f"at delta {_number(privacy.get('delta'))}, per {_unit(run)}"
-        tiles.append(("epsilon", _number(privacy.get("epsilon")), note))
+        note = f"at delta {_number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove"
+        tiles.append(("epsilon", _epsilon(_whole(privacy)), note))
     timing = summary.get("timing") or {}
     if timing.get("wall_s") is not None:
         tiles.append(("time", _duration(timing["wall_s"]), f"{summary.get('rounds', 0)} rounds"))
@@ -460,7 +462,10 @@ def _labs(run: Run) -> str:
     labs: Json = summary.get("labs") or {}
     if not labs:
         if summary.get("global") and run.plan.privacy.unit != "none":
-            text = "Scores per lab are off: under differential privacy they would cost budget."
+            text = (
+                "Scores per lab are off (evaluation.per_lab is false): under differential privacy "
+                "only the sum over labs is told, with noise."
+            )
             return _section("Labs", f"<p>{text}</p>")
         return ""
     baselines = summary.get("baselines") or {}
@@ -630,10 +635,25 @@ def _privacy(run: Run) -> str:
         parts.append(
             _warning("The patients are pseudo-patients: this epsilon protects no real person.")
         )
+    if str(privacy.get("noise", "")).startswith("seeded"):
+        parts.append(
+            _warning(
+                "The noise of this simulation is seeded, so that it can be repeated: whoever knows "
+                "the seed can take it off. Epsilon is what the same plan gives in a deployment."
+            )
+        )
     claim = (
-        f"epsilon {_number(privacy.get('epsilon'))} at delta {_number(privacy.get('delta'))}, per "
+        f"epsilon {_epsilon(_whole(privacy))} at delta {_number(privacy.get('delta'))}, per "
         f"{_unit(run)}, add-or-remove"
     )
+    scores = privacy.get("evaluation")
+    spent = "It is for training; no scores were paid for."
+    if scores:
+        spent = (
+            f"It is for all that a lab tells: training alone costs {_epsilon(privacy)}, the "
+            f"{_number(scores.get('releases'))} releases of noised scores alone "
+            f"{_epsilon(scores)} (sigma {_number(scores.get('sigma'))})."
+        )
     how = (
         f"Noise of {_number(privacy.get('sigma'))} times the clipping norm is added at each lab, "
         f"{_number(privacy.get('steps'))} steps, sampling rate "
@@ -647,15 +667,43 @@ def _privacy(run: Run) -> str:
     )
     labs = privacy.get("labs") or {}
     worst = sorted(labs, key=lambda lab: (-(labs[lab].get("epsilon") or math.inf), lab))
-    shown = worst if len(worst) <= MANY_ROWS else worst[:FEW_ROWS]
-    rows = [[lab, _number(labs[lab].get("epsilon"))] for lab in shown]
+    listed = worst if len(worst) <= MANY_ROWS else worst[:FEW_ROWS]
+    rows = [[lab, _epsilon(labs[lab])] for lab in listed]
     table = _scroll(_table(["lab", "epsilon"], rows, texts=1)) if rows else ""
-    if len(labs) > len(shown):
-        table += f"<p>The {len(shown)} largest of {len(labs):,}.</p>"
-    parts.append(f'<p class="claim">{escape(claim)}</p><p>{escape(how)} {together}</p>{table}')
+    if len(labs) > len(listed):
+        table += f"<p>The {len(listed)} largest of {len(labs):,}.</p>"
+    text = f"{escape(spent)} {escape(how)} {together}"
+    parts.append(f'<p class="claim">{escape(claim)}</p><p>{text}</p>{table}')
+    parts.append(_released(run))
     parts.append(_accuracy_against_epsilon(run))
     parts.append(f"<p>{anonymous} Epsilon bounds how much.</p>")
     return _section("Privacy", "".join(parts))
+
+
+def _released(run: Run) -> str:
+    """Scores as labs let them out, beside the exact ones that only a simulation has."""
+    released = run.summary.get("released")
+    if not released:
+        return ""
+    exact = run.summary.get("global") or {}
+    lead = (
+        "Released scores are what a deployment would see: computed from the counts of "
+        f"{_number(released.get('labs'))} labs, with noise of standard deviation "
+        f"{_number(released.get('noise_sd'))} on each count. All other scores of this page are "
+        "exact, and stay in the simulation."
+    )
+    if released.get("missing"):
+        return f"<p>{escape(lead)} Here there are none: {escape(str(released['missing']))}.</p>"
+    names = {
+        "macro_f1": "macro F1",
+        "balanced_accuracy": "balanced accuracy",
+        "accuracy": "accuracy",
+        "weighted_f1": "weighted F1",
+    }
+    rows = [
+        [name, _score(released.get(key)), _score(exact.get(key))] for key, name in names.items()
+    ]
+    return f"<p>{escape(lead)}</p>" + _scroll(_table(["", "released", "exact"], rows, texts=1))
 
 
 def _accuracy_against_epsilon(run: Run) -> str:
@@ -682,10 +730,10 @@ def _accuracy_against_epsilon(run: Run) -> str:
         this = Neighbour("this run", privacy.get("epsilon"), spent[-1][0], score)
         ends = sorted((this, *run.neighbours), key=lambda n: (n.epsilon or math.inf, n.name))
         rows = [
-            [n.name, _number(n.epsilon), _number(n.by_rdp), f"{n.macro_f1:.3f}"]
+            [n.name, _shown(n.epsilon), _shown(n.by_rdp), f"{n.macro_f1:.3f}"]
             for n in ends[:MANY_ROWS]
         ]
-        table = _scroll(_table(["run", "epsilon", "by RDP", "macro F1"], rows, texts=1))
+        table = _scroll(_table(["run", "epsilon of training", "by RDP", "macro F1"], rows, texts=1))
         table += "<p>A dash: without differential privacy.</p>" if levels else ""
     picture = _figure(figure, "epsilon", "macro F1 against epsilon", caption)
     return f'<div class="grid">{picture}<div>{table}</div></div>'
@@ -775,6 +823,24 @@ def _unit(run: Run) -> str:
     unit = str((run.summary.get("privacy") or {}).get("unit", "none"))
     pseudo = (run.summary.get("partition") or {}).get("pseudo_patients")
     return "pseudo-patient" if unit == "patient" and pseudo else unit
+
+
+def _whole(privacy: Json) -> Json:
+    """What the object ``privacy`` of a summary promises for all that left: scores too."""
+    whole: Json = privacy.get("total") or privacy
+    return whole
+
+
+def _epsilon(guarantee: Json) -> str:
+    return _shown(guarantee.get("epsilon"))
+
+
+def _shown(epsilon: float | None) -> str:
+    return "–" if epsilon is None else shown(epsilon)
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _interval(ends: Sequence[float | None] | None) -> str:
@@ -1066,7 +1132,9 @@ def _privacy_line(summary: Json) -> str:
         return "privacy  none: this model is not differentially private"
     pseudo = (summary.get("partition") or {}).get("pseudo_patients")
     who = "pseudo-patient" if unit == "patient" and pseudo else unit
-    return (
-        f"privacy  epsilon {_number(privacy.get('epsilon'))} at delta "
-        f"{_number(privacy.get('delta'))}, per {who}, add-or-remove"
+    whole = _whole(privacy)
+    line = (
+        f"privacy  epsilon {_epsilon(whole)} at delta {_number(privacy.get('delta'))}, per {who}, "
+        "add-or-remove"
     )
+    return line + (", training and scores" if privacy.get("evaluation") else "")

@@ -100,6 +100,31 @@ def test_epsilon_stands_with_delta_unit_and_adversary() -> None:
     assert "not anonymous by itself" in text
 
 
+def test_scores_that_were_paid_for_are_part_of_the_epsilon() -> None:
+    summary = private("patient")
+    summary["privacy"] |= {"total": {"epsilon": 8.4101}, "evaluation": {"releases": 3}}
+    text = section(model_card(summary, PLAN), "Privacy")
+    assert "epsilon 8.42 at delta 0.001" in text, "rounded up"
+    assert "3 releases of noised scores; training alone: epsilon 7.96" in text
+
+
+def test_noise_of_a_simulation_is_said_to_protect_nobody() -> None:
+    summary = private("patient")
+    assert "protects nobody" not in model_card(summary, PLAN)
+    summary["privacy"]["noise"] = "seeded: this run can be repeated, so it protects nobody"
+    assert "protects nobody" in section(model_card(summary, PLAN), "Privacy")
+
+
+def test_exact_and_released_scores_are_told_apart() -> None:
+    assert section(model_card(made_summary(), PLAN), "Results").startswith("Results On held-out")
+    released = private("patient", released={"macro_f1": 0.4321})
+    text = section(model_card(released, PLAN), "Results")
+    assert text.startswith("Results Exact scores")
+    assert "macro F1 0.432" in text
+    deployed = private("patient", scores={"noised": True})
+    assert section(model_card(deployed, PLAN), "Results").startswith("Results Released scores")
+
+
 def test_pseudo_patients_are_never_called_patients() -> None:
     partition = made_summary()["partition"] | {"pseudo_patients": True}
     text = section(model_card(private("patient", partition=partition), PLAN), "Privacy")

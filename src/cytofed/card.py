@@ -5,6 +5,7 @@ It is written from the run's summary and plan, for whoever gets the model withou
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -154,8 +155,8 @@ def _results(summary: Mapping[str, Any]) -> str:
     lines = ["## Results", ""]
     images = f" ({scores['images']:,})" if scores.get("images") else ""
     lines += [
-        f"On held-out images{images} of the same labs. Macro: mean over classes with test images. "
-        "Tolerant: a confusion of neighbouring maturation stages counts as right (Matek et al. "
+        f"{_told(summary)}On held-out images{images} of the same labs. Macro: mean over classes "
+        "with test images. Tolerant: a confusion of neighbouring maturation stages counts as right (Matek et al. "
         "2021).",
         "",
         "| score | value |",
@@ -178,6 +179,19 @@ def _results(summary: Mapping[str, Any]) -> str:
                 f"| {s['f1']:.2f} | {last} |"
             )
     return "\n".join(lines)
+
+
+def _told(summary: Mapping[str, Any]) -> str:
+    """Whether scores are exact or released, where a plan is private."""
+    if (summary.get("privacy") or {}).get("unit", "none") == "none":
+        return ""
+    if (summary.get("scores") or {}).get("noised"):
+        return "Released scores: computed from counts with noise, which chance moves. "
+    text = "Exact scores, which a simulation may tell and a deployment does not. "
+    released = summary.get("released") or {}
+    if released.get("macro_f1") is not None:
+        text += f"Released scores, with noise, give macro F1 {released['macro_f1']:.3f}. "
+    return text
 
 
 def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
@@ -205,10 +219,12 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
         if plan.patients == "may_overlap"
         else "This assumes that no two labs hold images of the same patient."
     )
+    evaluation = privacy.get("evaluation")
+    whole = privacy.get("total") or privacy
     lines = [
         "## Privacy",
         "",
-        f"**Differentially private: epsilon {_number(privacy.get('epsilon'))} at delta "
+        f"**Differentially private: epsilon {_epsilon(whole)} at delta "
         f"{_number(privacy.get('delta'))}, per {who}, add-or-remove.** It holds against whoever "
         "sees a lab's updates or this model: the coordinator, other labs, users of the model. It "
         "bounds how much better they can tell whether one "
@@ -220,6 +236,16 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
         f"- {overlap}",
         f"- {sums}",
     ]
+    if evaluation:
+        lines.append(
+            f"- That is for training and for {_number(evaluation.get('releases'))} releases of "
+            f"noised scores; training alone: epsilon {_epsilon(privacy)}"
+        )
+    if str(privacy.get("noise", "")).startswith("seeded"):
+        lines.append(
+            "- The noise of this simulation is seeded: whoever knows the seed can take it off, so "
+            "this very model protects nobody. The epsilon is that of the same plan in a deployment"
+        )
     if unit == "image":
         lines.append("- The unit is one image: a patient with many images is protected far less")
     if pseudo:
@@ -285,6 +311,12 @@ def _labs_text(summary: Mapping[str, Any]) -> str:
         labs.update(entry.get("expected") or [])
     labs = labs or set(summary.get("labs") or [])
     return f"{len(labs):,} lab{'s' if len(labs) != 1 else ''}" if labs else "labs"
+
+
+def _epsilon(guarantee: Mapping[str, Any]) -> str:
+    """Two decimals, rounded up: a printed epsilon must not be below the true one."""
+    epsilon = guarantee.get("epsilon")
+    return "–" if epsilon is None else f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
 
 
 def _number(value: object) -> str:

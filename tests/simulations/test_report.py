@@ -303,6 +303,33 @@ def test_epsilon_is_never_shown_without_delta_and_unit(tmp_path: Path) -> None:
     assert "Not differentially private" not in text
 
 
+def test_scores_that_were_paid_for_are_shown_as_released_and_part_of_epsilon(
+    tmp_path: Path,
+) -> None:
+    folder = made_run(tmp_path / "run", unit="patient", drawn=False)
+    privacy = json.loads((folder / "summary.json").read_text())["privacy"] | {
+        "evaluation": {"epsilon": 1.2, "releases": 3, "sigma": 40.0},
+        "total": {"epsilon": 8.4101},
+        "noise": "seeded: this run can be repeated, so it protects nobody",
+    }
+    told = {"labs": 4, "noise_sd": 81.5, "macro_f1": 0.4321, "accuracy": 0.5}
+    page = _Page(write_report(change(folder, privacy=privacy, released=told)).read_text())
+    for words in (
+        "epsilon 8.42 at delta 0.001, per patient, add-or-remove",
+        "training alone costs 7.96, the 3 releases of noised scores alone 1.20",
+        "noise of standard deviation 81.5",
+        "0.432",
+        "is seeded",
+    ):
+        assert words in page.text
+    assert (
+        "epsilon 8.42 at delta 0.001, per patient, add-or-remove, training and scores"
+        in printed(json.loads((folder / "summary.json").read_text()))
+    )
+    deployed = change(folder, released=None, scores={"noised": True})
+    assert "All scores are released scores" in _Page(write_report(deployed).read_text()).text
+
+
 def private_run(folder: Path, **privacy: Any) -> Path:
     """A run of a private plan with these settings, on the same data as every other."""
     made_run(folder, rounds=3, unit="patient", drawn=False)
