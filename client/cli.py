@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from cytofed.console import note, say
-from cytofed.errors import InputError, VerificationError
+from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 
 _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -121,6 +121,9 @@ def status(folder: Path, as_json: bool) -> int:
         _print_json(found)
         return 0
     say(f"{membership.lab} in {membership.federation}: {said.get('text', 'never started')}")
+    if said:
+        at = f", round {said['round']} of run {said['run']}" if said["run"] else ""
+        say(f"since {said['at']}, cytofed {said['version']}{at}")
     say(f"coordinator {membership.fingerprint}")
     say(f"this lab    {directory.identity().public.fingerprint}")
     return 0
@@ -224,8 +227,10 @@ def resume(folder: Path) -> int:
 @client.command()
 @_folder
 def leave(folder: Path) -> int:
-    """Leave the federation. Nothing of the lab's is deleted."""
+    """Leave the federation and tell the coordinator. Nothing of the lab's is deleted."""
     from cytofed.client.directory import ClientDirectory
+    from cytofed.client.egress import EgressLog, LogInUse
+    from cytofed.client.fleet import tell_leave
     from cytofed.client.policy import open_ledger
 
     directory = ClientDirectory.open(folder)
@@ -233,7 +238,20 @@ def leave(folder: Path) -> int:
     with open_ledger(directory.settings()) as book:
         directory.plans().left(book)
     say("left; keys, ledger, logs and models stay here")
-    say("tell the coordinator, who revokes this lab's certificate")
+    try:
+        with EgressLog(directory.egress, directory.identity()) as log:
+            tell_leave(directory, log)
+    except LogInUse:
+        say("the daemon tells the coordinator, and ends")
+    except RefusedError:
+        say("the coordinator does not know this lab any more")
+    except CytofedError as error:
+        raise CytofedError(
+            f"this lab has left, and the coordinator could not be told: {error.message}",
+            hint=f"cytofed client leave {folder}, again when it can be reached",
+        ) from None
+    else:
+        say("the coordinator knows")
     return 0
 
 

@@ -30,7 +30,7 @@ from cytofed.client.egress import (
     fields_of,
     public_reason,
 )
-from cytofed.client.fleet import Answer, FleetLink
+from cytofed.client.fleet import Answer, FleetLink, tell_leave
 from cytofed.client.opening import LimitedBudget, open_images, open_lab, parameters_of
 from cytofed.client.outbox import Outbox, SameBytes
 from cytofed.client.policy import Entry, ledger_federation, open_ledger, refuse_cohort
@@ -77,6 +77,7 @@ class Daemon:
         self._coordinator = directory.coordinator()
         self._plans = directory.plans()
         self._said = ""
+        self._at = ("", 0)
         self._open: _OpenRun | None = None
         self._app = lab_app(self._lab)
 
@@ -102,17 +103,17 @@ class Daemon:
             except KeyboardInterrupt:
                 link.stop()
             finally:
-                self._directory.say("stopped", online=False)
+                self._directory.say("stopped", online=False, at=self._at)
 
     def _say(self, text: str, online: bool) -> None:
         if text != self._said:
             self._said = text
-            self._directory.say(text, online=online)
+            self._directory.say(text, online=online, at=self._at)
             self._note(text)
 
     def _idle(self) -> None:
         if self._directory.left:
-            self._note("this lab has left the federation")
+            self._tell_leave()
             raise KeyboardInterrupt
         waiting = [e.plan_sha256[:12] for e in self._plans.entries() if e.state == "waiting"]
         if self._directory.paused:
@@ -121,6 +122,14 @@ class Daemon:
             self._say(f"connected, plan {', '.join(waiting)} waits for approval", True)
         else:
             self._say("connected, waiting for work", True)
+
+    def _tell_leave(self) -> None:
+        try:
+            tell_leave(self._directory, self._egress)
+        except CytofedError as error:
+            self._note(f"this lab has left; the coordinator was not told: {error.message}")
+        else:
+            self._note("this lab has left the federation, and the coordinator knows")
 
     # --- answers
 
@@ -262,6 +271,7 @@ class Daemon:
             self._outbox.again(kept)
             sealed = Sealed.from_bytes(kept.sealed)
             return Answer(self._parcel(parcel, kind, sealed), sent=self._settling(offer, order))
+        self._at = (order.run, order.round)
         self._say(f"{kind} for run {order.run}, round {order.round}", True)
         self._open_run(offer, parcel)
         return self._sealed(offer, parcel, kind, self._ask_app(order_message), (mine, order))

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from cytofed import __version__
 from cytofed.client.egress import EgressLog, Outgoing, fields_of
 from cytofed.client.policy import PlanBook
 from cytofed.client.settings import Settings, fresh_yaml, load_settings
@@ -145,9 +146,17 @@ class ClientDirectory:
     def leave(self) -> None:
         write_atomically(self.root / "left", _now())
 
-    def say(self, text: str, *, online: bool) -> None:
-        """The daemon's one line: what it does or waits for."""
-        kept = {"at": _now(), "text": text, "online": online, "pid": os.getpid()}
+    def say(self, text: str, *, online: bool, at: tuple[str, int]) -> None:
+        """The daemon's one line: what it does or waits for. ``at``: the latest run and round."""
+        kept = {
+            "at": _now(),
+            "text": text,
+            "online": online,
+            "pid": os.getpid(),
+            "version": __version__,
+            "run": at[0],
+            "round": at[1],
+        }
         write_atomically(self.root / "status.json", json.dumps(kept))
 
     def said(self) -> Mapping[str, Any]:

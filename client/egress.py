@@ -22,6 +22,8 @@ too (``egress.head``): a log that was cut short, or an old one put back, is shor
 
 ::
 
+    CytofedError
+    `- LogInUse                  another process writes it
     RefusedError
     `- EgressRefused             a message or field that is not on the list; nothing left
     VerificationError
@@ -145,6 +147,10 @@ class EgressAltered(VerificationError):
 
 class EgressMissing(VerificationError):
     """There is no log, or one that is older than what left."""
+
+
+class LogInUse(CytofedError):
+    """Another process writes this log."""
 
 
 @dataclass(frozen=True)
@@ -514,7 +520,7 @@ class EgressLog:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CytofedError(
+            raise LogInUse(
                 f"the egress log {self.path} is in use by another process",
                 hint="one `cytofed client start` a directory: stop the other one",
             ) from None

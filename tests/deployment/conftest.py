@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+FAULTY = Path(__file__).with_name("faulty.py")
+
 PATIENCE_S = 180.0
 """how long anything may take on a machine that is busy with other things"""
 
@@ -70,12 +72,16 @@ class Federation:
         assert done.returncode == code, f"{command}: {done.returncode} {done.stderr[-2000:]}"
         return done.stdout
 
-    def start(self, who: str) -> subprocess.Popen[bytes]:
-        """A process in the background: the coordinator, or a lab by name."""
+    def start(self, who: str, *faults: str, home: Path | None = None) -> subprocess.Popen[bytes]:
+        """A process in the background: the coordinator, or a lab by name.
+
+        ``faults``: planted in it, see faulty.py. ``home``: its directory, if not of its name.
+        """
         group = "server" if who == "coordinator" else "client"
+        command = [str(FAULTY), *faults, "--"] if faults else ["-m", "cytofed.cli"]
         with (self.root / f"{who}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cytofed.cli", group, "start", str(self.root / who)],
+                [sys.executable, *command, group, "start", str(home or self.root / who)],
                 env=self.environment(who),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,113 @@
+"""``python faulty.py FAULT ... -- ARGS``: the cytofed command with faults planted in its process.
+
+::
+
+    kill:MODULE:NAME:before|after:N    SIGKILL when NAME is called for the Nth time, or returns
+    sleep:MODULE:NAME:SECONDS          every call of NAME takes so much longer
+    clock:SECONDS                      the clock that signs requests is off by so much
+    stumble:N                          the coordinator answers every Nth request with HTTP 500
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+
+def replace(place: str, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Put ``wrap`` around what ``name`` (dotted for methods) of module ``place`` calls."""
+    owner: Any = importlib.import_module(place)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, last, wrap(getattr(owner, last)))
+
+
+def kill(place: str, name: str, when: str, number: str) -> None:
+    calls = itertools.count(1)
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            now = next(calls) == int(number)
+            if now and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            found = original(*args, **kwargs)
+            if now:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        return wrapped
+
+    replace(place, name, wrap)
+
+
+def sleep(place: str, name: str, seconds: str) -> None:
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(float(seconds))
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    replace(place, name, wrap)
+
+
+def clock(seconds: str) -> None:
+    off = timedelta(seconds=float(seconds))
+    replace("flwr.supernode.node_auth_http_interceptor", "now", lambda now: lambda: now() + off)
+
+
+def stumble(number: str) -> None:
+    from starlette.responses import PlainTextResponse
+
+    requests = itertools.count(1)
+
+    def middleware(app: Any) -> Any:
+        async def stumbling(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http" and next(requests) % int(number) == 0:
+                app_ = PlainTextResponse("internal error", status_code=500)
+                await app_(scope, receive, send)
+            else:
+                await app(scope, receive, send)
+
+        return stumbling
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def new_app(*args: Any, **kwargs: Any) -> Any:
+            made = original(*args, **kwargs)
+            made.add_middleware(middleware)  # the last one added is the outermost
+            return made
+
+        return new_app
+
+    replace("cytofed.server.fleet", "Fleet.app", wrap)
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    "kill": kill,
+    "sleep": sleep,
+    "clock": clock,
+    "stumble": stumble,
+}
+
+
+if __name__ == "__main__":
+    end = sys.argv.index("--")
+    for fault in sys.argv[1:end]:
+        kind, *arguments = fault.split(":")
+        FAULTS[kind](*arguments)
+    sys.argv[1:] = sys.argv[end + 1 :]
+    from cytofed.cli import main
+
+    main()
