@@ -156,8 +156,8 @@ def _results(summary: Mapping[str, Any]) -> str:
     images = f" ({scores['images']:,})" if scores.get("images") else ""
     lines += [
         f"{_told(summary)}On held-out images{images} of the same labs. Macro: mean over classes "
-        "with test images. Tolerant: a confusion of neighbouring maturation stages counts as right (Matek et al. "
-        "2021).",
+        "with test images. Tolerant: a confusion of neighbouring maturation stages counts as right "
+        "(Matek et al. 2021).",
         "",
         "| score | value |",
         "|---|---:|",
