@@ -2,7 +2,8 @@
 
 A word is uint32 (ring 2^32) or uint16 (ring 2^16), little-endian. A mask's key serves one vector
 only, so its counter starts at zero. The work goes chunk by chunk through all masks, so that a chunk
-of the vector stays in the processor's cache and memory grows by two chunks, not by a vector.
+of the vector stays in the processor's cache and memory grows by two chunks a thread, not by a
+vector.
 
 Shape legend: W words.
 """
@@ -10,14 +11,13 @@ Shape legend: W words.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from cytofed.arrays import in_shares
 from cytofed.errors import InputError
 
 Words = NDArray[np.uint32] | NDArray[np.uint16]
@@ -34,25 +34,19 @@ class Mask:
     sign: int
 
 
-def add_masks(words_W: Words, masks: Sequence[Mask], *, threads: int = 1) -> None:
-    """Add every mask to ``words_W`` in place, modulo the ring.
+def add_masks(words_W: Words, masks: Sequence[Mask]) -> None:
+    """Add every mask to ``words_W`` in place, modulo the ring; shares of it side by side.
 
     Extra memory: 256 KiB a thread. Raises InputError for another dtype or layout.
     """
     check_words(words_W)
-    count = -(-words_W.nbytes // CHUNK_BYTES)
-    bounds = [CHUNK_BYTES * (count * part // threads) for part in range(threads + 1)]
-    bounds[-1] = words_W.nbytes
-    spans = [(a, b) for a, b in pairwise(bounds) if a < b]
-    if len(spans) == 1:
-        _add_span(words_W, masks, 0, words_W.nbytes)
-        return
-    with ThreadPoolExecutor(threads) as pool:  # the cipher and numpy release the lock
-        list(pool.map(lambda span: _add_span(words_W, masks, *span), spans))
+    # The cipher and numpy release the interpreter's lock.
+    in_shares(lambda share: add_to_share(words_W, masks, share), len(words_W))
 
 
-def _add_span(words_W: Words, masks: Sequence[Mask], start: int, end: int) -> None:
-    """Bytes ``start`` (a multiple of the chunk) to ``end`` of the vector."""
+def add_to_share(words_W: Words, masks: Sequence[Mask], share: slice) -> None:
+    """The same for the words of ``share`` alone, whose start is a multiple of 8 (a block)."""
+    start, end = share.start * words_W.itemsize, share.stop * words_W.itemsize
     counter = (start // _BLOCK_BYTES).to_bytes(_BLOCK_BYTES, "big")
     streams = [Cipher(algorithms.AES(mask.key), modes.CTR(counter)).encryptor() for mask in masks]
     itemsize = words_W.dtype.itemsize

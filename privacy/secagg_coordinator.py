@@ -321,8 +321,6 @@ def unmask(
     poll: Poll,
     total_W: Words,
     revealed: Mapping[str, Mapping[str, bytes]],
-    *,
-    threads: int = 1,
 ) -> None:
     """Take all masks off the ring sum of the survivors' vectors, in place.
 
@@ -370,7 +368,7 @@ def unmask(
             for peer in survivors:
                 public = cut(announcement.publics[peer], KEY_BYTES, row)
                 masks.append(place.pair_mask(secret, public, index[dealer], index[peer]))
-    add_masks(total_W, masks, threads=threads)
+    add_masks(total_W, masks)
 
 
 def _taken_off(mask: Mask) -> Mask:

@@ -261,7 +261,6 @@ def mask(
     round: int,
     slot: int,
     model_sha256: str,
-    threads: int = 1,
 ) -> LabState:
     """Mask a vector of ring words in place, using up ``slot``; returns the state to save first.
 
@@ -293,7 +292,7 @@ def mask(
         if peer != state.lab:
             public = cut(state.publics[peer], KEY_BYTES, row)
             masks.append(place.pair_mask(key, public, own, state.order.index(peer) + 1))
-    add_masks(words_W, masks, threads=threads)
+    add_masks(words_W, masks)
     new_round = round != state.round
     return replace(
         state,

@@ -247,9 +247,7 @@ def test_weights_travel_in_the_masked_vector() -> None:
     states = dict(stage.states)
     for name in survivors:
         words_W = encode(updates[name], encoding, rng=rng, weight=weights[name]).words_W
-        states[name] = lab.mask(
-            states[name], words_W, round=1, slot=0, model_sha256=MODEL, threads=2
-        )
+        states[name] = lab.mask(states[name], words_W, round=1, slot=0, model_sha256=MODEL)
         add_words(total_W, words_W)
     stage = replace(stage, states=states, total_W=total_W, masked=dict.fromkeys(survivors, total_W))
     total_W = unmasked(revealed(agreed(polled(stage))))

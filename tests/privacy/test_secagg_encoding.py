@@ -139,12 +139,15 @@ def test_a_mask_and_its_opposite_cancel(dtype: type, count: int) -> None:
     assert np.array_equal(words_W, np.arange(count).astype(dtype))
 
 
-def test_threads_change_nothing() -> None:
-    one_W, three_W = np.zeros(400_001, np.uint32), np.zeros(400_001, np.uint32)
+@pytest.mark.parametrize("dtype", [np.uint32, np.uint16])
+def test_shares_side_by_side_are_the_masks_in_one_go(dtype: type) -> None:
+    count = 3 * (1 << 19) + 1  # four shares, the last of one word alone
+    whole_W: Words = np.zeros(count, dtype)
+    shared_W: Words = np.zeros(count, dtype)
     many = [Mask(os.urandom(32), 1), Mask(os.urandom(32), -1)]
-    add_masks(one_W, many)
-    add_masks(three_W, many, threads=3)
-    assert np.array_equal(one_W, three_W)
+    masks.add_to_share(whole_W, many, slice(0, count))
+    add_masks(shared_W, many)
+    assert np.array_equal(whole_W, shared_W)
 
 
 def test_masking_needs_no_memory_of_the_vectors_size() -> None:
@@ -154,7 +157,7 @@ def test_masking_needs_no_memory_of_the_vectors_size() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.25 * words_W.nbytes
-    assert peak < 3 * masks.CHUNK_BYTES + 100_000
+    assert peak < 4 * 3 * masks.CHUNK_BYTES + 100_000  # four threads at most
 
 
 def test_vectors_that_cannot_be_masked_in_place_are_refused() -> None:
