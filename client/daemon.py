@@ -8,10 +8,12 @@ the disk, and in the egress log, before its first byte leaves.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -37,7 +39,7 @@ from cytofed.client.policy import Entry, ledger_federation, open_ledger, refuse_
 from cytofed.client.secure import SecureLab
 from cytofed.client.states import SealedStates
 from cytofed.documents import Decision, Offer, Start, secure_cohort
-from cytofed.errors import CytofedError, RefusedError, VerificationError
+from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.messages import (
     BadMessage,
@@ -97,19 +99,34 @@ class Daemon:
                 self._directory.root / "outbox", self._directory.storage_key(), egress
             )
             threading.Thread(target=_warm_up, daemon=True, name="warm-up").start()
-            link = FleetLink(self._directory, egress, self._say)
             try:
-                link.work(self._respond, idle=self._idle)
+                while not self._worked(FleetLink(self._directory, egress, self._say)):
+                    time.sleep(settings.timeouts.retry_max_s)
             except KeyboardInterrupt:
-                link.stop()
+                pass
             finally:
-                self._directory.say("stopped", online=False, at=self._at)
+                self._say("stopped", False)
+
+    def _worked(self, link: FleetLink) -> bool:
+        """Answer until told to end; False where a full disk or the like has to be mended first."""
+        try:
+            link.work(self._respond, idle=self._idle)
+            return True
+        except (InputError, RefusedError, VerificationError):
+            raise  # these need a person
+        except (CytofedError, OSError) as error:
+            told = error.message if isinstance(error, CytofedError) else str(error)
+            self._say(f"waiting: {told}; trying again", False)
+            return False
+        finally:
+            link.stop()
 
     def _say(self, text: str, online: bool) -> None:
         if text != self._said:
             self._said = text
-            self._directory.say(text, online=online, at=self._at)
             self._note(text)
+            with contextlib.suppress(OSError):  # a full disk; it stands in the log
+                self._directory.say(text, online=online, at=self._at)
 
     def _idle(self) -> None:
         if self._directory.left:
@@ -319,6 +336,7 @@ class Daemon:
         )
         travelling = self._parcel(parcel, kind, sealed)
         if kept is None:
+            self._egress.check(outgoing)  # what may not leave becomes a refusal here
             return Answer(travelling, outgoing=outgoing)
         mine, order = kept
         self._outbox.put(mine, data, outgoing)

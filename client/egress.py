@@ -473,23 +473,27 @@ class EgressLog:
         for head in self._ledger_heads:
             book.check_head(head)
 
-    def record(self, message: Outgoing) -> Record:
-        """Write a message down; it may leave when this returns.
-
-        Errors: EgressRefused for what is not on the list or is over the bytes of a round;
-        CytofedError when the log cannot be written.
-        """
+    def check(self, message: Outgoing) -> None:
+        """Errors: EgressRefused for what is not on the list or is over the bytes of a round."""
         check_outgoing(message)
         with self._lock:
             sent = self._sent.get((message.run, message.round), {})
-            again = message.sha256 in sent
-            total = sum(sent.values()) + (0 if again else message.nbytes)
-            if message.run and self._max_bytes is not None and total > self._max_bytes:
-                raise EgressRefused(
-                    f"round {message.round} of run {message.run} would send {total} bytes, over "
-                    f"limits.max_bytes_per_round={self._max_bytes}",
-                    hint="raise the limit in client.yaml, or ask for a plan with a smaller model",
-                )
+            total = sum(sent.values()) + (0 if message.sha256 in sent else message.nbytes)
+        if message.run and self._max_bytes is not None and total > self._max_bytes:
+            raise EgressRefused(
+                f"round {message.round} of run {message.run} would send {total} bytes, over "
+                f"limits.max_bytes_per_round={self._max_bytes}",
+                hint="raise the limit in client.yaml, or ask for a plan with a smaller model",
+            )
+
+    def record(self, message: Outgoing) -> Record:
+        """Write a message down; it may leave when this returns.
+
+        Errors: as ``check``; CytofedError when the log cannot be written.
+        """
+        with self._lock:
+            self.check(message)
+            again = message.sha256 in self._sent.get((message.run, message.round), {})
             rows: list[tuple[Kind, dict[str, Any]]] = []
             if self._routine:
                 rows.append(("routine", self._settled(allowed=ROUTINE_ALLOWED)))
