@@ -17,7 +17,7 @@ from cytofed.messages import MAX_UPDATE, MAX_WEIGHT
 FRACTION_BITS = 30
 """One unit of the sum is 2^-30. MAX_UPDATE (2^8) times a total weight of 2^24 fits in int64."""
 
-_CHUNK = 1 << 15  # values at a time: the scratch arrays stay in the processor's cache
+_CHUNK = 1 << 16  # values at a time: the scratch array stays in the processor's cache
 
 _ROUNDING = 1.5 * 2.0**52
 _ROUNDING_BITS = np.array(_ROUNDING).view(np.int64)
@@ -81,9 +81,11 @@ def _scaled(total_P: npt.NDArray[np.int64], scale: float) -> Float32:
     mean_P = np.empty(len(total_P), np.float32)
 
     def divide(share: slice) -> None:
+        scratch = np.empty(_CHUNK, dtype=np.float64)
         for start in range(share.start, share.stop, _CHUNK):
             chunk = slice(start, min(start + _CHUNK, share.stop))
-            mean_P[chunk] = total_P[chunk] * scale
+            part = scratch[: chunk.stop - start]
+            mean_P[chunk] = np.multiply(total_P[chunk], scale, out=part)
 
     in_shares(divide, len(total_P))
     return mean_P

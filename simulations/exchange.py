@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import weakref
@@ -110,7 +111,11 @@ def _alive(pid: int) -> bool:
 
 
 class Slot:
-    """One file for the arrays of one content at a time."""
+    """One file for the arrays of one content at a time, seen by a process through one mapping.
+
+    Mapped once, and again where the file has grown: pages that are there are cheaper than new ones,
+    and a copy into them than a write through the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,12 +125,24 @@ class Slot:
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def view(self, size: int) -> memoryview:
-        """The first ``size`` bytes. Mapped once, and again where the file has grown."""
+    def room(self, size: int) -> memoryview:
+        """The first ``size`` bytes, to write. Errors: OSError where there is no space."""
         if self._map is None or len(self._map) < size:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                if os.fstat(file).st_size < size:
+                    if sys.platform == "linux":  # a hole would kill the process that writes to it
+                        os.posix_fallocate(file, 0, size)
+                    else:
+                        os.ftruncate(file, size)
+                self._map = mmap.mmap(file, 0)
+            finally:
+                os.close(file)
         return memoryview(self._map)[:size]
+
+    def view(self, size: int) -> memoryview:
+        """The first ``size`` bytes, which somebody has written."""
+        return self.room(size).toreadonly()
 
 
 class Slots:
@@ -163,24 +180,24 @@ class Slots:
         return _with_arrays(packed, whole.data)
 
 
-def pack(content: RecordDict, path: Path) -> Packed:
-    """Describe ``content``; large array data is written to ``path``, which may exist."""
+def pack(content: RecordDict, slot: Slot) -> Packed:
+    """Describe ``content``; large array data is written to ``slot``."""
     header = dict(cast(ConfigRecord, content["header"]))
     record = cast(ArrayRecord, content["parts"])
     arrays = tuple(
         (name, array.dtype, tuple(array.shape), array.stype, len(array.data))
         for name, array in record.items()
     )
-    if sum(row[-1] for row in arrays) <= _INLINE:
+    size = sum(row[-1] for row in arrays)
+    if size <= _INLINE:
         inline = b"".join(bytes(array.data) for array in record.values())
         return Packed(header, arrays, None, inline)
-    # Not truncated: pages that are there are cheaper than new ones.
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
-        for array in record.values():
-            view = memoryview(array.data)
-            while view:
-                view = view[file.write(view) :]
-    return Packed(header, arrays, str(path))
+    room, start = slot.room(size), 0
+    for array in record.values():
+        end = start + len(array.data)
+        room[start:end] = memoryview(array.data)
+        start = end
+    return Packed(header, arrays, str(slot.path))
 
 
 def unpack(packed: Packed) -> RecordDict:

@@ -291,7 +291,7 @@ class InProcessGrid(Grid):
         shared = self._contents.get(id(content))
         if shared is None:
             slot = self._slots.take()
-            packed = exchange.pack(content, slot.path)
+            packed = exchange.pack(content, slot)
             shared = _Content(packed, slot, next(self._numbers))
             self._contents[id(content)] = shared
         shared.open += 1

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,6 +49,8 @@ def serve(
             share = step.step / max(step.steps, 1)
             _send(connection, Step(order.run, node, order.round, share, step.loss))
 
+    # Mappings of the files that came back last; the grid hands out few, the last one first.
+    slot_of = lru_cache(maxsize=4)(lambda path: exchange.Slot(Path(path)))
     app: ClientApp | None = None
     cached: tuple[int, RecordDict | None] = (-1, None)
     while True:
@@ -71,7 +74,7 @@ def serve(
             message_id=task.message_id,
         )
         reply = app(message, Context(0, task.node, {"partition-id": task.node}, RecordDict(), {}))
-        _send(connection, _answer(task.message_id, reply, Path(task.reply_path)))
+        _send(connection, _answer(task.message_id, reply, slot_of(task.reply_path)))
 
 
 def _send(connection: Connection, value: Step | Answer) -> None:
@@ -81,10 +84,10 @@ def _send(connection: Connection, value: Step | Answer) -> None:
         os._exit(1)  # the grid is gone, and nobody is left to tell
 
 
-def _answer(message_id: str, reply: Message, path: Path) -> Answer:
+def _answer(message_id: str, reply: Message, slot: exchange.Slot) -> Answer:
     if reply.has_error():
         return Answer(message_id, None, (reply.error.code, reply.error.reason or ""))
-    return Answer(message_id, exchange.pack(reply.content, path))
+    return Answer(message_id, exchange.pack(reply.content, slot))
 
 
 def _end_with(parent: int) -> None:

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from cytofed.messages import RAW, array_of
 from cytofed.simulations import exchange
-from cytofed.simulations.exchange import Slots, open_folder, pack, unpack
+from cytofed.simulations.exchange import Slot, Slots, open_folder, pack, unpack
 
 LARGE = 1 << 16
 """float32 values that do not go through the pipe itself"""
@@ -56,7 +56,7 @@ def noise(size: int, seed: int = 0) -> npt.NDArray[np.float32]:
 )
 def test_content_comes_out_as_it_went_in(tmp_path: Path, parts: dict[str, Any]) -> None:
     content = content_of(**parts)
-    again = unpack(pack(content, tmp_path / "slot"))
+    again = unpack(pack(content, Slot(tmp_path / "slot")))
     assert again["header"] == content["header"]
     found = parts_of(again)
     assert list(found) == list(parts)
@@ -66,22 +66,22 @@ def test_content_comes_out_as_it_went_in(tmp_path: Path, parts: dict[str, Any]) 
 
 
 def test_only_large_content_takes_a_file(tmp_path: Path) -> None:
-    assert pack(content_of(weights=noise(100)), tmp_path / "small").path is None
-    assert pack(content_of(weights=noise(LARGE)), tmp_path / "large").path
+    assert pack(content_of(weights=noise(100)), Slot(tmp_path / "small")).path is None
+    assert pack(content_of(weights=noise(LARGE)), Slot(tmp_path / "large")).path
     assert [file.name for file in tmp_path.iterdir()] == ["large"]
 
 
 def test_a_file_is_used_again_for_a_shorter_content(tmp_path: Path) -> None:
-    pack(content_of(weights=noise(3 * LARGE)), tmp_path / "slot")
+    pack(content_of(weights=noise(3 * LARGE)), Slot(tmp_path / "slot"))
     short = noise(2 * LARGE, 1)
-    again = unpack(pack(content_of(weights=short), tmp_path / "slot"))
+    again = unpack(pack(content_of(weights=short), Slot(tmp_path / "slot")))
     assert np.array_equal(parts_of(again)["weights"], short)
 
 
 def test_a_slot_comes_back_only_when_nothing_looks_at_its_content(tmp_path: Path) -> None:
     slots = Slots(tmp_path, keep_bytes=1 << 30)
     slot = slots.take()
-    packed = pack(content_of(weights=noise(LARGE)), slot.path)
+    packed = pack(content_of(weights=noise(LARGE)), Slot(slot.path))
     part = parts_of(slots.lend(packed, slot))["weights"][5:10]
     other = slots.take()
     assert other is not slot
@@ -94,7 +94,7 @@ def test_a_slot_shows_what_was_written_last_also_where_that_is_longer(tmp_path: 
     slots = Slots(tmp_path, keep_bytes=1 << 30)
     for seed, size in enumerate([LARGE, LARGE, 4 * LARGE, 2 * LARGE]):
         slot = slots.take()
-        packed = pack(content_of(weights=noise(size, seed)), slot.path)
+        packed = pack(content_of(weights=noise(size, seed)), Slot(slot.path))
         assert np.array_equal(parts_of(slots.lend(packed, slot))["weights"], noise(size, seed))
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -105,7 +105,7 @@ def test_free_slots_keep_no_more_than_they_may(tmp_path: Path) -> None:
     contents = []
     for seed in range(6):
         slot = slots.take()
-        packed = pack(content_of(weights=noise(LARGE, seed)), slot.path)
+        packed = pack(content_of(weights=noise(LARGE, seed)), Slot(slot.path))
         contents.append(slots.lend(packed, slot))
     contents.clear()
     assert 0 < sum(file.stat().st_size for file in tmp_path.iterdir()) <= limit
