@@ -45,14 +45,14 @@ def augment(pixels_BHW3: Tensor, settings: Augment, generator: torch.Generator) 
     images_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(torch.float32) / 255.0
     moves = settings.flip or settings.rotate or settings.shift > 0 or settings.scale > 0
     if moves:
-        affine_B23 = _affine(draws_B12, settings).to(device)
-        images_B3HW = _resample(images_B3HW, affine_B23)
+        affine_B23 = affine(draws_B12, settings).to(device)
+        images_B3HW = resample(images_B3HW, affine_B23, images_B3HW.shape[2])
     if settings.stain > 0:
-        images_B3HW = _restain(images_B3HW, (settings.stain * normal_B23).to(device))
+        images_B3HW = restain(images_B3HW, (settings.stain * normal_B23).to(device))
     return images_B3HW
 
 
-def _affine(draws_B6: Tensor, settings: Augment) -> Tensor:
+def affine(draws_B6: Tensor, settings: Augment) -> Tensor:
     """Maps from output to input coordinates (both -1..1), (B, 2, 3)."""
     zero = torch.zeros_like(draws_B6[:, 0])
     angle_B = 2 * math.pi * draws_B6[:, 0] if settings.rotate else zero
@@ -69,9 +69,9 @@ def _affine(draws_B6: Tensor, settings: Augment) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def _resample(images_B3HW: Tensor, affine_B23: Tensor) -> Tensor:
-    height, width = images_B3HW.shape[2:]
-    x_W, y_H = _centres(width, affine_B23), _centres(height, affine_B23)
+def resample(images_B3HW: Tensor, affine_B23: Tensor, size_px: int) -> Tensor:
+    """The images seen through these maps, (B, 3, size_px, size_px)."""
+    x_W = y_H = _centres(size_px, affine_B23)
     # torch's affine_grid multiplies full grids; a sum of a row and a column is 5 times faster.
     row_B2W = affine_B23[:, :, 0, None] * x_W
     column_B2H = affine_B23[:, :, 1, None] * y_H + affine_B23[:, :, 2, None]
@@ -87,7 +87,7 @@ def _centres(count: int, like: Tensor) -> Tensor:
     return (2 * torch.arange(count, dtype=like.dtype, device=like.device) + 1) / count - 1
 
 
-def _restain(images_B3HW: Tensor, jitter_B23: Tensor) -> Tensor:
+def restain(images_B3HW: Tensor, jitter_B23: Tensor) -> Tensor:
     """``jitter_B23``: per image the changes of gain and offset of the three stains."""
     stains_33 = functional.normalize(torch.tensor(_STAINS, device=images_B3HW.device), dim=1)
     unmix_33 = torch.linalg.inv(stains_33)

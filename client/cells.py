@@ -78,6 +78,12 @@ class Cells:
         pairs = zip(self.source_N.tolist(), self.row_N.tolist(), strict=True)
         return [self.sources[number].listing.paths[row] for number, row in pairs]
 
+    def file_sha256(self) -> list[str]:
+        """Hex SHA-256 of each image's file."""
+        hashes = [open_cell_file(source.file).sha256_N32 for source in self.sources]
+        pairs = zip(self.source_N.tolist(), self.row_N.tolist(), strict=True)
+        return [hashes[source][row].tobytes().hex() for source, row in pairs]
+
     def column(self, name: str) -> np.ndarray:
         """Text of a CSV column, "" for sources without it; InputError when none has it."""
         if not any(name in source.listing.columns for source in self.sources):

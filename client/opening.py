@@ -27,6 +27,7 @@ from cytofed.client.secure import SecureLab
 from cytofed.client.settings import Settings
 from cytofed.client.split import hold_out, units
 from cytofed.documents import Offer
+from cytofed.encoder import is_shipped, refuse_seen, shipped
 from cytofed.errors import InputError
 from cytofed.labels import Scheme, load_map, load_scheme
 from cytofed.messages import Order, Update
@@ -126,6 +127,8 @@ def open_images(plan: Plan, settings: Settings) -> Images:
             "the plan protects patients, and the data does not say which image is whose",
             hint="set patients in client.yaml, for example patients: column:patient",
         )
+    if plan.privacy.unit != "none":
+        refuse_seen(plan.model.start, cells.file_sha256())
     groups_N = near_duplicate_groups(cells.dhash_N, images=cells.images)
     test_N = hold_out(
         cells.class_N,
@@ -144,10 +147,10 @@ def parameters_of(plan: Plan, folder: Path) -> int:
 
     Errors: InputError for a plan that starts from a file: plans open no files at a lab.
     """
-    if plan.model.start != "random":
+    if plan.model.start != "random" and not is_shipped(plan.model.start):
         raise InputError(
             f"plan {plan.sha256[:12]} starts from {plan.model.start!r:.60}, a file and no name",
-            hint="this version trains from a random start only",
+            hint=f"labs start from random weights or a shipped encoder: {', '.join(shipped())}",
         )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     start = read_start(folder)

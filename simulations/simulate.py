@@ -33,6 +33,7 @@ from cytofed.client.cells import Cells, open_cells
 from cytofed.client.check import near_duplicate_groups
 from cytofed.client.split import hold_out
 from cytofed.console import RunProgress
+from cytofed.encoder import refuse_seen
 from cytofed.errors import CytofedError, InputError
 from cytofed.files import write_atomically
 from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
@@ -357,6 +358,8 @@ def _read(request: Request, progress: RunProgress) -> Cells:
 def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLabs:
     plan = request.plan
     seed = plan.train.seed
+    if plan.privacy.unit != "none":
+        refuse_seen(plan.model.start, cells.file_sha256())
     key_N = image_keys(cells.paths(), cells.dhash_N)
     unit_N = units(near_duplicate_groups(cells.dhash_N, images=cells.images), cells.patients_N)
     test_N = hold_out(

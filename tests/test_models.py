@@ -19,7 +19,7 @@ from cytofed.plan import Model, Plan
 
 SMALL = Model(width=8)
 INFO = ModelInfo("cytonet", 8, "seven", tuple("ABCDEFG"), 32, 21.6, "ab" * 32)
-ARCHS = ["cytonet", "resnet18", "resnet50", "resnext50_32x4d"]
+ARCHS = ["cytonet", "stagenet", "resnet18", "resnet50", "resnext50_32x4d"]
 
 
 def images(count: int = 4, side: int = 32) -> torch.Tensor:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,64 @@ def report(run: Path, as_json: bool) -> int:
         _print_json(summary)
     else:
         render_summary(summary, stdout, run_dir=run)
+    return 0
+
+
+@cli.command()
+@click.option("--data", multiple=True, required=True, type=_FOLDER, help="Public images.")
+@click.option("--labels", multiple=True, help="Label map: a name or a YAML file, one per --data.")
+@click.option("--scheme", default="bone-marrow-21", show_default=True, help="Label scheme.")
+@click.option(
+    "--out", required=True, type=_FOLDER, help="FILE.safetensors; its card is FILE.json beside it."
+)
+@click.option(
+    "--objective",
+    default="both",
+    show_default=True,
+    type=click.Choice(["supervised", "contrastive", "both"]),
+    help="Learn from labels, from pairs of views of one image, or from both.",
+)
+@click.option("--epochs", default=10.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--width", default=32, show_default=True, type=click.IntRange(8, 256))
+@click.option("--size-px", default=64, show_default=True, type=click.IntRange(16, 512))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--licence", default="not stated", help="Of the images; goes to the card.")
+@click.option("--attribution", default="not stated", help="Whose images they are; for the card.")
+@click.option("--note", "remark", default="", help="One more sentence for the card.")
+@click.option("--resume", is_flag=True, help="Go on with the run that --out began.")
+@_json
+def pretrain(
+    data: tuple[Path, ...],
+    labels: tuple[str, ...],
+    scheme: str,
+    out: Path,
+    objective: Any,
+    epochs: float,
+    width: int,
+    size_px: int,
+    seed: int,
+    licence: str,
+    attribution: str,
+    remark: str,
+    resume: bool,
+    as_json: bool,
+) -> int:
+    """Train an encoder on public images, to start plans from, with a card of what it has seen."""
+    from cytofed.simulations.pretrain import Recipe, Request
+    from cytofed.simulations.pretrain import pretrain as run
+
+    recipe = Recipe(objective=objective, epochs=epochs, width=width, size_px=size_px, seed=seed)
+    request = Request(data, out, recipe, scheme, labels, licence, attribution, remark, resume)
+    try:
+        card = run(request, note)
+    except KeyboardInterrupt:
+        raise Interrupted("add --resume to go on from the last checkpoint") from None
+    if as_json:
+        shown = {**asdict(card), "images_sha256": len(card.images_sha256)}
+        _print_json(shown)
+    else:
+        say(f"{out}: {card.architecture['parameters']:,} parameters")
+        say(f"{out.with_suffix('.json')}: card, {len(card.images_sha256):,} images")
     return 0
 
 

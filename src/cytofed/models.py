@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch.nn import functional
 
 from cytofed import arrays, model_file
 from cytofed.arrays import Float32, Manifest, Role
+from cytofed.encoder import start_file
 from cytofed.errors import InputError
 from cytofed.model_file import ModelInfo
 from cytofed.plan import Model
@@ -52,7 +54,7 @@ class Classifier(nn.Module):
         self.frozen_encoder = True
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        logits_BC: Tensor = self.head(self.encoder((images_B3HW - _MEAN) / _DEVIATION))
+        logits_BC: Tensor = self.head(self.encoder(normalise(images_B3HW)))
         return logits_BC
 
 
@@ -69,7 +71,7 @@ def build(model: Model, classes: int, *, seed: int) -> Classifier:
         return _build_on_encoder(model, classes, seed)
     net = _random_net(model.arch, model.width, classes, seed)
     if model.start != "random":
-        start, info = model_file.read_model(Path(model.start))
+        start, info = model_file.read_model(start_file(model.start))
         _check_architecture(model, info)
         _load_start(net, start, source=model.start)
     return net
@@ -80,10 +82,15 @@ def images_of(pixels_BHW3: Tensor) -> Tensor:
     return pixels_BHW3.permute(0, 3, 1, 2).to(torch.float32) / 255.0
 
 
+def normalise(images_B3HW: Tensor) -> Tensor:
+    """What an encoder is fed, of images in [0, 1]."""
+    return (images_B3HW - _MEAN) / _DEVIATION
+
+
 def features(net: nn.Module, images_B3HW: Tensor) -> Tensor:
     """What the head sees, (B, F), without gradients: computed once where the encoder is frozen."""
     with torch.no_grad():
-        features_BF: Tensor = _classifier(net).encoder((images_B3HW - _MEAN) / _DEVIATION)
+        features_BF: Tensor = _classifier(net).encoder(normalise(images_B3HW))
     return features_BF
 
 
@@ -144,9 +151,15 @@ def save_model(path: Path, net: nn.Module | Mapping[str, Float32], info: ModelIn
 def load_model(path: Path) -> tuple[Classifier, ModelInfo]:
     """The net of a model file, ready to predict, and what it is.
 
-    Errors: InputError when the file is damaged, or names and shapes do not fit its architecture.
+    Errors: InputError when the file is damaged, has no head, or names and shapes do not fit its
+    architecture.
     """
     weights, info = model_file.read_model(path)
+    if not info.codes:
+        raise InputError(
+            f"{path} is an encoder: it has no classes to predict",
+            hint=f"train with model.start={path} first",
+        )
     arch = info.encoder if info.arch == "encoder+head" else info.arch
     if arch not in _ENCODERS:
         raise InputError(f"{path}: unknown architecture {arch!r}", hint=f"known: {_known()}")
@@ -161,7 +174,7 @@ def describe(model: Model) -> tuple[str, str, int]:
     """``arch``, ``encoder`` and ``width`` of the ModelInfo of nets built from ``model``."""
     if model.arch != "encoder+head":
         return model.arch, "", model.width
-    _, info = model_file.read_model(Path(model.start))
+    _, info = model_file.read_model(start_file(model.start))
     return model.arch, info.encoder or info.arch, info.width
 
 
@@ -194,9 +207,9 @@ def _build_on_encoder(model: Model, classes: int, seed: int) -> Classifier:
     if model.start == "random":
         raise InputError(
             "model.arch is encoder+head, but model.start is random: there is no encoder",
-            hint="set model.start to a model file; `cytofed pretrain` makes one",
+            hint="set model.start=blood, or to a model file; `cytofed pretrain` makes one",
         )
-    start, info = model_file.read_model(Path(model.start))
+    start, info = model_file.read_model(start_file(model.start))
     arch = info.encoder or info.arch
     if arch not in _ENCODERS:
         raise InputError(f"{model.start}: unknown architecture {arch!r}", hint=f"known: {_known()}")
@@ -207,8 +220,9 @@ def _build_on_encoder(model: Model, classes: int, seed: int) -> Classifier:
 
 
 def _check_architecture(model: Model, info: ModelInfo) -> None:
-    expected = (model.arch, model.width if model.arch == "cytonet" else None)
-    found = (info.encoder or info.arch, info.width if model.arch == "cytonet" else None)
+    sized = model.arch in _SIZED
+    expected = (model.arch, model.width if sized else None)
+    found = (info.encoder or info.arch, info.width if sized else None)
     if expected != found:
         raise InputError(
             f"{model.start} is {found[0]} of width {info.width}, "
@@ -220,12 +234,13 @@ def _check_architecture(model: Model, info: ModelInfo) -> None:
 def _load_start(net: Classifier, start: Mapping[str, Float32], *, source: str) -> None:
     classes = net.head.out_features
     head = start.get("head.weight")
-    if head is not None and head.shape != net.head.weight.shape:
-        warnings.warn(
-            f"{source} has a head for {len(head)} classes; it is replaced by a fresh one "
-            f"for {classes}",
-            stacklevel=3,
-        )
+    if head is None or head.shape != net.head.weight.shape:
+        if head is not None:
+            warnings.warn(
+                f"{source} has a head for {len(head)} classes; it is replaced by a fresh one "
+                f"for {classes}",
+                stacklevel=3,
+            )
         own = tensors_of(net)
         start = {**start, "head.weight": own["head.weight"], "head.bias": own["head.bias"]}
     _copy(net, start, source=source)
@@ -317,6 +332,44 @@ class _CytoEncoder(nn.Module):
         return features_BF
 
 
+class _StageEncoder(nn.Module):
+    """Residual stages, and as features a linear map of what each of them shows.
+
+    Of every stage the mean over the image (how much of a texture there is) and the maximum
+    (whether it is there at all). Early stages know colour and texture, which other stains and
+    diseases share; late ones know the classes they were trained on.
+
+    ``project`` turns these S statistics into F features. Of a pretrained encoder it is their
+    whitening over the pretraining images: uncorrelated features of mean 0, a ridge for the rest.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        channels = (width, 2 * width, 4 * width, 8 * width)
+        self.stem = _conv(3, width, 3, stride=2)
+        self.blocks = nn.ModuleList(_Block(i, o, 2) for i, o in pairwise(channels))
+        self.norms = nn.ModuleList(_group_norm(count) for count in channels[1:])
+        self.project = nn.Linear(2 * sum(channels[1:]), stage_features(width))
+
+    def statistics(self, images_B3HW: Tensor) -> Tensor:
+        """Mean and maximum of every channel of every stage, (B, S)."""
+        hidden, found = self.stem(images_B3HW), []
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            hidden = block(hidden)
+            shown = functional.relu(norm(hidden))
+            found += [shown.mean((2, 3)), shown.amax((2, 3))]
+        return torch.cat(found, dim=1)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        features_BF: Tensor = self.project(self.statistics(images_B3HW))
+        return features_BF
+
+
+def stage_features(width: int) -> int:
+    """Features of a ``stagenet``: fewer than its statistics, since private heads pay for each."""
+    return 12 * width
+
+
 class _BasicBlock(torchvision_resnet.BasicBlock):  # type: ignore[misc]
     """torchvision's block with the sum and ReLU not in place."""
 
@@ -353,12 +406,21 @@ def _cytonet(width: int) -> tuple[nn.Module, int]:
     return _CytoEncoder(width), 4 * width
 
 
+def _stagenet(width: int) -> tuple[nn.Module, int]:
+    return _StageEncoder(width), stage_features(width)
+
+
 _ENCODERS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
     "cytonet": _cytonet,
+    "stagenet": _stagenet,
     "resnet18": lambda _: _resnet(_BasicBlock, [2, 2, 2, 2]),
     "resnet50": lambda _: _resnet(_Bottleneck, [3, 4, 6, 3]),
     "resnext50_32x4d": lambda _: _resnet(_Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4),
 }
+
+
+# Architectures of which ``model.width`` makes larger and smaller ones.
+_SIZED = ("cytonet", "stagenet")
 
 
 def _known() -> str:

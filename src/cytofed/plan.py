@@ -48,9 +48,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """Architecture, start weights (``random`` or a file) and what is trained."""
+    """Architecture, start (``random``, an encoder that ships, or a file) and what is trained."""
 
-    arch: Literal["cytonet", "resnet18", "resnet50", "resnext50_32x4d", "encoder+head"] = "cytonet"
+    arch: Literal[
+        "cytonet", "stagenet", "resnet18", "resnet50", "resnext50_32x4d", "encoder+head"
+    ] = "cytonet"
     start: str = "random"
     trainable: Literal["all", "head", "norms"] = "all"
     width: int = 32

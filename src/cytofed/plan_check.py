@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from cytofed.encoder import card_of, start_file
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
@@ -87,6 +88,11 @@ def _check_private(plan: Plan) -> list[str]:
     terms = terms_of(plan)
     assert terms is not None
     warnings = _costly_ways(plan, terms)
+    start = plan.model.start
+    if start != "random" and card_of(start_file(start)) is None:
+        warnings.append(
+            f"model.start {start} has no card: nobody can tell which patients it has seen already"
+        )
     if plan.privacy.unit == "image":
         warnings.append("privacy.unit is image: the guarantee is for one image; a patient has many")
     if plan.privacy.declared_patients is None:

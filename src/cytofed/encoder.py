@@ -1,0 +1,114 @@
+"""Pretrained encoders to start from: where they are, and the card that says what they have seen.
+
+An encoder is a model file without a head, ``NAME.safetensors``, and beside it ``NAME.json``: the
+card. Those in the package go by name (``model.start: blood``), so a plan can name one at labs too,
+where it may open no file. The card lists the SHA-256 of every training image: a private run over
+one of them would claim a protection that the encoder has already broken, so it stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cytofed.errors import InputError
+from cytofed.files import write_atomically
+
+FORMAT = "cytofed-encoder-card-1"
+
+
+@dataclass(frozen=True)
+class EncoderCard:
+    """What an encoder is and was trained on.
+
+    ``images_sha256``: of each training image's file, sorted. ``data``: counts, licence and
+    attribution; ``recipe``: everything that training depends on, the seed included.
+    """
+
+    name: str
+    statement: str
+    model_sha256: str
+    architecture: dict[str, Any]
+    data: dict[str, Any]
+    recipe: dict[str, Any]
+    software: dict[str, str]
+    measured: list[dict[str, Any]]
+    images_sha256: tuple[str, ...] = field(repr=False)
+
+    def write(self, path: Path) -> None:
+        """Write the card as JSON, one image hash a line."""
+        tree = {"format": FORMAT, **asdict(self)}
+        write_atomically(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+
+def shipped() -> list[str]:
+    """Names of the encoders in the package."""
+    return sorted(path.stem for path in _folder().glob("*.safetensors"))
+
+
+def start_file(start: str) -> Path:
+    """The model file of a plan's ``model.start``: a shipped name, else a path as it is."""
+    return _folder() / f"{start}.safetensors" if is_shipped(start) else Path(start)
+
+
+def is_shipped(start: str) -> bool:
+    """Whether ``start`` is the name of an encoder in the package."""
+    return start in shipped()
+
+
+def card_of(model: Path) -> EncoderCard | None:
+    """The card beside a model file, None where there is none.
+
+    Errors: InputError when it is damaged or of another model file.
+    """
+    path = model.with_suffix(".json")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree.pop("format", None) != FORMAT:
+            return None  # another tool's JSON of the same name
+        card = EncoderCard(**{**tree, "images_sha256": tuple(tree["images_sha256"])})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the encoder card {path} is damaged: {error}") from None
+    if sha256_of(model) != card.model_sha256:
+        raise InputError(
+            f"{path} is the card of another model than {model.name} beside it",
+            hint="take both files from the same `cytofed pretrain`",
+        )
+    return card
+
+
+def refuse_seen(start: str, images_sha256: Iterable[str]) -> None:
+    """Raises InputError, with the count, where the start model was trained on one of the images."""
+    if start == "random":
+        return
+    card = card_of(start_file(start))
+    if card is None:
+        return
+    images = set(images_sha256)
+    seen = images.intersection(card.images_sha256)
+    if seen:
+        raise InputError(
+            f"{len(seen)} of {len(images)} images were used to train the encoder {card.name}: "
+            "privacy.unit protects nobody whose images are in the start model already",
+            hint="set model.start=random, or leave these images out",
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file. Errors: InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("cytofed"))) / "encoders"
