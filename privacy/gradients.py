@@ -8,7 +8,8 @@ clipped, summed, noised once, and divided by a *declared* number, never by a pri
 What leaves these functions towards the net is the clipped and noised gradient only; a strategy's
 terms are added after the noise, where they are post-processing.
 
-Shapes: U patients of a draw, K cells of a patient, F features, C classes, P trainable parameters.
+Shapes: U patients of a draw, K cells of a patient, M = U x K, F features, C classes, P trainable
+parameters.
 """
 
 from __future__ import annotations
@@ -277,26 +278,26 @@ def clipped_head_sum(
     Guarantees: finite; a patient with a non-finite cell adds zero and is counted.
     Sensitivity: max_norm (add or remove one patient).
     """
-    cells_UK, weight_UK = _padded(draw)
-    cells = torch.from_numpy(cells_UK).flatten().to(features_NF.device)
-    shape = (*cells_UK.shape, -1)
+    rows_UK, weight_UK = _padded(draw)
+    units, most = rows_UK.shape
+    cells_M = torch.from_numpy(rows_UK).flatten().to(features_NF.device)
     with torch.no_grad():
-        features = features_NF.index_select(0, cells).float()
-        # This way round the product takes half the time of ``head(features)``.
-        logits = (head.weight @ features.T).T
+        features_MF = features_NF.index_select(0, cells_M).float()
+        # Classes first: the product takes half the time of ``head(features)``, and softmax too.
+        logits_CM = head.weight @ features_MF.T
         if head.bias is not None:
-            logits += head.bias
+            logits_CM += head.bias[:, None]
         if present_C is not None:
-            logits.masked_fill_(~present_C, -math.inf)
-        residual = torch.softmax(logits, dim=-1)
-        outside = ~targets_NC.index_select(0, cells)
-        residual -= torch.softmax(logits.masked_fill_(outside, -math.inf), dim=-1)
-        residual_UKC = residual.reshape(shape)
-        residual_UKC *= torch.from_numpy(weight_UK).to(features.device)[:, :, None]
-        gradients = [residual_UKC.mT @ features.view(shape)]
+            logits_CM.masked_fill_(~present_C[:, None], -math.inf)
+        residual_CM = torch.softmax(logits_CM, dim=0)
+        outside_CM = ~targets_NC.index_select(0, cells_M).T
+        residual_CM -= torch.softmax(logits_CM.masked_fill_(outside_CM, -math.inf), dim=0)
+        residual_CUK = residual_CM.view(-1, units, most)
+        residual_CUK *= torch.from_numpy(weight_UK).to(features_MF.device)
+        gradients = [residual_CUK.transpose(0, 1) @ features_MF.view(units, most, -1)]
         norm_U = torch.linalg.vector_norm(gradients[0].flatten(1), dim=1)
         if head.bias is not None:
-            gradients.append(residual_UKC.sum(1))
+            gradients.append(residual_CUK.sum(2).T)
             norm_U = torch.hypot(norm_U, torch.linalg.vector_norm(gradients[1], dim=1))
         # A number a patient: numpy's calls cost a third of torch's.
         norms_U = norm_U.cpu().numpy()
@@ -308,7 +309,7 @@ def clipped_head_sum(
             scales_U[~finite_U] = 0
             for part in gradients:
                 part[torch.from_numpy(~finite_U)] = 0
-        scale_U = torch.from_numpy(scales_U).to(features.device)
+        scale_U = torch.from_numpy(scales_U).to(features_MF.device)
         tensors = [(scale_U @ part.flatten(1)).view(part.shape[1:]) for part in gradients]
     return ClippedSum(tuple(tensors), non_finite)
 
