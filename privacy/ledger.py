@@ -683,15 +683,20 @@ class Ledger:
             both = f"{shown(rdp.epsilon)} (RDP)"
             if prv is not None:
                 both = f"{shown(prv.epsilon)} (PRV, delta {prv.delta:g}) or {both}"
-            rounds = max_rounds(cost, epsilon=limit, delta=delta, before=before)
+            rounds = min(
+                max_rounds(cost, epsilon=most, delta=delta, before=[*spent, *held])
+                for _, most, spent in self._windows()
+            )
             used = self._price(before, delta).epsilon
             raise OverBudget(
                 f"{plan} costs epsilon {both}; with {shown(used)} spent and held it would reach "
                 f"{shown(reached)}, over the limit of {limit:g}{name} at delta {delta:g}, per "
                 f"{self.unit}, in pool {self.pool!r}",
-                hint=f"ask for a plan with train.rounds={rounds} or fewer"
+                # Fewer rounds alone: a plan that names its epsilon would take less noise for them.
+                hint=f"ask for a plan with train.rounds={rounds} or fewer at the same "
+                "privacy.sigma, or with a lower privacy.epsilon"
                 if rounds
-                else "not even one round fits",
+                else "not even one round fits; ask for a plan with a lower privacy.epsilon",
                 fitting_rounds=rounds,
             )
 

@@ -48,6 +48,7 @@ def check_plan(plan: Plan) -> list[str]:
             f"train.optimizer=sgd, not with {plan.train.optimizer}"
         )
     if plan.privacy.unit == "none":
+        _refuse_noise_for_nobody(plan)
         told = "privacy.unit is none: not differentially private, the model may reveal a patient"
         return [*warnings, told]
     return [*warnings, *_check_private(plan)]
@@ -69,6 +70,17 @@ def _check_scores(plan: Plan) -> None:
             f"evaluation.sigma is {sigma:g}, and evaluation.fraction is 0: no image to score",
             hint="raise evaluation.fraction, or leave evaluation.sigma out",
         )
+
+
+def _refuse_noise_for_nobody(plan: Plan) -> None:
+    """An epsilon or sigma without a unit is a privacy that was meant and would not be there."""
+    for key in ("epsilon", "sigma"):
+        value = getattr(plan.privacy, key)
+        if value is not None:
+            raise InputError(
+                f"privacy.{key} is {value:g}, and privacy.unit is none: no noise would be added",
+                hint=f"set privacy.unit=patient, or privacy.{key}=null to train without privacy",
+            )
 
 
 def _check_private(plan: Plan) -> list[str]:

@@ -277,6 +277,17 @@ def test_a_plan_over_budget_is_refused_whole_with_both_prices_and_a_way_out(path
     ledger.hold(federation="marrow", plan_sha256=PLAN, cost=COST.with_rounds(fitting))
 
 
+def test_rounds_that_would_fit_do_so_under_every_limit(path: Path) -> None:
+    limits = Limits(
+        epsilon=0.8 * epsilon(*COST.events()), epsilon_per_year=0.5 * epsilon(*COST.events())
+    )
+    ledger = Ledger.open(path, limits=limits)
+    with pytest.raises(OverBudget) as error:
+        approve(ledger)
+    fitting = COST.with_rounds(error.value.fitting_rounds)
+    ledger.hold(federation="marrow", plan_sha256=OTHER_PLAN, cost=fitting)
+
+
 def test_a_limit_lowered_after_approval_stops_the_next_round(path: Path) -> None:
     with Ledger.open(path) as ledger:
         approve(ledger)

@@ -18,7 +18,8 @@ buffers that move or are sent                           test_selfcheck, test_gra
 trainable parameters outside clip and noise             test_gradients
 masks, priors, weights, statistics of private data      test_selfcheck, test_terms
 local layer or control variate outside the noise        test_selfcheck, test_gradients
-DP switched off silently by a config                    test_gradients, test_accounting, test_plan
+DP switched off silently by a config                    test_gradients, test_accounting, test_plan,
+                                                        test_terms
 sigma calibrated by epochs                              test_accounting, test_terms
 ledger reset (restart, round, run, plan), rollback      test_ledger
 a retry that releases twice                             test_ledger
@@ -224,6 +225,12 @@ def no_setting_switches_noise_or_clipping_off(_: Path) -> None:
     for values in ((0.0, 1.0), (1.0, math.inf), (math.nan, 1.0)):
         with pytest.raises(InputError):
             Mechanism(values[0], values[1], 0.5, 9)
+
+
+def an_epsilon_without_a_unit_is_refused(_: Path) -> None:
+    for named in ("privacy.epsilon=3", "privacy.sigma=3"):
+        with pytest.raises(InputError, match="no noise would be added"):
+            plan_check.check_plan(load_plan("demo", [named]))
 
 
 def class_counts_in_a_plan_are_refused(_: Path) -> None:
@@ -634,6 +641,11 @@ FAULTS = [
         "switched off by a config",
         no_setting_switches_noise_or_clipping_off,
         attribute(Mechanism, "__post_init__", nothing),
+    ),
+    Fault(
+        "switched off by a unit that is left out",
+        an_epsilon_without_a_unit_is_refused,
+        attribute(plan_check, "_refuse_noise_for_nobody", nothing),
     ),
     Fault("calibrated by epochs", a_plan_costs_no_more_than_it_says, calibrated_by_epochs),
     Fault(

@@ -45,6 +45,14 @@ def test_local_epochs_become_steps_by_the_sampling_rate() -> None:
     assert private_steps(private("train.steps_per_round=7")) == 7
 
 
+@pytest.mark.parametrize("key", ["epsilon", "sigma"])
+def test_an_epsilon_without_a_unit_is_no_silent_training_without_privacy(key: str) -> None:
+    with pytest.raises(InputError, match=r"privacy\.unit is none") as refusal:
+        check_plan(load_plan("demo", [f"privacy.{key}=3"]))
+    assert "privacy.unit=patient" in refusal.value.hint
+    check_plan(load_plan("demo", [f"privacy.{key}=3", f"privacy.{key}=null"]))
+
+
 def test_both_epsilon_and_sigma_are_refused() -> None:
     with pytest.raises(InputError, match="both"):
         private("privacy.epsilon=1", "privacy.sigma=1")
