@@ -23,7 +23,6 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 import httpx
 from cryptography import x509
 from flwr.app import Error, Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -38,13 +37,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -57,6 +50,7 @@ from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED
 from cytofed.errors import CytofedError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.messages import ERROR_CODE
+from cytofed.objects import deflate, inflate
 from cytofed.privacy import wire
 from cytofed.privacy.identity import sign, verify
 
@@ -69,6 +63,9 @@ RENEW_DAYS = 30.0
 _RENEW_EVERY_S = 3600.0
 _FIRST_PAUSE_S = 0.5
 _MAX_OBJECTS = 4096
+_MAX_BYTES = 1 << 31
+"""of the arrays of one message"""
+
 _MAX_ANSWER_BYTES = 1 << 16
 
 _ROUTINE = {
@@ -179,32 +176,24 @@ class FleetLink:
         )
         self._call("confirm_message_received", confirm)
         try:
-            message = inflate_object_from_contents(tree.object_id, contents)
+            return inflate(tree.object_id, contents.__getitem__, max_bytes=_MAX_BYTES)
         except Exception as error:
             self._say(f"a message could not be read: {type(error).__name__}", True)
             return None
-        if not isinstance(message, Message):
-            return None
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        return message
 
     def _push(self, message: Message, answer: Answer) -> None:
         if answer.content is None:
             reply = Message(Error(ERROR_CODE, answer.reason), reply_to=message)
         else:
             reply = Message(answer.content, reply_to=message)
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            tree, nested = get_object_tree(reply), get_all_nested_objects(reply)
-            objects = {number: item.deflate() for number, item in nested.items()}
-            head = remove_content_from_message(reply) if reply.has_content() else reply
-            request = PushMessagesRequest(
-                node=self._node,
-                messages_list=[message_to_proto(head)],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[0.0],
-            )
-        sizes = {number: len(content) for number, content in objects.items()}
+        objects = deflate(reply)
+        request = PushMessagesRequest(
+            node=self._node,
+            messages_list=[message_to_proto(objects.head)],
+            message_object_trees=[objects.tree],
+            clientapp_runtime_list=[0.0],
+        )
+        sizes = objects.sizes()
         if answer.outgoing is not None:
             self._egress.record(replace(answer.outgoing, objects=sizes))
         self._gate.announce(sizes)
@@ -218,7 +207,7 @@ class FleetLink:
                             node=self._node,
                             run_id=message.metadata.run_id,
                             object_id=number,
-                            object_content=objects[number],
+                            object_content=objects.content(number),
                             session_id=session.session_id,
                         ),
                     )

@@ -127,9 +127,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded:
-    """The mean over labs (float64) and, with weights, the sum of weights."""
+    """The mean over labs and, with weights, the sum of weights."""
 
-    mean_P: NDArray[np.float64] = field(repr=False)
+    mean_P: NDArray[np.floating] = field(repr=False)
     weight: float
 
 
@@ -179,8 +179,10 @@ def encode(
     return Encoded(words_W, clamped / max(1, encoding.parameters))
 
 
-def decode(sum_W: Words, encoding: Encoding, *, count: int) -> Decoded:
-    """The mean of ``count`` labs from the ring sum of their words.
+def decode(
+    sum_W: Words, encoding: Encoding, *, count: int, dtype: type[np.floating] = np.float64
+) -> Decoded:
+    """The mean of ``count`` labs from the ring sum of their words, rounded once to ``dtype``.
 
     Raises :class:`SumError` when the guard word, a weight or a coordinate is out of what ``count``
     labs can produce.
@@ -207,7 +209,7 @@ def decode(sum_W: Words, encoding: Encoding, *, count: int) -> Decoded:
             raise SumError(f"weights sum to {units} units, expected 1 to {count * whole}")
         divisor = units / whole
         weight = divisor * encoding.max_weight
-    mean_P = np.empty(encoding.parameters, np.float64)
+    mean_P = np.empty(encoding.parameters, dtype)
     signed_W = sum_W.view(np.int32 if encoding.bits == 32 else np.int16)
     for part, start, end in _chunks(encoding):
         chunk = signed_W[start:end]
@@ -216,7 +218,8 @@ def decode(sum_W: Words, encoding: Encoding, *, count: int) -> Decoded:
             raise SumError(
                 f"part {part.name!r}: a sum of {count} labs lies outside +-{limit} steps"
             )
-        np.multiply(chunk, encoding.step(part) / divisor, out=mean_P[start:end])
+        scale = np.float64(encoding.step(part) / divisor)
+        np.multiply(chunk, scale, out=mean_P[start:end], dtype=np.float64, casting="same_kind")
     return Decoded(mean_P, weight)
 
 

@@ -267,10 +267,13 @@ def unseal(
     sender: PublicIdentity,
     receiver: Identity,
     max_bytes: int = MAX_PAYLOAD_BYTES,
+    in_place: bool = False,
 ) -> Unsealed:
     """The payload of a message that this ``sender`` sealed for exactly the ``expected`` place.
 
-    Raises the :class:`SealError` that says what does not hold; then nothing was released.
+    ``in_place``: the payload is written over the sealed body (writable, and lost by it), which
+    saves memory of its size. Raises the :class:`SealError` that says what does not hold; then
+    nothing was released.
     """
     header, wrap, info = _check(sealed, expected, sender, receiver.public, max_bytes)
     try:
@@ -279,21 +282,21 @@ def unseal(
         raise Tampered(  # guard: key-wrap
             f"{_place(expected)}: the content key does not open with this receiver's key"
         ) from error
-    payload = np.empty(header.size, np.uint8).data
+    payload = sealed.body[: header.size] if in_place else np.empty(header.size, np.uint8).data
     cipher = AESGCM(key)
     data = _chunk_data(header)
     for index, start, end, last in _chunks(header.size):
         at = start + index * TAG_BYTES
+        chunk = sealed.body[at : at + end - start + TAG_BYTES]
+        # A cipher works on the very same bytes or on others, not on half of them.
+        plain = chunk[: end - start] if in_place else payload[start:end]
         try:
-            cipher.decrypt_into(
-                _nonce(index, last),
-                sealed.body[at : at + end - start + TAG_BYTES],
-                data,
-                payload[start:end],
-            )
+            cipher.decrypt_into(_nonce(index, last), chunk, data, plain)
         except InvalidTag as error:
             place = _place(expected)
             raise Tampered(f"{place}: chunk {index} was altered") from error  # guard: chunk
+        if in_place and index:
+            payload[start:end] = plain  # over the tags; memoryviews may overlap
     if header.payload_sha256:
         digest = hashlib.sha256(payload).hexdigest()
         if digest != header.payload_sha256:  # guard: payload-hash

@@ -48,9 +48,10 @@ from cytofed.server.results import (
     keep_scores,
     read_scores,
     write_metrics,
+    write_report,
     write_results,
 )
-from cytofed.server.rounds import Run, run_rounds, status
+from cytofed.server.rounds import Run, Scores, run_rounds, status
 from cytofed.server.runs import ENDED, Phase, RunFolder
 from cytofed.server.sealed_grid import SealedGrid, SealedRun
 from cytofed.server.secure import SecureRun
@@ -61,6 +62,9 @@ from cytofed.strategies import make_strategy
 _OFFER_ANSWER_S = 120.0
 """a lab that has approved reads its images before it answers"""
 _RESULT_ANSWER_S = 120.0
+_SLOWER, _SLOWEST = 1.3, 12.0
+"""Each question for a decision comes later than the one before, up to 12 times ``offer_every_s``:
+people take hours, and each answer is a record in the lab's log."""
 _SPARE_BYTES = 1 << 22
 """room of a reply beyond its arrays: headers, tallies, shares of secure aggregation"""
 
@@ -220,9 +224,10 @@ class Coordinator:
             waiting = [folder for folder in folders if _open(folder)]
             if waiting:
                 self._carry_out(waiting[0])
-            else:
-                for folder in folders:
-                    self._deliver(folder)
+                gc.collect()
+            for folder in folders:
+                self._deliver(folder)
+            if not waiting:
                 self._wake.wait(self._settings.offer_every_s)
             self._wake.clear()
 
@@ -258,7 +263,7 @@ class Coordinator:
         offer = folder.offer(self._identity)
         start = self._start(folder, offer)
         plan = offer.plan
-        model = _start_model(folder)
+        model = _start_model(folder).bare
         strategy = make_strategy(plan.strategy)
         size = model.manifest.size
         reply_bytes = 8 * size * len(strategy.lab.up) + _SPARE_BYTES
@@ -270,10 +275,11 @@ class Coordinator:
             ),
             sealed,
             reply_bytes=reply_bytes,
+            spool=self._fleet.spool,
         )
         progress = load_progress(folder.checkpoints, plan_sha256=plan.sha256)
         if progress is None:
-            progress = Progress(0, strategy.init(model.weights_P))
+            progress = Progress(0, strategy.init(_start_model(folder).weights_P))
         else:
             _log.info("run %s goes on after round %d", folder.name, progress.round)
         latest = progress
@@ -286,6 +292,7 @@ class Coordinator:
             gc.collect()  # Flower's records are in cycles that hold arrays
 
         reason = ""
+        classes = len(run.scheme.codes)
         try:
             run_rounds(
                 grid,
@@ -294,17 +301,18 @@ class Coordinator:
                 checkpoint=checkpoint,
                 watch=self._watch,
                 on_scores=lambda number, scores: keep_scores(folder, number, scores),
+                known_scores=read_scores(folder, progress.round, classes),
             )
         except Stopped as stopped:
             if self._ending.is_set():
                 raise
             reason = stopped.message
-        scores = read_scores(folder, latest.round, len(run.scheme.codes))
-        summary = write_results(folder, run, offer, latest, scores, model)
+        scores = read_scores(folder, latest.round, classes) or Scores()
+        summary = write_results(folder, run, offer, latest, scores, _start_model(folder))
+        write_report(folder)
         ended = cast(Phase, status(run, latest))
         folder.end(ended, reason=reason, absent=_absent(latest.records))
         _log.info("run %s: %s, weights %s", folder.name, ended, summary["weights_sha256"])
-        self._deliver(folder)
 
     def _start(self, folder: RunFolder, offer: Offer) -> Start:
         """The cohort: as it was fixed, else from the labs' decisions, which are waited for."""
@@ -339,6 +347,7 @@ class Coordinator:
         record = ConfigRecord({"document": (folder.private / "offer").read_bytes()})
         content = RecordDict({"offer": record})
         grid = self._fleet.grid(wait_s=1.0, reply_bytes=_SPARE_BYTES, stopped=folder.stop_reason)
+        pause_s = self._settings.offer_every_s
         while True:
             nodes = self._fleet.nodes
             decided = folder.decisions(offer)
@@ -356,7 +365,8 @@ class Coordinator:
             if self._ending.is_set():
                 raise Stopped("the coordinator stops")
             if any(lab not in folder.decisions(offer) for lab in undecided):
-                self._ending.wait(self._settings.offer_every_s)
+                self._ending.wait(pause_s)
+                pause_s = min(pause_s * _SLOWER, self._settings.offer_every_s * _SLOWEST)
 
     def _note_decision(
         self, folder: RunFolder, offer: Offer, lab: str, reply: Message | None
@@ -443,6 +453,7 @@ class Coordinator:
             self._fleet.grid(wait_s=1.0, reply_bytes=_SPARE_BYTES),
             sealed,
             reply_bytes=_SPARE_BYTES,
+            spool=self._fleet.spool,
         )
         number = offer.plan.train.rounds
         try:
@@ -453,6 +464,8 @@ class Coordinator:
                     folder.deliver(lab)
         except Stopped:
             return
+        finally:
+            gc.collect()
 
 
 class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from cytofed.errors import InputError
-from cytofed.files import write_atomically
 from cytofed.strategies.strategy import State
+from cytofed.tensor_file import write_tensors
 
 Record = Mapping[str, Any]
 """One round as it stands in metrics.jsonl."""
@@ -43,8 +41,7 @@ def save_progress(folder: Path, progress: Progress, *, plan_sha256: str) -> None
         "records": json.dumps(progress.records),
         "wall_s": repr(progress.wall_s),
     }
-    arrays = {name: np.ascontiguousarray(values) for name, values in progress.state.items()}
-    write_atomically(_file(folder, progress.round), save(arrays, metadata))
+    write_tensors(_file(folder, progress.round), progress.state, metadata)
     for old in sorted(folder.glob("round-*.safetensors"))[:-2]:
         old.unlink(missing_ok=True)
     for part in folder.glob(".*.part"):  # left by a crash in the middle of a write

@@ -50,7 +50,7 @@ class ServerSettings:
     listen: str = "0.0.0.0"
     invite_days: float = 14.0
     offer_every_s: float = 5.0
-    """how often labs that have not decided about a plan are asked"""
+    """how soon labs that have not decided about a plan are asked again; later less often"""
     poll_s: float = 20.0
     """how long a lab's request for messages is kept open while there is none"""
     body_timeout_s: float = 60.0
@@ -73,7 +73,7 @@ address: {address}            # HOST:PORT under which labs reach this machine
 listen: {listen}              # address of this machine to listen on; 0.0.0.0: all of them
 
 invite_days: 14               # how long an invite is good
-offer_every_s: 5              # how often labs that have not decided about a plan are asked
+offer_every_s: 5              # when undecided labs are asked again; later up to 12 times as late
 poll_s: 20                    # how long a lab waits for work in one request
 body_timeout_s: 60            # how long a request may take to arrive
 enrolments_per_minute: 30

@@ -34,7 +34,6 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 from fastapi import FastAPI, HTTPException, Request
 from flwr.app import Error, Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
@@ -46,13 +45,7 @@ from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkStat
 from flwr.serverapp import Grid
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.error import http_error_translator
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
@@ -68,6 +61,7 @@ from starlette.types import ASGIApp
 
 from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, content_bytes
+from cytofed.objects import deflate, inflate
 from cytofed.server.gate import Gate, Rate
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
@@ -149,6 +143,16 @@ class _SpooledStore(InMemoryObjectStore):
 
     def put(self, object_id: str, object_content: bytes) -> None:
         super().put(object_id, object_content)
+        self._move_out(object_id, object_content)
+
+    def put_own(self, object_id: str, object_content: bytes) -> None:
+        """As ``put``, for an object that this process made and named: it is not hashed again."""
+        with self.lock_store:
+            entry = self.store[object_id]
+            entry.content, entry.is_available = object_content, True
+        self._move_out(object_id, object_content)
+
+    def _move_out(self, object_id: str, object_content: bytes) -> None:
         if len(object_content) < _SPOOL_FROM_BYTES:
             return
         with self.lock_store:
@@ -396,6 +400,7 @@ class Fleet:
 
     def __init__(self, *, poll_s: float, spool: Path) -> None:
         self._link = _Link(spool)
+        self.spool = spool
         self._poll_s = poll_s
         self._nodes: dict[str, int] = {}
         self._closed = threading.Event()
@@ -508,7 +513,6 @@ class _Waiting:
     times: int = 0
     reply: str = ""
     missing: dict[str, None] = field(default_factory=dict)
-    objects: tuple[str, ...] = ()
 
 
 class FleetGrid(Grid):
@@ -620,7 +624,7 @@ class FleetGrid(Grid):
     def _withdraw(self, waiting: _Waiting) -> None:
         self._link.forget(waiting.sent)
         waiting.sent, waiting.reply = "", ""
-        waiting.missing, waiting.objects = {}, ()
+        waiting.missing = {}
         waiting.held_since = time.monotonic()
 
     def _send(self, waiting: _Waiting) -> None:
@@ -633,21 +637,18 @@ class FleetGrid(Grid):
             ttl=left_s,
             group_id=old.metadata.group_id,
         )
-        with no_object_id_recompute():
-            number = message.object_id
-            message.metadata.__dict__["_message_id"] = number
-            objects, tree = get_all_nested_objects(message), get_object_tree(message)
-            # Labs share objects: one lab's confirmation must not drop what another is about to get.
-            with store.lock_store:
-                for missing in store.preregister(self._run.run_id, tree):
-                    store.put(missing, objects[missing].deflate())
-            self._link.deliveries[number] = _Delivery(
-                old.metadata.dst_node_id, self._reply_bytes, frozenset(objects)
-            )
-            if self._link.store_message_ins(remove_content_from_message(message)) is None:
-                self._link.forget(number)
-                return
-        waiting.sent, waiting.times = number, waiting.times + 1
+        objects = deflate(message)
+        # Labs share objects: one lab's confirmation must not drop what another is about to get.
+        with store.lock_store:
+            for missing in store.preregister(self._run.run_id, objects.tree):
+                store.put_own(missing, objects.content(missing))
+        self._link.deliveries[objects.number] = _Delivery(
+            old.metadata.dst_node_id, self._reply_bytes, objects.numbers
+        )
+        if self._link.store_message_ins(objects.head) is None:
+            self._link.forget(objects.number)
+            return
+        waiting.sent, waiting.times = objects.number, waiting.times + 1
 
     def _collect(self, waiting: _Waiting) -> Message | None:
         if not waiting.reply:
@@ -664,7 +665,6 @@ class FleetGrid(Grid):
                     self._withdraw(waiting)
                     return None
                 waiting.missing = dict.fromkeys(x.object_id for x in iterate_object_tree(tree))
-                waiting.objects = tuple(waiting.missing)
             if not waiting.reply:
                 return None
         store = self._link.objects
@@ -676,13 +676,12 @@ class FleetGrid(Grid):
                 return None
         if waiting.missing:
             return None
-        contents = {number: store.get(number) or b"" for number in waiting.objects}
         try:
-            message = inflate_object_from_contents(waiting.reply, contents)
+            message = inflate(
+                waiting.reply, lambda n: store.get(n) or b"", max_bytes=self._reply_bytes
+            )
         except Exception as error:  # whatever a hostile lab can make of Flower's objects
             return _failure(waiting, f"its reply cannot be read: {type(error).__name__}")
-        if not isinstance(message, Message):
-            return _failure(waiting, "its reply is no message")
         return _reply_to(waiting, message)
 
 

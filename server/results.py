@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -26,6 +29,8 @@ from cytofed.server.rounds import Run, Scores, final_weights, status
 from cytofed.server.runs import RunFolder
 from cytofed.start import Start
 
+_log = logging.getLogger("cytofed.coordinator")
+
 
 def keep_scores(folder: RunFolder, number: int, scores: Scores) -> None:
     """Write what was told of a round's model, for a run that is resumed after its last round."""
@@ -40,12 +45,12 @@ def keep_scores(folder: RunFolder, number: int, scores: Scores) -> None:
     write_atomically(folder.private / "scores.json", json.dumps(kept), mode=0o600)
 
 
-def read_scores(folder: RunFolder, number: int, classes: int) -> Scores:
-    """What ``keep_scores`` wrote for this round, else no scores."""
+def read_scores(folder: RunFolder, number: int, classes: int) -> Scores | None:
+    """What ``keep_scores`` wrote for this round; None where it did not."""
     file = folder.private / "scores.json"
     kept = json.loads(file.read_text()) if file.is_file() else {}
     if kept.get("round") != number:
-        return Scores()
+        return None
     return Scores(
         exact=_tally(kept["exact"], classes),
         labs={
@@ -76,6 +81,22 @@ def write_results(
         write_atomically(folder.root / "model_card.md", model_card(summary, run.plan))
     write_atomically(folder.root / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def write_report(folder: RunFolder) -> None:
+    """The run's report.html, by a process of its own: this one never imports matplotlib.
+
+    A run whose report cannot be drawn has all its other results; the log says why.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "cytofed.cli", "report", folder.root],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        _log.warning("run %s: no report: %s", folder.name, done.stderr.strip()[-300:])
 
 
 def failed_summary(plan: Plan, reason: str, absent: Mapping[str, str]) -> dict[str, Any]:

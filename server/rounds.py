@@ -128,31 +128,50 @@ def run_rounds(
     watch: Watch,
     evaluate_rounds: bool = True,
     on_scores: Callable[[int, Scores], None] = lambda _round, _scores: None,
+    known_scores: Scores | None = None,
 ) -> Progress:
     """Run all rounds that ``progress`` has not seen; ``checkpoint`` is called after each.
 
     ``evaluate_rounds`` off: nothing is evaluated on the way. ``on_scores`` gets the round and what
-    was told of its model.
+    was told of its model. ``known_scores``: what was told of the model that ``progress`` ends
+    with, where a crash came before that was noted; else it is asked for again.
     Errors: InputError for a cohort too small for what the strategy promises.
     """
+
+    def is_due(number: int) -> bool:
+        return evaluate_rounds and (number % run.plan.evaluation.every == 0 or number == run.rounds)
+
+    def scored(progress: Progress, known: Scores | None = None) -> Progress:
+        number = progress.round
+        parts = {"weights": final_weights(run, progress)}
+        scores = known or evaluate(grid, run, number, parts, watch)
+        if known is None:
+            on_scores(number, scores)
+        return _noted(progress, {**_told(run, scores), "evaluated": True})
+
     need = run.strategy.min_updates
     if len(run.cohort) < need:
         raise InputError(
             f"strategy {run.strategy.name} as planned needs {need} labs, found {len(run.cohort)}",
             hint="enrol more labs, or choose another strategy or its options",
         )
+    if (
+        progress.round
+        and is_due(progress.round)
+        and not progress.records[-1].get("evaluated", True)
+    ):
+        progress = scored(progress, known_scores)
+        checkpoint(progress)
+    total = Sum(run.strategy.lab.up, run.size)
     while progress.round < run.rounds:
         started = time.monotonic()
-        progress = _one_round(grid, run, progress, watch)
-        number = progress.round
-        if evaluate_rounds and (number % run.plan.evaluation.every == 0 or number == run.rounds):
+        progress = _one_round(grid, run, progress, total, watch)
+        if is_due(progress.round):
             if run.secure is not None:
                 # Labs close a round when they evaluate its model: a coordinator that forgot it
                 # could not ask for it again.
                 checkpoint(_timed(progress, started))
-            scores = evaluate(grid, run, number, {"weights": final_weights(run, progress)}, watch)
-            progress = _noted(progress, _told(run, scores))
-            on_scores(number, scores)
+            progress = scored(progress)
         progress = _timed(progress, started)
         checkpoint(progress)
         watch.round(run.name, progress.records[-1])
@@ -172,12 +191,14 @@ def _timed(progress: Progress, started: float) -> Progress:
     return replace(noted, wall_s=progress.wall_s + wall_s)
 
 
-def _one_round(grid: Grid, run: Run, progress: Progress, watch: Watch) -> Progress:
+def _one_round(grid: Grid, run: Run, progress: Progress, total: Sum, watch: Watch) -> Progress:
     number = progress.round + 1
     down = {name: progress.state[name] for name in run.strategy.down}
     watch.order(run.name, "train", number, run.rounds, len(run.cohort))
-    collect = _collect_updates if run.secure is None else _collect_sum
-    got = collect(grid, run, number, down, watch)
+    if run.secure is None:
+        got = _collect_updates(grid, run, number, down, total, watch)
+    else:
+        got = _collect_sum(grid, run, number, down, watch)
 
     state = progress.state
     if got.mean is not None:
@@ -187,11 +208,14 @@ def _one_round(grid: Grid, run: Run, progress: Progress, watch: Watch) -> Progre
     return Progress(number, state, (*progress.records, record), progress.wall_s)
 
 
-def _collect_updates(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -> Collected:
+def _collect_updates(
+    grid: Grid, run: Run, number: int, down: Parts, total: Sum, watch: Watch
+) -> Collected:
     """Every lab's update, checked and added up as it arrives."""
+    total.clear()
     parts = run.strategy.lab.up
     order = pack_order(Order("train", run.name, number, run.plan.sha256, down))
-    got, total, kept = Collected(), Sum(parts, run.size), dict[str, Float32]()
+    got, kept = Collected(), dict[str, Float32]()
     timeout_s = run.plan.cohort.round_timeout_s
     for lab, message in ask(grid, run.cohort, "train", number, order, timeout_s=timeout_s):
         try:
@@ -376,6 +400,7 @@ def _record(run: Run, number: int, got: Collected, down_bytes: int) -> Record:
         "absent": dict(sorted(got.absent.items())),
         "loss": {lab: value for lab, value in loss.items() if math.isfinite(value)},
         **_told(run, Scores()),
+        "evaluated": False,
         "up_bytes": got.up_bytes,
         "down_bytes": down_bytes * len(run.cohort),
         "train_s": round(got.train_s, 3),

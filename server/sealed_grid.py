@@ -6,10 +6,13 @@ place that the order had; what does not hold becomes that lab's failure.
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -21,6 +24,7 @@ from cytofed.privacy.sealing import Context, Direction, Sealed, seal, seal_for_a
 from cytofed.sealed_message import (
     REFUSAL,
     Parcel,
+    pack_body,
     pack_content,
     pack_parcel,
     text_of,
@@ -68,14 +72,40 @@ class _Place:
     kind: str
 
 
-class SealedGrid(Grid):
-    """See the module. ``reply_bytes``: largest payload of a reply."""
+@dataclass(frozen=True)
+class _Shared:
+    """One content for many labs: sealed once, its body in a file without a name."""
 
-    def __init__(self, inner: Grid, sealed: SealedRun, *, reply_bytes: int) -> None:
+    content: RecordDict = field(repr=False)
+    sealed: Mapping[str, Sealed] = field(repr=False)
+    body: mmap.mmap
+    record: ArrayRecord = field(repr=False)
+
+    @staticmethod
+    def make(content: RecordDict, sealed: Mapping[str, Sealed], spool: Path) -> _Shared:
+        with tempfile.TemporaryFile(dir=spool) as file:
+            file.write(next(iter(sealed.values())).body)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        body = memoryview(mapped)
+        moved = {lab: Sealed(found.prefix, body) for lab, found in sealed.items()}
+        return _Shared(content, moved, mapped, pack_body(body))
+
+    def forget(self) -> None:
+        """Take the body out of this process's memory, until it is read again."""
+        self.body.madvise(mmap.MADV_DONTNEED)
+
+
+class SealedGrid(Grid):
+    """See the module. ``reply_bytes``: largest payload of a reply; ``spool``: a folder for what is
+    on its way, sealed."""
+
+    def __init__(self, inner: Grid, sealed: SealedRun, *, reply_bytes: int, spool: Path) -> None:
         self._inner, self._sealed, self._reply_bytes = inner, sealed, reply_bytes
+        self._spool = spool
         self._labs = {node: lab for lab, node in sealed.nodes.items()}
         self._places: dict[str, tuple[_Place, Message]] = {}
-        self._shared: tuple[RecordDict, Mapping[str, Sealed]] | None = None
+        self._shared: _Shared | None = None
 
     def set_run(self, run: Run) -> None:
         self._inner.set_run(run)
@@ -105,22 +135,25 @@ class SealedGrid(Grid):
             place = _Place(
                 lab, int(metadata.group_id), _slot(message.content), metadata.message_type
             )
+            sealed, record = self._seal(message.content, place)
             parcel = Parcel(
                 self._sealed.run,
                 place.round,
                 place.slot,
                 place.kind,
-                self._seal(message.content, place),
+                sealed,
                 self._sealed.start,
             )
-            sealed = self._inner.create_message(
-                pack_parcel(parcel),
+            outer = self._inner.create_message(
+                pack_parcel(parcel, record),
                 metadata.message_type,
                 metadata.dst_node_id,
                 metadata.group_id,
                 metadata.ttl,
             )
-            [number] = self._inner.push_messages([sealed])
+            [number] = self._inner.push_messages([outer])
+            if self._shared is not None:
+                self._shared.forget()
             message.metadata.__dict__["_message_id"] = number
             self._places[number] = (place, message)
             ids.append(number)
@@ -146,7 +179,7 @@ class SealedGrid(Grid):
     ) -> Iterable[Message]:
         raise NotImplementedError("cytofed's round loop pushes and pulls")
 
-    def _seal(self, content: RecordDict, place: _Place) -> Sealed:
+    def _seal(self, content: RecordDict, place: _Place) -> tuple[Sealed, ArrayRecord | None]:
         context = self._sealed.context(
             place.round, place.slot, place.kind, lab=place.lab, to_lab=True
         )
@@ -154,16 +187,17 @@ class SealedGrid(Grid):
         if place.kind == "query.secagg":  # each lab has a content of its own
             manifest, payload = pack_content(content)
             receiver = roster.member(place.lab).identity
-            return seal(payload, context, sender=sender, receiver=receiver, manifest=manifest)
-        if self._shared is None or self._shared[0] is not content:
+            sealed = seal(payload, context, sender=sender, receiver=receiver, manifest=manifest)
+            return sealed, None
+        if self._shared is None or self._shared.content is not content:
             self._shared = None  # before the next is made: there is one at a time
             manifest, payload = pack_content(content)
             receivers = [roster.member(lab).identity for lab in self._sealed.nodes]
-            sealed = seal_for_all(
+            for_all = seal_for_all(
                 payload, context, sender=sender, receivers=receivers, manifest=manifest
             )
-            self._shared = (content, sealed)
-        return self._shared[1][place.lab]
+            self._shared = _Shared.make(content, for_all, self._spool)
+        return self._shared.sealed[place.lab], self._shared.record
 
     def _open(self, reply: Message, place: _Place) -> RecordDict:
         parcel = unpack_parcel(reply)
@@ -176,6 +210,7 @@ class SealedGrid(Grid):
             sender=self._sealed.roster.member(place.lab).identity,
             receiver=self._sealed.identity,
             max_bytes=self._reply_bytes,
+            in_place=not parcel.sealed.body.readonly,
         )
         content = unpack_content(opened.manifest, opened.payload)
         if kind == REFUSAL:

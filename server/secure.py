@@ -126,8 +126,8 @@ class SecureRun:
         """
         wanted = _Collection("train", number, down, self.encoding)
         total_W, survivors = self._sum(grid, wanted, absent, received)
-        mean_P = decode(total_W, wanted.encoding, count=len(survivors)).mean_P
-        split = np.split(mean_P.astype(np.float32), len(self.strategy.lab.up))
+        decoded = decode(total_W, wanted.encoding, count=len(survivors), dtype=np.float32)
+        split = np.split(decoded.mean_P, len(self.strategy.lab.up))
         mean: dict[str, Float32] = dict(zip(self.strategy.lab.up, split, strict=True))
         return SecureSum(mean, survivors)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -13,22 +15,27 @@ def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644) -> Non
     The data is on the disk (fsync) before the name points to it.
     """
     raw = data.encode() if isinstance(data, str) else data
+    with atomically(path, mode=mode) as part:
+        part.write_bytes(raw)
+
+
+@contextlib.contextmanager
+def atomically(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+    """As ``write_atomically``, for a block that writes the file whose path it gets."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
+        _sync(part, os.O_RDWR)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent, os.O_RDONLY)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from cytofed.arrays import Float32
 from cytofed.errors import InputError
-from cytofed.files import write_atomically
+from cytofed.tensor_file import write_tensors
 
 FORMAT = "cytofed-model-1"
 
@@ -83,9 +82,8 @@ def write_model(path: Path, arrays: Mapping[str, Float32], info: ModelInfo) -> N
     """
     for name, array in arrays.items():
         check_finite(name, array, source=str(path))
-    # safetensors writes the buffer as it lies in memory, so strides must be plain.
-    plain = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    write_atomically(path, safetensors.numpy.save(plain, metadata=info.to_metadata()))
+    float32 = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    write_tensors(path, float32, info.to_metadata())
 
 
 def read_model(path: Path) -> tuple[dict[str, Float32], ModelInfo]:

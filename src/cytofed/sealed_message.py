@@ -111,8 +111,15 @@ def content_sha256(manifest: bytes, payload: memoryview) -> str:
     return digest.hexdigest()
 
 
-def pack_parcel(parcel: Parcel) -> RecordDict:
-    """As it travels."""
+def pack_body(body: memoryview) -> ArrayRecord:
+    """A sealed body as it travels; one record serves all who get the same body."""
+    record = ArrayRecord()
+    record["body"] = array_of("uint8", (len(body),), RAW, body)
+    return record
+
+
+def pack_parcel(parcel: Parcel, record: ArrayRecord | None = None) -> RecordDict:
+    """As it travels. ``record``: ``pack_body`` of its body, where that was made before."""
     body = parcel.sealed.body
     seal: dict[str, str | int | bytes] = {
         "run": parcel.run,
@@ -124,9 +131,7 @@ def pack_parcel(parcel: Parcel) -> RecordDict:
     }
     if len(body) <= _INLINE_BYTES:
         return RecordDict({"seal": ConfigRecord({**seal, "body": bytes(body)})})
-    record = ArrayRecord()
-    record["body"] = array_of("uint8", (len(body),), RAW, body)
-    return RecordDict({"seal": ConfigRecord(dict(seal)), "body": record})
+    return RecordDict({"seal": ConfigRecord(dict(seal)), "body": record or pack_body(body)})
 
 
 def unpack_parcel(message: Message) -> Parcel:

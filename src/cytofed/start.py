@@ -7,7 +7,7 @@ that this writes: ``start.safetensors`` (all tensors) and ``manifest.json`` (wha
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,22 @@ _CLOSED = -100.0
 
 @dataclass(frozen=True)
 class Start:
-    """The start model: P trained weights in the manifest's order, and all tensors by name."""
+    """The start model: all tensors by name, and which of them are trained, in what order."""
 
     manifest: Manifest
-    weights_P: Float32
-    tensors: dict[str, Float32]
+    tensors: dict[str, Float32] = field(repr=False)
     info: ModelInfo
+
+    @property
+    def weights_P(self) -> Float32:
+        """The P trained weights, as one vector of their own."""
+        parts = [self.tensors[name].reshape(-1) for name in self.manifest.names]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    @property
+    def bare(self) -> Start:
+        """The same without its tensors: what is needed as long as a run lasts."""
+        return replace(self, tensors={})
 
     def with_weights(self, weights_P: Float32) -> dict[str, Float32]:
         """All tensors, the trained ones taken from ``weights_P``."""
@@ -85,9 +95,7 @@ def read_start(folder: Path) -> Start | None:
         return None
     manifest = Manifest.from_json(manifest_file.read_text())
     tensors, info = read_model(folder / START_FILE)
-    parts = [tensors[name].reshape(-1) for name in manifest.names]
-    weights_P = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    return Start(manifest, weights_P, tensors, info)
+    return Start(manifest, tensors, info)
 
 
 def main() -> None:

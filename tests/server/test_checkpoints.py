@@ -84,7 +84,7 @@ save_progress(folder, Progress(2, {"weights": np.full(9, 2, np.float32)}), plan_
 """
 
 
-@pytest.mark.parametrize("moment", ["fdopen", "fsync", "replace"])
+@pytest.mark.parametrize("moment", ["close", "fsync", "replace"])
 def test_kill_in_the_middle_of_a_write_leaves_the_former(moment: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CRASH, str(tmp_path), moment]
     done = subprocess.run(command, check=False, timeout=60)

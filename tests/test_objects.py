@@ -1,0 +1,114 @@
+"""Messages become Flower's objects and come back; what does not fit is refused, whatever it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cytofed.messages import RAW, array_of, new_message
+from cytofed.objects import PIECE_BYTES, deflate, inflate
+
+ROOM = 1 << 25
+
+
+def message_of(data: bytes, **header: Any) -> Message:
+    record = ArrayRecord()
+    record["body"] = array_of("uint8", (len(data),), RAW, memoryview(data))
+    content = RecordDict({"header": ConfigRecord({"run": "r", **header}), "parts": record})
+    return new_message(content, kind="train", node=1, group="1", ttl_s=1.0)
+
+
+def objects_of(message: Message) -> tuple[str, dict[str, bytes]]:
+    found = deflate(message)
+    return found.number, {number: found.content(number) for number in found.numbers}
+
+
+def data_of(message: Message) -> bytes:
+    record = message.content["parts"]
+    assert isinstance(record, ArrayRecord)
+    return bytes(record["body"].data)
+
+
+SIZES = [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES + 12345]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_message_comes_back_as_it_was(size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    number, contents = objects_of(message_of(data, round=3))
+    back = inflate(number, contents.__getitem__, max_bytes=ROOM)
+    assert data_of(back) == data
+    assert back.content["header"] == {"run": "r", "round": 3}
+    assert back.metadata.message_id == number
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_objects_are_those_that_flower_makes_and_reads(size: int) -> None:
+    data = bytes(size)  # all pieces alike: they share one object
+    number, contents = objects_of(message_of(data))
+    plain = get_all_nested_objects(message_of(data))
+    assert {name: item.deflate() for name, item in plain.items()} == contents
+    back = inflate_object_from_contents(number, contents)
+    assert isinstance(back, Message)
+    assert data_of(back) == data
+
+
+def test_sizes_are_those_of_the_bytes_that_travel() -> None:
+    found = deflate(message_of(bytes(PIECE_BYTES + 7)))
+    assert found.sizes() == {number: len(found.content(number)) for number in found.numbers}
+
+
+def test_an_array_in_two_messages_is_cut_once() -> None:
+    record = ArrayRecord()
+    record["body"] = array_of("uint8", (9,), RAW, memoryview(b"123456789"))
+    one, two = (
+        deflate(
+            new_message(
+                RecordDict({"header": ConfigRecord({"to": lab}), "parts": record}),
+                kind="train", node=1, group="1", ttl_s=1.0,
+            )
+        )
+        for lab in ("a", "b")
+    )  # fmt: skip
+    shared = one.numbers & two.numbers
+    assert len(shared) == 3  # the piece, its array, its record
+
+
+def test_array_larger_than_allowed_is_refused() -> None:
+    number, contents = objects_of(message_of(bytes(1001)))
+    with pytest.raises(ValueError, match="more than 1000 bytes"):
+        inflate(number, contents.__getitem__, max_bytes=1000)
+
+
+def test_one_piece_named_a_million_times_takes_no_memory() -> None:
+    number, contents = objects_of(message_of(b"x" * 1000))
+    for name, content in contents.items():
+        if content.startswith(b"Array "):
+            head, _, body = content.partition(b"\0")
+            told = {**json.loads(body), "arraychunk_ids": [0] * 10**6}
+            contents[name] = head + b"\0" + json.dumps(told).encode()
+    with pytest.raises(ValueError, match="too many pieces"):
+        inflate(number, contents.__getitem__, max_bytes=ROOM)
+
+
+@given(data=st.data())
+def test_damaged_objects_raise_and_give_nothing(data: st.DataObject) -> None:
+    number, contents = objects_of(message_of(b"x" * 100))
+    name = data.draw(st.sampled_from(sorted(contents)))
+    at = data.draw(st.integers(0, len(contents[name]) - 1))
+    damaged = bytearray(contents[name])
+    damaged[at] ^= data.draw(st.integers(1, 255))
+    try:
+        back = inflate(number, {**contents, name: bytes(damaged)}.__getitem__, max_bytes=ROOM)
+    except Exception as error:  # noqa: BLE001
+        assert not isinstance(error, MemoryError)
+    else:
+        assert isinstance(back, Message)
