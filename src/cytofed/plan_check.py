@@ -133,9 +133,9 @@ def _costly_ways(plan: Plan, terms: Terms) -> list[str]:
         )
     if model.start == "random" and model.trainable == "all":
         found.append(
-            "all weights are trained from random ones: each takes its noise; a linear head on an "
-            "encoder that no lab's patient is in learns far more: set model.arch=encoder+head "
-            "model.start=FILE model.trainable=head"
+            "all weights are trained from random ones, and each takes its noise: a linear head on "
+            "an encoder of public images (`cytofed pretrain`) learns far more; set "
+            "model.arch=encoder+head model.start=FILE model.trainable=head"
         )
     declared = privacy.declared_patients
     counts = list(declared.values()) if isinstance(declared, Mapping) else [declared or math.inf]
