@@ -167,7 +167,7 @@ class Daemon:
         """For what has no place to seal an answer for: signed by nobody, and says nothing."""
         reason = public_reason(error, known=(self._membership.lab,))
         outgoing = self._outgoing("refusal", {"reason": reason}, reason.encode())
-        return Answer(reason=reason, outgoing=outgoing)
+        return Answer(outgoing, reason=reason)
 
     def _to_offer(self, message: Message) -> Answer:
         """Keep a new offer; say what was decided about it, or that nothing was."""
@@ -285,9 +285,8 @@ class Daemon:
         mine = ledger_order(order, self._ledger_name(offer))
         kept = self._outbox.take(mine)
         if isinstance(kept, SameBytes):
-            self._outbox.again(kept)
-            sealed = Sealed.from_bytes(kept.sealed)
-            return Answer(self._parcel(parcel, kind, sealed), sent=self._settling(offer, order))
+            again = self._parcel(parcel, kind, Sealed.from_bytes(kept.sealed))
+            return Answer(kept.outgoing, again, sent=self._settling(offer, order))
         self._at = (order.run, order.round)
         self._say(f"{kind} for run {order.run}, round {order.round}", True)
         self._open_run(offer, parcel)
@@ -307,7 +306,7 @@ class Daemon:
         content: RecordDict,
         kept: tuple[ledger.Order, Order] | None,
     ) -> Answer:
-        """Seal an answer; with ``kept`` it goes into the outbox, which logs it."""
+        """Seal an answer; with ``kept`` it goes into the outbox."""
         manifest, payload = pack_content(content)
         sealed = seal(
             payload,
@@ -337,10 +336,10 @@ class Daemon:
         travelling = self._parcel(parcel, kind, sealed)
         if kept is None:
             self._egress.check(outgoing)  # what may not leave becomes a refusal here
-            return Answer(travelling, outgoing=outgoing)
+            return Answer(outgoing, travelling)
         mine, order = kept
         self._outbox.put(mine, data, outgoing)
-        return Answer(travelling, sent=self._settling(offer, order))
+        return Answer(outgoing, travelling, sent=self._settling(offer, order))
 
     def _refusal(self, offer: Offer, parcel: Parcel, error: Exception) -> Answer:
         """Why not, signed and sealed like any answer."""
@@ -383,7 +382,7 @@ class Daemon:
             sha256=hashlib.sha256(data).hexdigest(),
             run=offer.run,
         )
-        return Answer(self._parcel(parcel, "query.result", sealed), outgoing=outgoing)
+        return Answer(outgoing, self._parcel(parcel, "query.result", sealed))
 
     # --- places
 
@@ -413,7 +412,7 @@ class Daemon:
     ) -> Answer:
         """An answer that is signed and not sealed: about an offer, before there is a run."""
         content = RecordDict({"answer": ConfigRecord({"decision": signed})})
-        return Answer(content, outgoing=self._outgoing(type_, told, signed))
+        return Answer(self._outgoing(type_, told, signed), content)
 
     def _outgoing(
         self, type_: str, told: Mapping[str, str | int | float | bytes], data: bytes

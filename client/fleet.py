@@ -93,13 +93,12 @@ class _Withdrawn(Exception):
 class Answer:
     """What a lab says to a message: a content, or a reason why there is none.
 
-    ``outgoing``: its record for the egress log; None where that is written already. ``sent`` is
-    called when all of it has arrived.
+    ``outgoing``: its record for the egress log. ``sent`` is called when all of it has arrived.
     """
 
+    outgoing: Outgoing
     content: RecordDict | None = field(default=None, repr=False)
     reason: str = ""
-    outgoing: Outgoing | None = None
     sent: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
@@ -194,8 +193,7 @@ class FleetLink:
             clientapp_runtime_list=[0.0],
         )
         sizes = objects.sizes()
-        if answer.outgoing is not None:
-            self._egress.record(replace(answer.outgoing, objects=sizes))
+        self._egress.record(replace(answer.outgoing, objects=sizes))
         self._gate.announce(sizes)
         try:
             session = self._call("push_messages", request)

@@ -1,10 +1,9 @@
 """The outbox: what a lab answered, kept so that no order is ever answered twice in two ways.
 
-A sealed answer is on the disk, and in the egress log, before its first byte leaves. Asked again
-with the very same order, the lab sends the very same bytes. Asked for the same round in a later
-slot (secure aggregation needs fresh masks), it masks the very same noised update anew, which is
-kept for that, encrypted under a key of the lab's, until the next round. So no retry trains again,
-and none spends anything.
+A sealed answer is on the disk before its first byte leaves. Asked again with the very same order,
+the lab sends the very same bytes. Asked for the same round in a later slot (secure aggregation
+needs fresh masks), it masks the very same noised update anew, which is kept for that, encrypted
+under a key of the lab's, until the next round. So no retry trains again, and none spends anything.
 
 ::
 
@@ -13,8 +12,7 @@ and none spends anything.
 
     take         what an order asks for: the same bytes, the same update, or work to be done
     keep_update  after training, before the ledger's release: a crash from here on trains no more
-    put          sealed answer, egress record; then it may leave
-    again        egress record of the same bytes; then they may leave again
+    put          sealed answer; it may leave when the egress log has it
 
 Nothing here is readable without a key: sealed answers open at the coordinator only.
 """
@@ -35,7 +33,7 @@ import numpy.typing as npt
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from cytofed.client.egress import EgressLog, Outgoing, Record
+from cytofed.client.egress import EgressLog, Outgoing
 from cytofed.errors import CytofedError, InputError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.privacy import wire
@@ -55,7 +53,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class SameBytes:
-    """The order was answered: send exactly this again, by way of ``Outbox.again``."""
+    """The order was answered: send exactly this again."""
 
     sealed: bytes = field(repr=False)
     outgoing: Outgoing
@@ -160,14 +158,15 @@ class Outbox:
         self._write(path, b"".join((_MAGIC, size, nonce, small, body_nonce, body)))
         self._forget_before(order)
 
-    def put(self, order: Order, sealed: bytes, outgoing: Outgoing) -> Record:
-        """Keep a sealed answer and write it into the egress log; then it may leave.
+    def put(self, order: Order, sealed: bytes, outgoing: Outgoing) -> None:
+        """Keep a sealed answer with its egress record, which is written down when it is sent.
 
         Errors: EgressRefused for what may not leave (nothing is kept then); AlreadyAnswered where
         the order has an answer; CytofedError when the disk is full.
         """
         if (len(sealed), hashlib.sha256(sealed).hexdigest()) != (outgoing.nbytes, outgoing.sha256):
             raise InputError("the egress record is not of these bytes")
+        self._log.check(outgoing)
         found = self.take(order)
         if isinstance(found, SameBytes):
             raise AlreadyAnswered(f"the order of round {order.round} has an answer: send that")
@@ -176,17 +175,7 @@ class Outbox:
         nonce = os.urandom(_NONCE_BYTES)
         head = nonce + self._cipher.encrypt(nonce, json.dumps(tree).encode(), path.name.encode())
         self._write(path, b"".join((_MAGIC, len(head).to_bytes(8, "big"), head, sealed)))
-        try:
-            record = self._log.record(outgoing)
-        except CytofedError:
-            path.unlink()  # what is not in the log never left, and must not be found as an answer
-            raise
         self._forget_before(order)
-        return record
-
-    def again(self, answer: SameBytes) -> Record:
-        """Write a repeated answer into the egress log; then it may leave."""
-        return self._log.record(answer.outgoing)
 
     def end_run(self, run: str, federation: str) -> None:
         """Forget a finished run."""
