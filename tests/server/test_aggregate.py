@@ -81,6 +81,29 @@ def test_more_weight_than_the_sum_has_room_for_is_refused() -> None:
     assert total.mean()["weights"].tolist() == [1.0], "what was refused left no trace"
 
 
+def test_large_weights_and_small_ones_add_up() -> None:
+    """They are rounded in two ways."""
+    values = [np.full(3, value, np.float32) for value in (1.5, -0.25, 0.125)]
+    total = Sum(("weights",), 3)
+    for values_P, weight in zip(values, (1e6, 3.0, 2e6), strict=True):
+        total.add({"weights": values_P}, weight)
+    exact = (1.5e6 - 0.75 + 0.25e6) / 3_000_003
+    np.testing.assert_allclose(total.mean()["weights"], exact, rtol=2**-23)
+
+
+def test_a_cleared_sum_is_a_new_one() -> None:
+    rng = np.random.default_rng(1)
+    first_P, second_P = rng.normal(size=(2, SIZE)).astype(np.float32)
+    total = Sum(("weights",), SIZE)
+    total.add({"weights": first_P}, 7.0)
+    before = total.mean()["weights"].copy()
+    total.clear()
+    assert total.count == 0
+    total.add({"weights": second_P}, 2.0)
+    assert total.mean()["weights"].tobytes() == mean_of([(second_P, 2.0)]).tobytes()
+    assert before.tobytes() == mean_of([(first_P, 7.0)]).tobytes()
+
+
 def test_mean_of_nothing_is_refused() -> None:
     with pytest.raises(CytofedError, match="no updates"):
         Sum(("weights",), 3).mean()
