@@ -288,6 +288,7 @@ def budget(folder: Path, restore_charge: bool, as_json: bool) -> int:
     """What was spent and is held on this lab's patients."""
     from cytofed.client.directory import ClientDirectory
     from cytofed.client.egress import accept_cut, read_report
+    from cytofed.client.fleet import unknown_heads
     from cytofed.client.policy import budget as read_budget
     from cytofed.client.policy import restore_charge as charge
     from cytofed.privacy.accounting import shown
@@ -297,6 +298,7 @@ def budget(folder: Path, restore_charge: bool, as_json: bool) -> int:
     if restore_charge:
         report = read_report(directory.egress, directory.identity().public)
         heads = [str(r.body.get("ledger_head", "")) for r in report.messages]
+        heads += unknown_heads(directory)
         found = charge(settings, directory.plans(), seen_heads=[h for h in heads if h])
         accept_cut(directory.egress)
     else:

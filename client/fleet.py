@@ -45,14 +45,17 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from cytofed import __version__
 from cytofed.client.directory import ClientDirectory, http_client
-from cytofed.client.egress import EgressLog, EgressRefused, Outgoing, fields_of
-from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED
+from cytofed.client.egress import EgressLog, EgressRefused, Outgoing, fields_of, public_reason
+from cytofed.client.policy import open_ledger
+from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED, LedgerHead
 from cytofed.errors import CytofedError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.messages import ERROR_CODE
 from cytofed.objects import deflate, inflate
 from cytofed.privacy import wire
 from cytofed.privacy.identity import sign, verify
+from cytofed.privacy.ledger import LedgerRolledBack
+from cytofed.sealed_message import attach_head, attached_head
 
 _BEAT_ALLOWED_S = 30.0
 """what Flower is told; it takes a lab for gone after twice that"""
@@ -119,6 +122,7 @@ class FleetLink:
         self._gate = _EgressGate(egress)
         self._client = self._new_client()
         self._renew_at = time.monotonic()
+        self._head = ""
 
     def stop(self) -> None:
         """End ``work`` as soon as it waits for nothing."""
@@ -153,9 +157,43 @@ class FleetLink:
         try:
             message = self._fetch(found)
             if message is not None:
+                self._check_ledger(message)
                 self._push(message, respond(message))
         except _Withdrawn:
             return
+
+    def _check_ledger(self, message: Message) -> None:
+        """Stop where the coordinator has seen an entry that this lab's privacy ledger lacks.
+
+        Errors: LedgerRolledBack, once the coordinator knows why there is no answer.
+        """
+        document = attached_head(message)
+        if not document:
+            return
+        membership = self._directory.membership()
+        seen = LedgerHead.verified(
+            document,
+            self._directory.coordinator(),
+            federation=membership.federation,
+            lab=membership.lab,
+        )
+        if seen.head == self._head:
+            return
+        try:
+            with open_ledger(self._directory.settings()) as book:
+                book.check_head(seen.head)
+        except LedgerRolledBack as error:
+            note_unknown_head(self._directory, seen.head)
+            reason = public_reason(error, known=(membership.lab,))
+            outgoing = Outgoing(
+                type="refusal",
+                destination=membership.address,
+                fields=fields_of({"reason": reason}),
+                nbytes=len(reason.encode()),
+                sha256=hashlib.sha256(reason.encode()).hexdigest(),
+            )
+            self._push(message, Answer(reason=reason, outgoing=outgoing))
+            raise
 
     def _fetch(self, found: Any) -> Message | None:
         head, tree = found.messages_list[0], found.message_object_trees[0]
@@ -184,6 +222,8 @@ class FleetLink:
         if answer.content is None:
             reply = Message(Error(ERROR_CODE, answer.reason), reply_to=message)
         else:
+            if answer.outgoing is not None and answer.outgoing.ledger_head:
+                self._tell_head(answer.content, answer.outgoing.ledger_head)
             reply = Message(answer.content, reply_to=message)
         objects = deflate(reply)
         request = PushMessagesRequest(
@@ -212,6 +252,12 @@ class FleetLink:
         finally:
             self._gate.announce({})
         answer.sent()
+
+    def _tell_head(self, content: RecordDict, head: str) -> None:
+        membership = self._directory.membership()
+        told = LedgerHead(membership.federation, membership.lab, head)
+        attach_head(content, told.signed(self._directory.identity()))
+        self._head = head
 
     # --- the connection
 
@@ -324,6 +370,20 @@ class _EgressGate:
             nbytes = int(context.request.headers.get("content-length", 0))
             self._egress.routine(_ROUTINE.get(call, call), nbytes)
         return call_next(context)
+
+
+def note_unknown_head(directory: ClientDirectory, head: str) -> None:
+    """Keep a head that the coordinator has seen and this lab's ledger lacks: charging all plans in
+    full makes up for what came before it, and the ledger then goes on after it."""
+    known = unknown_heads(directory)
+    if head not in known:
+        write_atomically(directory.root / "unknown.heads", "\n".join((*known, head)), mode=0o600)
+
+
+def unknown_heads(directory: ClientDirectory) -> tuple[str, ...]:
+    """The heads of ``note_unknown_head``."""
+    file = directory.root / "unknown.heads"
+    return tuple(file.read_text().split()) if file.is_file() else ()
 
 
 def certificate_days(directory: ClientDirectory) -> float:

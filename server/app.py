@@ -87,6 +87,7 @@ class Coordinator:
     def serve(self) -> None:
         """Open the port and the control socket, go on with interrupted runs; blocks."""
         self._directory.renew_own_certificate()
+        gc.freeze()  # what is imported stays: collections look at the rest alone
         runs = threading.Thread(target=self._carry_out_all, daemon=True, name="runs")
         with serve_commands(self._directory.socket, self._answer):
             server = self._server()
@@ -276,6 +277,7 @@ class Coordinator:
             sealed,
             reply_bytes=reply_bytes,
             spool=self._fleet.spool,
+            heads=self._directory,
         )
         progress = load_progress(folder.checkpoints, plan_sha256=plan.sha256)
         if progress is None:
@@ -454,6 +456,7 @@ class Coordinator:
             sealed,
             reply_bytes=_SPARE_BYTES,
             spool=self._fleet.spool,
+            heads=self._directory,
         )
         number = offer.plan.train.rounds
         try:

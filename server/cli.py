@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import sys
@@ -66,6 +68,7 @@ def start(folder: Path) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     directory = ServerDirectory.open(folder)
+    _give_memory_back()
     coordinator = Coordinator(directory)
     note(f"cytofed: coordinator at {directory.settings().address}, Ctrl-C ends it")
     coordinator.serve()
@@ -173,6 +176,20 @@ def stop_run(folder: Path, name: str) -> int:
     RunFolder.open(directory.runs, name).ask_to_stop("stopped by the coordinator")
     say(f"run {name} ends as soon as its labs are no longer waited for")
     return 0
+
+
+def _give_memory_back() -> None:
+    """Have large blocks come from the system and go back to it, on Linux.
+
+    glibc else learns to keep blocks of the size of an upload's pieces, in an arena per thread.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+        libc.mallopt(_M_ARENA_MAX, 2)
+
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 
 
 def _print_json(value: Any) -> None:

@@ -6,7 +6,7 @@
     ca.pem ca.key                  the federation's own authority
     server.pem server.key          TLS
     identity.key                   signatures and sealing
-    labs/NAME.cbor NAME.pem        what a lab enrolled with
+    labs/NAME.cbor NAME.pem        what a lab enrolled with; NAME.head: its ledger's, last seen
     revoked/ left/                 keys of labs that were revoked, or left: none comes back
     epoch                          number of the last change of the roster
     invites/NAME.json              hash of a token and when it ends
@@ -244,6 +244,7 @@ class ServerDirectory:
         file.rename(self.root / why / f"{lab}.{datetime.now(UTC).strftime(_STAMP)}.cbor")
         (self.root / "labs" / f"{lab}.pem").unlink(missing_ok=True)
         (self.root / "labs" / f"{lab}.request").unlink(missing_ok=True)
+        (self.root / "labs" / f"{lab}.head").unlink(missing_ok=True)
         (self.root / "invites" / f"{lab}.json").unlink(missing_ok=True)
         self._raise_epoch()
         return self.roster()
@@ -254,6 +255,15 @@ class ServerDirectory:
 
     def _raise_epoch(self) -> None:
         write_atomically(self.root / "epoch", str(self._epoch() + 1))
+
+    def seen_head(self, lab: str) -> str:
+        """The last head of a lab's privacy ledger that it told; empty where it told none."""
+        file = self.root / "labs" / f"{lab}.head"
+        return file.read_text() if file.is_file() else ""
+
+    def note_head(self, lab: str, head: str) -> None:
+        if head != self.seen_head(lab):
+            write_atomically(self.root / "labs" / f"{lab}.head", head)
 
     # --- invites
 

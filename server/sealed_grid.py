@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from cytofed.documents import Roster
+from cytofed.documents import LedgerHead, Roster
 from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, BadMessage
 from cytofed.privacy.identity import Identity
@@ -24,6 +25,8 @@ from cytofed.privacy.sealing import Context, Direction, Sealed, seal, seal_for_a
 from cytofed.sealed_message import (
     REFUSAL,
     Parcel,
+    attach_head,
+    attached_head,
     pack_body,
     pack_content,
     pack_parcel,
@@ -96,13 +99,22 @@ class _Shared:
         self.body.madvise(mmap.MADV_DONTNEED)
 
 
+class Heads(Protocol):
+    """Remembers the last head of each lab's privacy ledger."""
+
+    def seen_head(self, lab: str) -> str: ...
+    def note_head(self, lab: str, head: str) -> None: ...
+
+
 class SealedGrid(Grid):
     """See the module. ``reply_bytes``: largest payload of a reply; ``spool``: a folder for what is
     on its way, sealed."""
 
-    def __init__(self, inner: Grid, sealed: SealedRun, *, reply_bytes: int, spool: Path) -> None:
+    def __init__(
+        self, inner: Grid, sealed: SealedRun, *, reply_bytes: int, spool: Path, heads: Heads
+    ) -> None:
         self._inner, self._sealed, self._reply_bytes = inner, sealed, reply_bytes
-        self._spool = spool
+        self._spool, self._heads = spool, heads
         self._labs = {node: lab for lab, node in sealed.nodes.items()}
         self._places: dict[str, tuple[_Place, Message]] = {}
         self._shared: _Shared | None = None
@@ -144,8 +156,12 @@ class SealedGrid(Grid):
                 sealed,
                 self._sealed.start,
             )
+            content = pack_parcel(parcel, record)
+            if head := self._heads.seen_head(lab):
+                seen = LedgerHead(self._sealed.roster.federation, lab, head)
+                attach_head(content, seen.signed(self._sealed.identity))
             outer = self._inner.create_message(
-                pack_parcel(parcel, record),
+                content,
                 metadata.message_type,
                 metadata.dst_node_id,
                 metadata.group_id,
@@ -201,6 +217,8 @@ class SealedGrid(Grid):
 
     def _open(self, reply: Message, place: _Place) -> RecordDict:
         parcel = unpack_parcel(reply)
+        if document := attached_head(reply):
+            self._note_head(document, place.lab)
         kind = parcel.content
         if kind not in (place.kind, REFUSAL):
             raise BadMessage(f"answers a {place.kind} order with {kind!r:.40}")
@@ -216,6 +234,13 @@ class SealedGrid(Grid):
         if kind == REFUSAL:
             raise BadMessage(f"refused: {text_of(content, 'reason')}")
         return content
+
+    def _note_head(self, document: bytes, lab: str) -> None:
+        roster = self._sealed.roster
+        told = LedgerHead.verified(
+            document, roster.member(lab).identity, federation=roster.federation, lab=lab
+        )
+        self._heads.note_head(lab, told.head)
 
 
 def _slot(content: RecordDict) -> int:

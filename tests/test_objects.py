@@ -108,7 +108,8 @@ def test_damaged_objects_raise_and_give_nothing(data: st.DataObject) -> None:
     damaged[at] ^= data.draw(st.integers(1, 255))
     try:
         back = inflate(number, {**contents, name: bytes(damaged)}.__getitem__, max_bytes=ROOM)
-    except Exception as error:  # noqa: BLE001
-        assert not isinstance(error, MemoryError)
-    else:
-        assert isinstance(back, Message)
+    except MemoryError:
+        raise
+    except Exception:
+        return
+    assert isinstance(back, Message)

@@ -7,6 +7,7 @@
     Offer      coordinator -> lab             a plan, the run that it is for, the roster
     Decision   lab -> coordinator             approved or rejected: this plan, this run, this roster
     Start      coordinator -> cohort          the approvals of all labs that take part
+    LedgerHead lab -> coordinator, and back   the last entry of the lab's privacy ledger
 
 A lab approves keys along with a plan: the offer carries the roster, and a start is only good with
 every member's own approval of the same plan, run and roster.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,8 +43,11 @@ LABEL_LEAVE = "cytofed/1/leave"
 LABEL_RENEW = "cytofed/1/renew"
 LABEL_RENEWED = "cytofed/1/renewed"
 LABEL_END = "cytofed/1/end"
+LABEL_HEAD = "cytofed/1/ledger-head"
 
 Verdict = Literal["approved", "rejected"]
+
+_HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -322,3 +327,29 @@ def secure_cohort(start: Start, offer: Offer, coordinator: PublicIdentity) -> Co
         ),
         min_cohort=settings.min_cohort,
     )
+
+
+@dataclass(frozen=True)
+class LedgerHead:
+    """The head of a lab's privacy ledger: by the lab with an answer, by the coordinator with the
+    next order, as the last one that it saw. An older ledger, put back, does not have it."""
+
+    federation: str
+    lab: str
+    head: str
+
+    def signed(self, by: Identity) -> bytes:
+        body = wire.encode({"federation": self.federation, "head": self.head, "lab": self.lab})
+        return sign(by, LABEL_HEAD, body)
+
+    @staticmethod
+    def verified(document: bytes, by: PublicIdentity, *, federation: str, lab: str) -> LedgerHead:
+        """Errors: VerificationError for another federation or lab, or what is no hash."""
+        fields = wire.Fields.of(verify(document, label=LABEL_HEAD, signer=by), "ledger head")
+        found = LedgerHead(fields.text("federation"), fields.text("lab"), fields.text("head"))
+        fields.end()
+        if (found.federation, found.lab) != (federation, lab):
+            raise VerificationError("the ledger head is of another federation or lab")
+        if not _HEX_SHA256.fullmatch(found.head):
+            raise VerificationError("the ledger head is no SHA-256")
+        return found

@@ -17,7 +17,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, Message
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
-from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as PIECE_BYTES
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
@@ -29,6 +29,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
 from cytofed.messages import array_of
+
+PIECE_BYTES: int = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+"""at which arrays are cut"""
 
 _CHUNK, _ARRAY, _RECORD = (kind.__qualname__ for kind in (ArrayChunk, Array, ArrayRecord))
 

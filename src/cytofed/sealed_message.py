@@ -26,6 +26,8 @@ REFUSAL = "refusal"
 _INLINE_BYTES = 1 << 16
 """A body up to this size travels inside the record: every array costs a request of its own."""
 
+_LEDGER = "ledger"
+
 _DTYPES = {"|u1": "uint8", "<f4": "float32", "<i8": "int64", "<u4": "uint32", "<u2": "uint16"}
 _HEADER = "header"
 
@@ -156,6 +158,18 @@ def unpack_parcel(message: Message) -> Parcel:
         sealed=Sealed(_raw(seal, "prefix"), memoryview(body)),
         papers=_raw(seal, "papers"),
     )
+
+
+def attach_head(content: RecordDict, document: bytes) -> None:
+    """Send a signed ``LedgerHead`` along with a parcel."""
+    content[_LEDGER] = ConfigRecord({"head": document})
+
+
+def attached_head(message: Message) -> bytes:
+    """The document of ``attach_head``, not verified yet; empty where there is none."""
+    record = message.content.get(_LEDGER) if message.has_content() else None
+    document = record.get("head") if isinstance(record, ConfigRecord) else None
+    return document if isinstance(document, bytes) else b""
 
 
 def _header_bytes(header: Mapping[str, object]) -> bytes:
