@@ -67,7 +67,6 @@ from cytofed.server.gate import Gate, Rate
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
 
 _SPOOL_FROM_BYTES = 1 << 18
-_RUN_BEAT_S = 15.0  # Flower fails a run without a sign of life within 60 s
 _SEND_AGAIN = 5
 """times that a message is sent again before its lab counts as absent"""
 
@@ -188,6 +187,10 @@ class _Link(InMemoryLinkState):
         self.seen: dict[int, Presence] = {}
         self._mail: dict[int, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _cleanup_expired_task_tokens_locked(self) -> None:
+        """Nothing: Flower fails a run whose process gave no sign of life for a minute. That is
+        this process, which goes on after a pause (of a suspended or starved machine)."""
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         done: bool = super().activate_node(node_id, heartbeat_interval)
@@ -404,8 +407,7 @@ class Fleet:
         self._poll_s = poll_s
         self._nodes: dict[str, int] = {}
         self._closed = threading.Event()
-        self._run, self._task = _start_run(self._link)
-        threading.Thread(target=self._beat, daemon=True, name="fleet-beat").start()
+        self._run = _start_run(self._link)
 
     def close(self) -> None:
         """End every wait of a grid with ``Stopped``."""
@@ -482,12 +484,8 @@ class Fleet:
     def _online(self, node: int) -> bool:
         return any(info.status == "online" for info in self._link.get_node_info(node_ids=[node]))
 
-    def _beat(self) -> None:
-        while not self._closed.wait(_RUN_BEAT_S):
-            self._link.acknowledge_task_heartbeat(self._task)
 
-
-def _start_run(link: _Link) -> tuple[Run, int]:
+def _start_run(link: _Link) -> Run:
     """Flower's run: one for the life of this process, whatever cytofed runs in it."""
     run_id = link.create_run(
         "cytofed/coordinator", "0.0.0", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID,
@@ -499,7 +497,7 @@ def _start_run(link: _Link) -> tuple[Run, int]:
         raise CytofedError("Flower's run could not be started")
     TaskIdentity.run_id, TaskIdentity.task_id = run_id, task
     TaskIdentity.node_id = SUPERLINK_NODE_ID
-    return run, task
+    return run
 
 
 @dataclass
