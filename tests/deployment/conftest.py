@@ -28,7 +28,7 @@ name: tiny
 labels: {scale: {size_px: 32, field_um: 21.6}}
 model: {width: 8}
 train: {rounds: 2, steps_per_round: 2, batch: 8}
-cohort: {min_labs: 3, wait_s: 60, round_timeout_s: 120}
+cohort: {min_labs: 3, wait_s: 300, round_timeout_s: 600}
 """
 
 PRIVATE = PLAN.replace("rounds: 2, steps_per_round: 2", "rounds: 1, steps_per_round: 2") + (
