@@ -1,8 +1,9 @@
 """Self-checks of the private path: run when a daemon starts, in tests and by the audit.
 
 They look at what the production code releases, not at its attributes: the same randomness on data
-with and without one patient (sensitivity, and that nothing else depends on that patient), steps
-without patients (the noise), and many draws (the sampling). Each takes milliseconds, raises
+with and without one patient (sensitivity, and that nothing else depends on that patient), the
+head's closed form against a pass a patient, steps without patients (the noise), and many draws (the
+sampling). Each takes milliseconds, raises
 VerificationError, and has a false alarm in less than one of 10^8 runs.
 
 Shapes: R releases, P trainable parameters, U patients.
@@ -25,6 +26,7 @@ from cytofed.privacy.gradients import (
     Mechanism,
     PatientLoss,
     PatientOptimizer,
+    private_head_step,
     private_step,
 )
 from cytofed.privacy.noise import Randomness, SimulatedRandomness, SystemRandomness
@@ -87,6 +89,7 @@ def check_production_path(
     mechanism = mechanism or Mechanism(1.5, 0.7, 0.25, 40)
     lab = _SmallLab(mechanism, optimizer_type)
     sensitivity = check_sensitivity(lab.setup, lab.patients, mechanism)
+    check_head(mechanism, optimizer_type)
     releases_RP = [
         release
         for _lab in range(2)
@@ -165,6 +168,51 @@ def released(setup: Setup) -> Floats:
             "a buffer or frozen tensor of the net moved in a step, outside clip and noise"
         )
     return seen[0].numpy().astype(np.float64)
+
+
+def check_head(mechanism: Mechanism, optimizer_type: type[PatientOptimizer]) -> None:
+    """A head's step in closed form is its step by one backward pass a patient, to rounding.
+
+    What the sensitivity replay says of clipping, noise and denominator then holds for it too.
+    Errors: VerificationError.
+    """
+    numbers = SimulatedRandomness(0, "self-check head")
+    features_NF = torch.from_numpy(numbers.normals(21 * 32)).view(21, 32)
+    features_NF *= torch.arange(21)[:, None] % 7  # some gradients are clipped, some are not
+    class_N = torch.arange(21) % 5
+    drawn = Draw(tuple(range(7)), tuple(np.arange(patient, 21, 7) for patient in range(7)))
+    moved_P = []
+    for closed in (False, True):
+        with torch.device("meta"):  # draws nothing from torch's own generator
+            head = nn.Linear(32, 5)
+        head = head.to_empty(device="cpu")
+        for tensor in head.parameters():
+            nn.init.zeros_(tensor)
+        randomness = SimulatedRandomness(0, "self-check noise")
+        inner = torch.optim.SGD(head.parameters(), lr=1.0)
+        optimizer = optimizer_type(inner, head, mechanism=mechanism, randomness=randomness)
+        if closed:
+            targets_NC = nn.functional.one_hot(class_N, 5).bool()
+            private_head_step(optimizer, drawn, head, features_NF, targets_NC)
+        else:
+            private_step(optimizer, drawn, _head_loss(head, features_NF, class_N))
+        moved_P.append(torch.cat([tensor.detach().flatten() for tensor in head.parameters()]))
+    scale = mechanism.denominator
+    apart = float((moved_P[0] - moved_P[1]).norm()) * scale
+    rounding = 4e-7 * scale * float(moved_P[0].norm())
+    if not apart <= 1e-3 * mechanism.max_norm + rounding:
+        raise VerificationError(
+            f"head self-test: the closed form differs from one backward pass a patient by "
+            f"{apart:.4g} in norm, max_norm is {mechanism.max_norm:g}"
+        )
+
+
+def _head_loss(head: nn.Linear, features_NF: Tensor, class_N: Tensor) -> PatientLoss:
+    def patient_loss(rows_K: Rows) -> Tensor:
+        chosen = torch.from_numpy(rows_K)
+        return nn.functional.cross_entropy(head(features_NF[chosen]), class_N[chosen])
+
+    return patient_loss
 
 
 def check_noise(releases_RP: Floats, mechanism: Mechanism) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from cytofed.errors import VerificationError
-from cytofed.privacy.gradients import Correction, Mechanism, PatientOptimizer, Step
+from cytofed.privacy import gradients
+from cytofed.privacy.gradients import (
+    ClippedSum,
+    Correction,
+    Mechanism,
+    PatientOptimizer,
+    Step,
+    clipped_head_sum,
+)
 from cytofed.privacy.noise import Randomness, SimulatedRandomness, SystemRandomness
 from cytofed.privacy.sampling import Draw, Rows, Units, draw
 from cytofed.privacy.selfcheck import (
@@ -340,6 +349,25 @@ def test_a_frozen_layer_trained_behind_the_optimizer_is_caught() -> None:
 
     with pytest.raises(VerificationError, match="moved in a step"):
         check_sensitivity(setup, range(8), MECHANISM)
+
+
+def unclipped(*args: Any, **settings: Any) -> ClippedSum:
+    return clipped_head_sum(*args, **{**settings, "max_norm": 1e9})
+
+
+def of_cells(head: nn.Linear, drawn: Draw, *others: Any, **settings: Any) -> ClippedSum:
+    """Each cell clipped on its own: a patient then counts as often as it has cells."""
+    rows = tuple(np.array([row]) for own in drawn.rows for row in own)
+    return clipped_head_sum(head, Draw(tuple(range(len(rows))), rows), *others, **settings)
+
+
+@pytest.mark.parametrize("fault", [unclipped, of_cells])
+def test_a_closed_form_that_clips_in_another_way_is_caught(
+    fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "clipped_head_sum", fault)
+    with pytest.raises(VerificationError, match="head self-test"):
+        check_production_path()
 
 
 def test_noise_of_another_sigma_is_caught() -> None:
