@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any
 
 from cytofed.errors import InputError
-from cytofed.plan import unknown_key
 from cytofed.privacy import ledger
+from cytofed.sections import build, read_tree
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
@@ -122,16 +119,10 @@ def load_settings(path: Path) -> Settings:
 
 def read_settings(text: str, *, folder: Path, source: str = "client.yaml") -> Settings:
     """As ``load_settings``, from text."""
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{source} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{source}: expected keys and values, found {type(tree).__name__}")
-    tree = {"ledger": str(default_ledger()), **{k: v for k, v in tree.items() if v is not None}}
+    tree = {"ledger": str(default_ledger()), **_filled(read_tree(text, source))}
     if "data" not in tree:
         raise InputError(f"{source}: data is missing", hint="name the folder with the images")
-    settings = _section(Settings, tree, "", source, folder)
+    settings = build(Settings, tree, source, folder=folder)
     _check(settings, source)
     return settings
 
@@ -210,76 +201,13 @@ timeouts:
 """
 
 
-T = TypeVar("T")
-
-
-def _section(kind: type[T], tree: object, path: str, source: str, folder: Path) -> T:
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, Mapping):
-        raise InputError(f"{source}: {path or 'client.yaml'} expects keys, found {tree!r:.60}")
-    hints = get_type_hints(kind)
-    known = [item.name for item in dataclasses.fields(cast(Any, kind))]
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in known:
-            raise unknown_key(where, str(key), known, source)
-        if value is None and key != "data":
-            continue  # an empty key is its default
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            values[key] = _section(cast(type[Any], hint), value, where, source, folder)
-        else:
-            values[key] = _value(hint, value, where, source, folder)
-    return kind(**values)
-
-
-def _value(hint: Any, value: object, where: str, source: str, folder: Path) -> object:
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    kind = kinds[0]
-    expected = "something else"
-    if get_origin(hint) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        expected = "a list of names"
-    elif get_origin(hint) is not None and issubclass(get_origin(hint), Mapping):
-        if isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()):
-            return {str(key): item for key, item in value.items()}
-        expected = "lab: fingerprint"
-    elif kind is Path:
-        if isinstance(value, str) and value:
-            return folder / Path(value).expanduser()
-        expected = "a path"
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-        expected = "true or false"
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        expected = "a whole number"
-    elif kind is float:
-        number = _number(value)
-        if number is not None:
-            return number
-        expected = "a number"
-    elif kind is str:
-        if isinstance(value, str):
-            return value
-        expected = "text"
-    raise InputError(f"{source}: {where} is {value!r:.60}, expected {expected}")
-
-
-def _number(value: object) -> float | None:
-    """A finite float, also from 1e-4, which YAML 1.1 reads as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def _filled(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Without empty keys: an empty key is its default."""
+    return {
+        key: _filled(value) if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if value is not None
+    }
 
 
 def _check(settings: Settings, source: str) -> None:

@@ -31,9 +31,9 @@ import yaml
 from cytofed.documents import COORDINATOR, Invite, Member, Roster
 from cytofed.errors import InputError, RefusedError
 from cytofed.files import write_atomically
-from cytofed.plan import unknown_key
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.wire import decode, encode
+from cytofed.sections import unknown_key
 from cytofed.server import pki
 from cytofed.server.pki import Issued
 

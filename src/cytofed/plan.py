@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import re
-import reprlib
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
 from cytofed.errors import InputError
+from cytofed.sections import build, convert, read_tree, shown
 
 Unit = Literal["patient", "image", "none"]
 
@@ -240,7 +238,7 @@ def from_dict(tree: Mapping[str, Any], *, source: str = "plan") -> Plan:
 
     Errors: InputError for an unknown key, a wrong type or a value out of bounds.
     """
-    plan = _build(Plan, tree, path="", source=source)
+    plan = build(Plan, tree, source, special={StrategySpec: _build_strategy})
     _check_values(plan)
     return plan
 
@@ -254,16 +252,7 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     Errors: InputError when the file is missing, is no YAML, or does not make a plan.
     """
     text, source = _read(name_or_path)
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: day 99 of a date
-        raise InputError(f"{source} is not valid YAML: {error}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"{source}: expected keys and values, found {type(tree).__name__}",
-            hint="see `cytofed plan show demo` for a plan with all its keys",
-        )
+    tree = read_tree(text, source, hint="see `cytofed plan show demo` for a plan with all its keys")
     plan = _from_layers(tree, overrides, source)
     if plan.privacy.unit == "none":
         return plan
@@ -341,121 +330,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-T = TypeVar("T")
-
-
-def _build(kind: type[T], tree: Any, *, path: str, source: str) -> T:
-    """An instance of the dataclass ``kind`` from a dict, each value checked by its type."""
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, Mapping):
-        raise InputError(f"{source}: {path or 'the plan'} expects keys, found {_shown(tree)}")
-    if kind is StrategySpec:
-        return cast(T, _build_strategy(tree, source))
-    hints = get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(cast(Any, kind))]
-    values = {}
-    for key, value in tree.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in known:
-            raise unknown_key(where, str(key), known, source)
-        values[key] = _convert(hints[key], value, where, source)
-    return kind(**values)
-
-
-def unknown_key(where: str, key: str, known: Sequence[str], source: str) -> InputError:
-    """The error for a key that is not known, with the nearest one as a hint."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-    return InputError(f"{source}: unknown key {where!r}", hint=hint)
-
-
 def _build_strategy(tree: Mapping[str, Any], source: str) -> StrategySpec:
     options = {str(k): v for k, v in tree.items() if k != "name"}
     for key, value in options.items():
-        options[key] = _convert(float, value, f"strategy.{key}", source)
-    name = _convert(str, tree.get("name", "fedavg"), "strategy.name", source)
+        options[key] = convert(float, value, f"strategy.{key}", source)
+    name = convert(str, tree.get("name", "fedavg"), "strategy.name", source)
     return StrategySpec(name=name, options=options)
-
-
-def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
-    origin = get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(cast(type[Any], hint), value, path=where, source=source)
-    if origin in (Union, types.UnionType):
-        return _convert_union(get_args(hint), value, where, source)
-    if origin is Literal:
-        for allowed in get_args(hint):
-            if value == allowed and not isinstance(value, bool):
-                return allowed  # 32 for 32.0: the hash is of the canonical value
-        options = [str(a) for a in get_args(hint)]
-        near = difflib.get_close_matches(_shown(value).strip("'"), options, n=1)
-        raise InputError(
-            f"{source}: {where} is {_shown(value)}, expected one of {', '.join(options)}",
-            hint=f"did you mean {near[0]!r}?" if near else "",
-        )
-    if origin is not None and issubclass(origin, Mapping):
-        if isinstance(value, Mapping):
-            item = get_args(hint)[1]
-            return {str(k): _convert(item, v, f"{where}.{k}", source) for k, v in value.items()}
-    elif hint is bool:
-        if isinstance(value, bool):
-            return value
-    elif hint is int:
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if whole and not isinstance(value, bool) and abs(value) < 2**63:
-            return int(value)
-    elif hint is float:
-        number = _number(value)
-        if number is not None:
-            return number
-    elif hint is str:
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:
-            return str(value)
-    expected = _EXPECTED.get(hint, "keys")
-    raise InputError(f"{source}: {where} is {_shown(value)}, expected {expected}")
-
-
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-
-
-def _shown(value: Any) -> str:
-    """A value for an error message: short, however large or deeply nested it is."""
-    try:
-        return _short.repr(value)
-    except ValueError:  # a number of thousands of digits
-        return f"a {type(value).__name__} out of all bounds"
-
-
-def _convert_union(options: tuple[Any, ...], value: Any, where: str, source: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    problem: InputError | None = None
-    for option in options:
-        if option is type(None):
-            continue
-        try:
-            return _convert(option, value, where, source)
-        except InputError as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
-
-
-def _number(value: Any) -> float | None:
-    """A finite float, also from text such as 1e-3, which YAML 1.1 does not read as a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _bound(where: str, value: float | None, low: float, high: float = math.inf) -> None:
@@ -474,7 +354,7 @@ def _check_values(plan: Plan) -> None:
     train, privacy, simulation = plan.train, plan.privacy, plan.simulation
     if not re.fullmatch(r"\w[\w .-]{0,63}", plan.name):  # it names folders and is shown to people
         raise InputError(
-            f"name is {_shown(plan.name)}, expected up to 64 letters, digits, spaces, . _ or -"
+            f"name is {shown(plan.name)}, expected up to 64 letters, digits, spaces, . _ or -"
         )
     _bound("labels.scale.size_px", plan.labels.scale.size_px, 16, 1024)
     _above_zero("labels.scale.field_um", plan.labels.scale.field_um)
