@@ -110,7 +110,7 @@ def test_mean_of_nothing_is_refused() -> None:
 
 
 def test_memory_is_one_vector_however_many_labs_there_are() -> None:
-    size = 1_000_000
+    size = 10_000_000
     values_P = np.ones(size, np.float32)
 
     def peak_bytes(labs: int) -> int:
