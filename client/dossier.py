@@ -25,6 +25,7 @@ from cytofed.client.egress import FIELDS, ROUTINE, EgressReport, Record
 from cytofed.client.policy import Entry, fingerprints
 from cytofed.client.settings import Settings
 from cytofed.files import write_atomically
+from cytofed.page import page
 from cytofed.privacy.accounting import shown
 from cytofed.privacy.identity import PublicIdentity
 
@@ -69,8 +70,13 @@ def render(facts: Facts) -> str:
         _check(facts),
     )
     title = f"Data-protection dossier of {facts.own.name}"
-    return _PAGE.format(
-        css=_CSS, title=escape(title), headline=_headline(facts), sections="\n".join(sections)
+    return page(
+        title=title,
+        heading=title,
+        headline=_headline(facts),
+        sections="\n".join(sections),
+        css=_CSS,
+        footer=_FOOTER,
     )
 
 
@@ -642,68 +648,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = F
 
 
 _CSS = """
-:root{color-scheme:light dark;--page:#f5f6f9;--paper:#ffffff;--ink:#1c2030;--muted:#646b7d;
---grid:#d9dce4;--first:#5a45b0;--second:#c0475d;--tint:#fbeef0}
-@media (prefers-color-scheme:dark){:root{--page:#12141a;--paper:#1b1e27;--ink:#e8eaf2;
---muted:#9ea5b8;--grid:#353a48;--first:#a99bf5;--second:#f08a9c;--tint:#33222a}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:32px 16px 48px}
-h1{font-size:28px;line-height:1.2;margin:0 0 8px;overflow-wrap:anywhere}
-h2{font-size:19px;margin:0 0 10px}h3{font-size:16px;margin:14px 0 6px}
-p{margin:0 0 12px;max-width:75ch}.lead{font-size:18px}
-section{background:var(--paper);border:1px solid var(--grid);border-radius:10px;
-padding:18px 20px;margin:16px 0}
-.warning{border-left:4px solid var(--second);background:var(--tint);padding:8px 12px;
-border-radius:4px}
+h3{font-size:16px;margin:14px 0 6px}
+section{margin:16px 0}
 .blank{border-bottom:1.5px dashed var(--second);color:var(--second)}
 .day{white-space:nowrap}.none{color:var(--muted)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:10px}
-.tile{background:var(--paper);border:1px solid var(--grid);border-radius:10px;padding:9px 12px}
-.tile dt{color:var(--muted);font-size:13px}
-.tile dd{margin:0;font-size:23px;font-weight:650;font-variant-numeric:tabular-nums}
-.tile p{margin:0;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}
-.scroll:focus-visible{outline:2px solid var(--first);outline-offset:2px}
-table{border-collapse:collapse;font-size:14px;margin:4px 0 12px}
-th,td{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--grid);
-vertical-align:top;font-variant-numeric:tabular-nums}
-thead th{color:var(--muted);font-weight:500}tbody th{font-weight:600}
+th,td{padding-right:12px;font-variant-numeric:tabular-nums}
 .wide{width:100%}.wide th{width:28%}.wide td,td code{overflow-wrap:anywhere}
-code{font:0.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .ref{color:var(--first);font-size:12px;white-space:nowrap}
-pre{margin:0;padding:10px 12px;background:var(--page);border-radius:6px;overflow-x:auto;
-font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-footer{color:var(--muted);font-size:13px}
-@media print{:root{color-scheme:light;--page:#fff;--paper:#fff;--ink:#1c2030;--muted:#646b7d;
---grid:#d9dce4;--first:#5a45b0;--second:#c0475d}
-main{max-width:none;padding:0}section{border:0;padding:0}body{font-size:12px}
-table{font-size:10px}.scroll,pre{overflow:visible;white-space:pre-wrap}
-tr,.tile{break-inside:avoid}h2,h3{break-after:avoid}}
+pre{margin:0;overflow-x:auto}
+@media print{body{font-size:12px}.scroll,pre{overflow:visible;white-space:pre-wrap}
+tr{break-inside:avoid}h3{break-after:avoid}}
 """
-
-_PAGE = (
-    """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" \
-content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-<header><h1>{title}</h1>{headline}</header>
-{sections}
-<footer>Made by cytofed """
-    + __version__
-    + """ from this lab's own records. For research; not a medical
-device; no legal advice.</footer>
-</main>
-</body>
-</html>
-"""
+_FOOTER = (
+    f"Made by cytofed {__version__} from this lab's own records. For research; not a medical "
+    "device; no legal advice."
 )

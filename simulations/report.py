@@ -32,6 +32,7 @@ from cytofed.errors import InputError
 from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
 from cytofed.metrics import spread
+from cytofed.page import page
 from cytofed.plan import Plan, dump_plan, load_plan
 from cytofed.privacy.accounting import SubsampledGaussian, price, shown
 
@@ -194,13 +195,14 @@ def render_page(run: Run) -> str:
         _plan(run),
         _references(run),
     ]
-    name = escape(_plan_name(run))
-    return _PAGE.format(
+    name = _plan_name(run)
+    return page(
         title=f"{name}: cytofed run",
-        css=_CSS,
-        name=name,
+        heading=name,
         headline=_headline(run),
         sections="\n".join(s for s in sections if s),
+        css=_CSS,
+        footer="Made by cytofed. For research; not a medical device.",
     )
 
 
@@ -924,94 +926,37 @@ def _table(
 
 _DATA_URI = re.compile(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+")
 
-_LIGHT = (
-    f"--page:#f5f6f9;--paper:#ffffff;--ink:{figures.INK};--muted:{figures.MUTED};"
-    f"--grid:{figures.GRID};--first:{figures.FIRST};--second:{figures.SECOND};"
-    f"--third:{figures.THIRD};--tint:#fbeef0;"
-)
-_DARK = (
-    "--page:#12141a;--paper:#1b1e27;--ink:#e8eaf2;--muted:#9ea5b8;--grid:#353a48;"
-    "--first:#a99bf5;--second:#f08a9c;--third:#5cc7b6;--tint:#33222a;"
-)
-_CSS = f"""
-:root{{color-scheme:light dark;{_LIGHT}}}
-@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
-*{{box-sizing:border-box}}
-body{{margin:0;background:var(--page);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}}
-main{{max-width:1120px;margin:0 auto;padding:32px 16px 48px}}
-header{{margin-bottom:20px}}
-h1{{font-size:28px;line-height:1.2;margin:0 0 8px;overflow-wrap:anywhere}}
-h2{{font-size:19px;margin:0 0 10px}}
-p{{margin:0 0 12px;max-width:75ch}}
-section{{background:var(--paper);border:1px solid var(--grid);border-radius:10px;
-padding:18px 20px;margin-bottom:16px}}
-.lead{{font-size:18px}}
-.status{{display:inline-block;margin:0 0 10px;padding:1px 12px;border-radius:99px;
-border:1.5px solid var(--second);color:var(--second);font-weight:600;font-size:14px}}
-.status.completed{{border-color:var(--third);color:var(--third)}}
-.warning{{border-left:4px solid var(--second);background:var(--tint);padding:8px 12px;
-border-radius:4px;max-width:none}}
-.claim{{font-size:18px;font-weight:600}}
-.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(124px,1fr));gap:10px;
-margin:18px 0 0}}
-.tile{{background:var(--paper);border:1px solid var(--grid);border-radius:10px;padding:9px 12px}}
-.tile dt{{color:var(--muted);font-size:13px}}
-.tile dd{{margin:0;font-size:23px;font-weight:650;line-height:1.3;
-white-space:nowrap;font-variant-numeric:tabular-nums}}
-.tile p{{margin:0;color:var(--muted);font-size:12.5px;line-height:1.35;overflow-wrap:anywhere}}
-.grid{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));
-gap:16px 28px;align-items:start}}
-@media (min-width:900px){{.grid.uneven{{grid-template-columns:5fr 7fr}}}}
-.grid>*{{min-width:0}}
-figure{{margin:0 0 12px}}
-figcaption{{color:var(--muted);font-size:14px;max-width:75ch}}
-svg{{display:block;width:100%;height:auto;font-family:inherit}}
-.scroll{{overflow-x:auto}}
-.scroll:focus-visible,summary:focus-visible{{outline:2px solid var(--first);outline-offset:2px}}
-table{{border-collapse:collapse;font-size:14px;margin:4px 0 12px}}
-th,td{{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--grid);
-vertical-align:top}}
-thead th{{color:var(--muted);font-weight:500;vertical-align:bottom}}
-tbody th{{font-weight:600;white-space:nowrap}}
-.num{{text-align:right;font-variant-numeric:tabular-nums}}
-.wrap td{{overflow-wrap:anywhere}}
-.examples img{{border-radius:4px;margin:0 3px 0 0}}
-.examples td{{white-space:nowrap}}
-pre{{margin:0 0 12px;padding:10px 12px;background:var(--page);border-radius:6px;
-font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
-code{{font:0.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
-summary{{cursor:pointer;color:var(--first)}}
-footer{{color:var(--muted);font-size:13px}}
-@media (max-width:600px){{main{{padding:20px 10px 32px}}section{{padding:14px 12px}}
-h1{{font-size:23px}}.lead{{font-size:16px}}
-.tiles{{grid-template-columns:1fr 1fr}}.tile dd{{font-size:22px}}}}
-@media print{{:root{{color-scheme:light;{_LIGHT}--page:#fff}}
-main{{max-width:none;padding:0}}section{{border:0;padding:0}}
-body{{font-size:13px}}table{{font-size:10px}}.grid{{grid-template-columns:1fr 1fr}}
-.grid.uneven{{grid-template-columns:2fr 3fr}}th,td{{padding-right:6px}}
-figure,table,.tile{{break-inside:avoid}}h2{{break-after:avoid}}.scroll{{overflow:visible}}
-svg{{min-width:0!important}}pre{{white-space:pre-wrap}}
-details::details-content{{content-visibility:visible;block-size:auto}}}}
-"""
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" \
-content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-<header><h1>{name}</h1>{headline}</header>
-{sections}
-<footer>Made by cytofed. For research; not a medical device.</footer>
-</main>
-</body>
-</html>
+_CSS = """
+header{margin-bottom:20px}
+.status{display:inline-block;margin:0 0 10px;padding:1px 12px;border-radius:99px;
+border:1.5px solid var(--second);color:var(--second);font-weight:600;font-size:14px}
+.status.completed{border-color:var(--third);color:var(--third)}
+.warning{max-width:none}
+.claim{font-size:18px;font-weight:600}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(124px,1fr));margin:18px 0 0}
+.tile dd{line-height:1.3;white-space:nowrap}
+.tile p{color:var(--muted);font-size:12.5px;line-height:1.35}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));
+gap:16px 28px;align-items:start}
+@media (min-width:900px){.grid.uneven{grid-template-columns:5fr 7fr}}
+.grid>*{min-width:0}
+figure{margin:0 0 12px}
+figcaption{color:var(--muted);font-size:14px;max-width:75ch}
+svg{display:block;width:100%;height:auto;font-family:inherit}
+thead th{vertical-align:bottom}
+tbody th{white-space:nowrap}
+.num{text-align:right;font-variant-numeric:tabular-nums}
+.wrap td{overflow-wrap:anywhere}
+.examples img{border-radius:4px;margin:0 3px 0 0}
+.examples td{white-space:nowrap}
+summary{cursor:pointer;color:var(--first)}
+@media (max-width:600px){main{padding:20px 10px 32px}section{padding:14px 12px}
+h1{font-size:23px}.lead{font-size:16px}
+.tiles{grid-template-columns:1fr 1fr}.tile dd{font-size:22px}}
+@media print{body{font-size:13px}.grid{grid-template-columns:1fr 1fr}
+.grid.uneven{grid-template-columns:2fr 3fr}th,td{padding-right:6px}
+figure,table{break-inside:avoid}svg{min-width:0!important}
+details::details-content{content-visibility:visible;block-size:auto}}
 """
 
 

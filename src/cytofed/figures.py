@@ -26,12 +26,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from cytofed.page import FIRST, GRID, INK, MUTED, PAPER, SECOND, THIRD
+
 MANY_LABS = 30
 MANY_ROUNDS = 60
 
-# Azure and eosin of the May-Gruenwald-Giemsa stain, and a third that colour-blind eyes tell apart.
-INK, MUTED, GRID, PAPER = "#1c2030", "#646b7d", "#d9dce4", "#fffffe"
-FIRST, SECOND, THIRD = "#5a45b0", "#c0475d", "#1b8272"
 VARIABLES = {
     INK: "ink",
     MUTED: "muted",
