@@ -30,7 +30,7 @@ from cytofed.server.control import send_command
 from .conftest import Federation, deal, free_port
 from .proxies import BreakingLine, InspectingBox
 
-pytestmark = pytest.mark.timeout(900)  # processes on a busy machine
+pytestmark = pytest.mark.timeout(1800)  # processes on a busy machine
 LABS = ("lab-1", "lab-2", "lab-3")
 PLAN: dict[str, Any] = {
     "labels": {"scale": {"size_px": 32}},

@@ -66,7 +66,7 @@ def test_run_completes_and_every_lab_gets_the_model_that_a_simulation_gives(
 
 
 @pytest.mark.faults  # with the other long runs of processes
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_patient_privacy_and_secure_aggregation_run_together(tmp_path: Path, sample: Path) -> None:
     labs = ("lab-1", "lab-2", "lab-3")
     deal(sample, tmp_path, labs)

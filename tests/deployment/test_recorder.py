@@ -34,7 +34,7 @@ from cytofed.server.control import send_command
 
 from .conftest import PATIENCE_S, Federation, deal, free_port
 
-pytestmark = pytest.mark.timeout(900)  # processes on a busy machine
+pytestmark = pytest.mark.timeout(1800)  # processes on a busy machine
 LABS = ("lab-1", "lab-2", "lab-3")
 PLAN: dict[str, Any] = {
     "labels": {"scale": {"size_px": 32}},
