@@ -7,6 +7,7 @@ the egress log first: an object that no logged message announced is not sent.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -192,7 +193,8 @@ class FleetLink:
                 nbytes=len(reason.encode()),
                 sha256=hashlib.sha256(reason.encode()).hexdigest(),
             )
-            self._push(message, Answer(reason=reason, outgoing=outgoing))
+            with contextlib.suppress(_Withdrawn):  # the reason alone was enough
+                self._push(message, Answer(outgoing, reason=reason))
             raise
 
     def _fetch(self, found: Any) -> Message | None:

@@ -104,14 +104,18 @@ class Coordinator:
 
     def _server(self) -> uvicorn.Server:
         settings, root = self._settings, self._directory.root
+        changes = {ENROL: enrol, RENEW: renew, LEAVE: leave}
         app = self._fleet.app(
             enrolments=Rate(settings.enrolments_per_minute, 60.0),
             body_timeout_s=settings.body_timeout_s,
+            others={
+                **{
+                    path: route_of(change, self._directory, self._refresh)
+                    for path, change in changes.items()
+                },
+                HEALTH: health,
+            },
         )
-        for path, change in {ENROL: enrol, RENEW: renew, LEAVE: leave}.items():
-            route = route_of(change, self._directory, self._refresh)
-            app.add_route(path, route, methods=["POST"])
-        app.add_route(HEALTH, health, methods=["GET", "HEAD"])
         config = uvicorn.Config(
             app,
             host=settings.listen,

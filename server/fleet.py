@@ -1,12 +1,11 @@
 """Flower's Fleet API in this process, and a Grid on top. The one place with Flower's internals.
 
-Of Flower 1.41 this uses the fleet routes, their protobuf translation, error translation and node
-authentication, and the link state with its object store in memory. Not its processes, Control API
-and Runtime API: see docs.
+Of Flower 1.41 this uses the fleet's handlers, their messages and node authentication, and the link
+state with its object store in memory. Not its processes, Control API and Runtime API: see docs.
 
 What Flower leaves open and is added here:
 
-- it checks who calls, not what a caller may touch: ``_Binding`` ties every message, object and
+- it checks who calls, not what a caller may touch: ``_Calls`` ties every message, object and
   upload to the node it is meant for;
 - a lab that restarts is refused for a minute: here the same key takes its session over;
 - a message is delivered once, even where the answer to the lab's question got lost: a lab asks for
@@ -23,16 +22,17 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import HTTPException, Request
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
@@ -41,30 +41,48 @@ from flwr.common.constant import (
     TIMESTAMP_HEADER,
     ErrorCode,
 )
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PushObjectRequest,
+)
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.error import http_error_translator
+from flwr.supercore.error import FlowerError
+from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
-from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
-from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
-from flwr.superlink.routers.fleet.router import router as fleet_router
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, content_bytes
 from cytofed.objects import deflate, inflate
-from cytofed.server.gate import Gate, Rate
+from cytofed.server.gate import FLEET_BODIES, Gate, Rate
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 _SPOOL_FROM_BYTES = 1 << 18
 _SEND_AGAIN = 5
@@ -301,18 +319,61 @@ class _Holder:
         return self._link
 
 
-class _Binding(BaseHTTPMiddleware):
-    """After authentication: what a node may touch, and the wait for work."""
+class _Calls:
+    """What labs may call: an ASGI app that reads, authenticates, binds and asks Flower's handlers.
 
-    def __init__(self, app: ASGIApp, *, link: _Link, poll_s: float) -> None:
-        super().__init__(app)
+    Flower's own middlewares take several times as long for a request as its handlers, and leave
+    its body in cycles of references, which is memory of many uploads.
+    """
+
+    def __init__(self, link: _Link, *, poll_s: float) -> None:
         self._link, self._poll_s = link, poll_s
+        self.state = SimpleNamespace(linkstate_factory=_Holder(link))  # node authentication asks
 
-    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        asked = getattr(request.state, "protobuf_request", None)
-        if asked is None:
-            return await call_next(request)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request({**scope, "app": self}, receive)
+        try:
+            status, body = 200, await self._answer(request)
+        except HTTPException as error:
+            status, body = error.status_code, b""
+        except FlowerError as error:
+            status, body = API_ERROR_MAP[error.code].http_status_code, b""
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            _log.error("%s: %s: %s", scope["path"], type(error).__name__, error)
+            status, body = 500, b""
+        finally:
+            request.scope["state"].clear()  # it holds the body
+        headers = [
+            (b"content-type", PROTOBUF_MEDIA_TYPE.encode()),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, request: Request) -> bytes:
+        if request.headers.get("content-type") != PROTOBUF_MEDIA_TYPE:
+            raise HTTPException(415)
         call = request.url.path.rpartition("/")[2]
+        asked = _CALLS[call].request()
+        try:
+            asked.ParseFromString(await _body_of(request))
+        except DecodeError:
+            raise HTTPException(400, "no request of this call") from None
+        request.state.protobuf_request = asked
+        if call == "pull-messages":
+            node = await run_in_threadpool(self._let_in, request, call, asked)
+            await self._link.wait_for_message(node, self._poll_s)
+            return await run_in_threadpool(self._handle, call, asked, node)
+        return await run_in_threadpool(self._let_in_and_handle, request, call, asked)
+
+    def _let_in_and_handle(self, request: Request, call: str, asked: Any) -> bytes:
+        return self._handle(call, asked, self._let_in(request, call, asked))
+
+    def _let_in(self, request: Request, call: str, asked: Any) -> int:
+        """The node that calls, authenticated, and within what it may touch."""
+        authenticate_node(request)
         node = self._link.get_node_id_by_public_key(_key_of(request))
         if node is None:
             raise HTTPException(403, "not in the roster")
@@ -321,22 +382,26 @@ class _Binding(BaseHTTPMiddleware):
         self._link.seen[node] = Presence(
             True, datetime.now(UTC), _clock_offset(request), _printable(version)
         )
-        self._check(call, node, asked)
-        if call == "pull-messages":
-            await self._link.wait_for_message(node, self._poll_s)
+        with self._link.lock:
+            self._check(call, node, asked)
+        return node
+
+    def _handle(self, call: str, asked: Any, node: int) -> bytes:
+        link = self._link
+        stores = {"store": link.object_store} if _CALLS[call].takes_store else {}
         try:
-            response = await call_next(request)
+            found = _CALLS[call].handler(request=asked, state=link, **stores)
         except (ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
             raise HTTPException(400, f"not understood: {type(error).__name__}") from error
-        if call == "push-messages" and response.status_code < 400:
-            session = request.state.protobuf_response.session_id
+        if call == "push-messages":
             metadata = asked.messages_list[0].metadata
-            delivery = self._link.deliveries.get(metadata.reply_to_message_id)
+            delivery = link.deliveries.get(metadata.reply_to_message_id)
             if delivery is not None:
-                self._link.uploads[session] = _Upload(
+                link.uploads[found.session_id] = _Upload(
                     node, metadata.reply_to_message_id, metadata.message_id, delivery.room
                 )
-        return response
+        answer: bytes = found.SerializeToString()
+        return answer
 
     def _check(self, call: str, node: int, asked: Any) -> None:
         """Raise 403 for what is not this node's, 413 for more than its reply may have."""
@@ -374,6 +439,31 @@ class _Binding(BaseHTTPMiddleware):
             own = self._link.deliveries.get(asked.message_object_id)
             if own is None or own.node != node:
                 raise HTTPException(403, "not yours")
+
+
+@dataclass(frozen=True)
+class _Call:
+    request: type[Any]
+    handler: Callable[..., Any]
+    takes_store: bool = False
+
+
+_CALLS: Mapping[str, _Call] = {
+    "activate-node": _Call(ActivateNodeRequest, fleet_handlers.activate_node),
+    "deactivate-node": _Call(DeactivateNodeRequest, fleet_handlers.deactivate_node),
+    "send-node-heartbeat": _Call(SendNodeHeartbeatRequest, fleet_handlers.send_node_heartbeat),
+    "pull-messages": _Call(PullMessagesRequest, fleet_handlers.pull_messages, takes_store=True),
+    "push-messages": _Call(PushMessagesRequest, fleet_handlers.push_messages),
+    "pull-object": _Call(PullObjectRequest, fleet_handlers.pull_object),
+    "push-object": _Call(PushObjectRequest, fleet_handlers.push_object),
+    "confirm-message-received": _Call(
+        ConfirmMessageReceivedRequest, fleet_handlers.confirm_message_received, takes_store=True
+    ),
+}
+
+
+async def _body_of(request: Request) -> bytes:
+    return b"".join([chunk async for chunk in request.stream()])
 
 
 def _count(tree: Any) -> int:
@@ -442,31 +532,29 @@ class Fleet:
         seen = self._link.seen.get(node, Presence(False))
         return replace(seen, online=self._online(node))
 
-    def app(self, *, enrolments: Rate, body_timeout_s: float) -> FastAPI:
-        """The ASGI app with the fleet's routes; others are added with ``add_route``."""
-        gate = Middleware(
-            Gate,
+    def app(
+        self,
+        *,
+        enrolments: Rate,
+        body_timeout_s: float,
+        others: Mapping[str, Endpoint] = {},
+    ) -> ASGIApp:
+        """The ASGI app behind its gate: the fleet's calls, and ``others`` by path."""
+        calls = _Calls(self._link, poll_s=self._poll_s)
+        plain = Starlette(
+            routes=[Route(path, end, methods=["GET", "POST"]) for path, end in others.items()]
+        )
+
+        async def either(scope: Scope, receive: Receive, send: Send) -> None:
+            await (calls if scope["path"] in FLEET_BODIES else plain)(scope, receive, send)
+
+        return Gate(
+            either,
             known_key=self.knows,
             key_header=KEY_HEADER,
             enrolments=enrolments,
             body_timeout_s=body_timeout_s,
         )
-        app = FastAPI(
-            docs_url=None,
-            redoc_url=None,
-            openapi_url=None,
-            middleware=[
-                gate,
-                Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
-                Middleware(ProtobufTranslationMiddleware),
-                Middleware(NodeAuthMiddleware),
-                Middleware(_Binding, link=self._link, poll_s=self._poll_s),
-            ],
-        )
-        app.state.linkstate_factory = _Holder(self._link)
-        app.state.enable_supernode_auth = True
-        app.include_router(fleet_router)
-        return app
 
     def grid(
         self, *, wait_s: float, reply_bytes: int, stopped: Callable[[], str] = lambda: ""

@@ -1,0 +1,233 @@
+"""The two adapters of Flower against each other in one process: every internal symbol at work."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificate
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cytofed.client.directory import ClientDirectory
+from cytofed.client.egress import EgressLog, Outgoing
+from cytofed.client.fleet import Answer, FleetLink, unknown_heads
+from cytofed.client.policy import open_ledger
+from cytofed.documents import LedgerHead
+from cytofed.messages import RAW, array_of
+from cytofed.privacy.ledger import LedgerRolledBack
+from cytofed.sealed_message import attach_head
+from cytofed.server import pki
+from cytofed.server.fleet import Fleet, FleetGrid
+from cytofed.server.gate import CERTIFICATE, Rate
+
+from .joined import coordinator, join
+
+ADAPTERS = ("cytofed.server.fleet", "cytofed.client.fleet", "cytofed.objects")
+LARGE = 6_000_000
+"""bytes: more than one piece"""
+
+
+def test_flower_is_the_version_whose_internals_are_used() -> None:
+    assert metadata.version("flwr").startswith("1.41.")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_symbol_of_flower_that_an_adapter_names_is_there(name: str) -> None:
+    file = importlib.import_module(name).__file__
+    assert file is not None
+    imports = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(Path(file).read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr")
+        for alias in node.names
+    ]
+    assert imports
+    for module, symbol in imports:
+        assert hasattr(importlib.import_module(str(module)), symbol), f"{module}.{symbol}"
+
+
+def with_certificates(app: ASGIApp, certificates: dict[bytes, bytes]) -> ASGIApp:
+    """As TLS would: the certificate (DER) of whoever calls, here by the key in the headers."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            for step in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{step}.complete"})
+            return
+        headers = dict(scope["headers"])
+        key = b64decode(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode(), b""))
+        scope["state"] = {CERTIFICATE: certificates.get(key, b"")}
+        await app(scope, receive, send)
+
+    return wrapped
+
+
+class Line:
+    """A coordinator's fleet and one lab's link to it, without a network between them."""
+
+    def __init__(self, root: Path) -> None:
+        self.server = coordinator(root)
+        self.lab: ClientDirectory = join(self.server, "leeds", root / "leeds")
+        certificate = self.server.certificate("leeds")
+        self.key = pki.public_key_pem(certificate)
+        self.fleet = Fleet(poll_s=0.5, spool=root / "spool")
+        self.fleet.enrol({"leeds": self.key})
+        der = load_pem_x509_certificate(certificate).public_bytes(Encoding.DER)
+        app = self.fleet.app(enrolments=Rate(10, 60.0), body_timeout_s=30.0)
+        self.http = TestClient(with_certificates(app, {self.key: der}))
+        self.http.__enter__()  # one event loop for all requests
+        self.egress = EgressLog(self.lab.egress, self.lab.identity())
+        self.said: list[str] = []
+        self.link = FleetLink(self.lab, self.egress, lambda text, _online: self.said.append(text))
+        client: Any = self.link._client
+        self.http.headers["user-agent"] = client._client.headers["user-agent"]
+        client._client = self.http
+        client._base_url = "http://testserver"
+        self.errors: list[BaseException] = []
+
+    def work(self, respond: Callable[[Message], Answer]) -> None:
+        def run() -> None:
+            try:
+                self.link.work(respond, idle=lambda: None)
+            except BaseException as error:  # for the test's own thread
+                self.errors.append(error)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def grid(self) -> FleetGrid:
+        return self.fleet.grid(wait_s=120.0, reply_bytes=1 << 25)
+
+    def ask(self, content: RecordDict) -> Message:
+        """The lab's reply to one message."""
+        grid = self.grid()
+        node = self.fleet.nodes["leeds"]
+        [number] = grid.push_messages([grid.create_message(content, "train", node, "1", 60.0)])
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            for reply in grid.pull_messages([number]):
+                assert reply.metadata.reply_to_message_id == number
+                return reply
+        raise AssertionError(f"no reply; {self.said} {self.errors}")
+
+    def close(self) -> None:
+        self.link.stop()
+        self.fleet.close()
+        self.http.__exit__()
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Line]:
+    made = Line(tmp_path)
+    yield made
+    made.close()
+
+
+def content_of(data: bytes) -> RecordDict:
+    record = ArrayRecord()
+    record["body"] = array_of("uint8", (len(data),), RAW, memoryview(data))
+    return RecordDict({"header": ConfigRecord({"text": "x"}), "parts": record})
+
+
+def bytes_of(message: Message) -> bytes:
+    record = message.content["parts"]
+    assert isinstance(record, ArrayRecord)
+    return bytes(record["body"].data)
+
+
+LOGGED = Outgoing(type="status", destination="here", fields=(), nbytes=1, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("size", [10, LARGE])
+def test_message_and_reply_come_whole_through_both_adapters(line: Line, size: int) -> None:
+    sent, back = np.random.default_rng(1).bytes(size), np.random.default_rng(2).bytes(size)
+    seen: list[bytes] = []
+
+    def respond(message: Message) -> Answer:
+        seen.append(bytes_of(message))
+        return Answer(LOGGED, content_of(back))
+
+    line.work(respond)
+    assert bytes_of(line.ask(content_of(sent))) == back
+    assert seen == [sent]
+    assert not list(line.fleet.spool.iterdir()), "what was collected is gone from the spool"
+    assert line.fleet.presence("leeds").online
+    assert line.fleet.presence("leeds").version
+
+
+def test_reason_why_there_is_no_answer_reaches_the_round_loop(line: Line) -> None:
+    line.work(lambda _message: Answer(LOGGED, reason="paused"))
+    reply = line.ask(content_of(b"x"))
+    assert reply.has_error()
+    assert reply.error.reason == "paused"
+
+
+def test_lab_that_is_off_the_roster_is_a_failure_by_name(line: Line) -> None:
+    line.fleet.enrol({})
+    grid = line.grid()
+    [number] = grid.push_messages([grid.create_message(content_of(b"x"), "train", 7, "1", 60.0)])
+    [reply] = grid.pull_messages([number])
+    assert reply.error.reason == "not in the roster any more"
+
+
+def head_of(line: Line, head: str) -> bytes:
+    return LedgerHead("fed", "leeds", head).signed(line.server.identity())
+
+
+def test_lab_stops_where_the_coordinator_has_seen_what_its_ledger_lacks(line: Line) -> None:
+    content = content_of(b"x")
+    attach_head(content, head_of(line, "a" * 64))
+    asked: list[Message] = []
+
+    def respond(message: Message) -> Answer:
+        asked.append(message)
+        return Answer(LOGGED, content_of(b"y"))
+
+    line.work(respond)
+    reply = line.ask(content)
+    assert reply.has_error()
+    assert "LedgerRolledBack" in str(reply.error.reason)
+    until = time.monotonic() + 30
+    while not line.errors and time.monotonic() < until:
+        time.sleep(0.05)
+    assert isinstance(line.errors[0], LedgerRolledBack)
+    assert line.errors[0].exit_code == 5
+    assert not asked, "nothing was trained"
+    assert unknown_heads(line.lab) == ("a" * 64,)
+
+
+def test_head_that_the_ledger_has_is_no_obstacle_and_the_next_one_is_told(line: Line) -> None:
+    with open_ledger(line.lab.settings()) as book:
+        head = book.head
+    content = content_of(b"x")
+    attach_head(content, head_of(line, head))
+    told = replace(LOGGED, ledger_head=head)
+    line.work(lambda _message: Answer(told, content_of(b"y")))
+    reply = line.ask(content)
+    document = reply.content["ledger"]["head"]
+    assert isinstance(document, bytes)
+    own = line.lab.identity().public
+    assert LedgerHead.verified(document, own, federation="fed", lab="leeds").head == head
+
+
+def test_object_that_no_logged_message_announced_does_not_leave(line: Line) -> None:
+    from flwr.proto.message_pb2 import PushObjectRequest
+
+    from cytofed.client.egress import EgressRefused
+
+    with pytest.raises(EgressRefused):
+        line.link._client.PushObject(PushObjectRequest(object_id="a" * 64, object_content=b"x"))
