@@ -42,7 +42,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, private_key_to_bytes
 from numpy.typing import NDArray
 
-from cytofed.arrays import in_shares
+from cytofed.arrays import THREADS
 from cytofed.privacy import secagg_coordinator as coordinator
 from cytofed.privacy import secagg_lab as lab
 from cytofed.privacy.encoding import encode, one_range
@@ -185,20 +185,14 @@ def peak_bytes(task: Callable[[], object]) -> int:
     return peak
 
 
-def bare_keystream(words: int, itemsize: int, keys: list[bytes], chunk: int) -> None:
-    """The keystreams of the same masks, thrown away; on as many threads as masking has."""
-
-    def stream(share: slice) -> None:
-        zeros, out = bytes(chunk), memoryview(bytearray(chunk))
-        for key in keys:
-            start, end = share.start * itemsize, share.stop * itemsize
-            counter = (start // 16).to_bytes(16, "big")
-            cipher = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
-            for at in range(start, end, chunk):
-                part = min(chunk, end - at)
-                cipher.update_into(zeros if part == chunk else zeros[:part], out[:part])
-
-    in_shares(stream, words)
+def bare_keystream(size: int, keys: list[bytes], chunk: int) -> None:
+    """The keystreams of the same masks, thrown away."""
+    zeros, out = bytes(chunk), memoryview(bytearray(chunk))
+    for key in keys:
+        cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        for at in range(0, size, chunk):
+            part = min(chunk, size - at)
+            cipher.update_into(zeros if part == chunk else zeros[:part], out[:part])
 
 
 def flower_mask(quantized: list[NDArray[Any]], keys: list[bytes]) -> list[bytes]:
@@ -248,10 +242,10 @@ def measure_masking(parameters: int, repeats: int) -> tuple[dict[str, Any], dict
         repeats,
         flower=lambda: flower_mask(quantized, flower_keys),
         ours=lambda: mask(words[32]),
-        bare=lambda: bare_keystream(parameters, 4, keys, 1 << 18),
-        bare_large=lambda: bare_keystream(parameters, 4, keys, 1 << 20),
+        bare=lambda: bare_keystream(4 * parameters, keys, 1 << 18),
+        bare_large=lambda: bare_keystream(4 * parameters, keys, 1 << 20),
         ours_16=lambda: mask(words[16]),
-        bare_16=lambda: bare_keystream(parameters, 2, keys, 1 << 18),
+        bare_16=lambda: bare_keystream(2 * parameters, keys, 1 << 18),
         one_thread=lambda: add_to_share(words[32], streams, slice(0, parameters)),
         quantize=lambda: quantize([update_D], 0.1, FLOWER_TARGET),
         encode=lambda: encode(update_P, one_range(parameters, 0.1, bits=32, cohort=LABS), rng=rng),
@@ -400,11 +394,14 @@ def main() -> None:
         figures.update(more)
     ours.update(measure_sealing(4 * parameters, repeats))
     ours["by_labs"], peer["by_labs"] = measure_sizes(sizes)
-    ours["parameters"], ours["labs"] = parameters, LABS
+    ours["parameters"], ours["labs"], ours["threads"] = parameters, LABS, THREADS
     goals = [
         goal("masking, times faster than Flower", peer["mask_s"] / ours["mask_s"], ">=", 10),
         goal(
-            "masking / bare AES-CTR keystream", ours["mask_s"] / ours["bare_keystream_s"], "<=", 1.5
+            "masking / bare AES-CTR keystream, one thread each",
+            ours["mask_1_thread_s"] / ours["bare_keystream_s"],
+            "<=",
+            1.5,
         ),
         goal("bytes per parameter, 32 bits", ours["bytes_per_parameter_32_bits"], "<=", 4.01),
         goal("bytes per parameter, 16 bits", ours["bytes_per_parameter_16_bits"], "<=", 2.01),
@@ -423,7 +420,7 @@ def main() -> None:
     if not arguments.json:
         for item in goals:
             mark = "met" if item["met"] else "MISSED"
-            print(f"{item['name']:42} {item['value']:8.3f} {item['op']} {item['limit']:<6} {mark}")
+            print(f"{item['name']:50} {item['value']:8.3f} {item['op']} {item['limit']:<6} {mark}")
     print(json.dumps(rounded(result)))
 
 

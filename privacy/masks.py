@@ -10,6 +10,7 @@ Shape legend: W words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,12 +18,12 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from cytofed.arrays import in_shares
+from cytofed.arrays import SHARE, THREADS, in_shares
 from cytofed.errors import InputError
 
 Words = NDArray[np.uint32] | NDArray[np.uint16]
 
-CHUNK_BYTES = 1 << 17  # a chunk of the vector and one of keystream stay in the second-level cache
+CHUNK_BYTES = 1 << 18  # a chunk of the vector and one of keystream stay in the second-level cache
 _BLOCK_BYTES = 16
 
 
@@ -37,11 +38,13 @@ class Mask:
 def add_masks(words_W: Words, masks: Sequence[Mask]) -> None:
     """Add every mask to ``words_W`` in place, modulo the ring; shares of it side by side.
 
-    Extra memory: 256 KiB a thread. Raises InputError for another dtype or layout.
+    Extra memory: 512 KiB a thread. Raises InputError for another dtype or layout.
     """
     check_words(words_W)
-    # The cipher and numpy release the interpreter's lock.
-    in_shares(lambda share: add_to_share(words_W, masks, share), len(words_W))
+    # The cipher and numpy release the interpreter's lock. As few shares as there are threads: each
+    # sets up all ciphers anew.
+    share = SHARE * math.ceil(len(words_W) / (SHARE * THREADS)) or SHARE
+    in_shares(lambda part: add_to_share(words_W, masks, part), len(words_W), share=share)
 
 
 def add_to_share(words_W: Words, masks: Sequence[Mask], share: slice) -> None:

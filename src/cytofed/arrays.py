@@ -100,16 +100,17 @@ def parts_sha256(parts: Parts) -> str:
     return digest.hexdigest()
 
 
-_SHARE = 1 << 19
-_THREADS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "arrays")
+SHARE = 1 << 19
+THREADS = min(4, os.cpu_count() or 1)
+_POOL = ThreadPoolExecutor(THREADS, "arrays")
 _T = TypeVar("_T")
 
 
-def in_shares(work: Callable[[slice], _T], size: int) -> list[_T]:
-    """``work`` on every share of ``size`` values, side by side on a few threads; in order.
+def in_shares(work: Callable[[slice], _T], size: int, *, share: int = SHARE) -> list[_T]:
+    """``work`` on every ``share`` of ``size`` values, side by side on a few threads; in order.
 
     However many labs there are, one coordinator checks and adds up; numpy works without the
     interpreter's lock. ``work`` must not call this again.
     """
-    shares = [slice(start, min(start + _SHARE, size)) for start in range(0, size, _SHARE)]
-    return list(map(work, shares) if len(shares) < 2 else _THREADS.map(work, shares))
+    shares = [slice(start, min(start + share, size)) for start in range(0, size, share)]
+    return list(map(work, shares) if len(shares) < 2 else _POOL.map(work, shares))
