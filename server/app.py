@@ -213,6 +213,9 @@ class Coordinator:
         return {
             "federation": roster.federation,
             "fingerprint": self._identity.public.fingerprint,
+            "certificate_days": int(
+                pki.days_left((self._directory.root / "server.pem").read_bytes())
+            ),
             "labs": labs,
             "gone": [
                 {"lab": gone.lab, "why": gone.why, "at": gone.at.isoformat(timespec="seconds")}

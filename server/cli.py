@@ -121,6 +121,9 @@ def status(folder: Path, as_json: bool) -> int:
         _print_json(found)
         return 0
     say(f"federation {found['federation']}, fingerprint {found['fingerprint']}")
+    days = found["certificate_days"]
+    soon = ": the next start renews it" if days < WARN_DAYS else ""
+    say(f"this server's certificate: {days} days{soon}")
     rows = [
         [
             lab["lab"],
