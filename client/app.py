@@ -237,7 +237,7 @@ class _SelfCheck:
 
     def _found(self, order: Order, lab: Lab) -> str:
         """What is wrong; empty where nothing is."""
-        from cytofed.client import training
+        from cytofed.client import private, training
         from cytofed.privacy.selfcheck import check_production_path
 
         # Rounds that no plan has: in a simulation the noise of a real one would be seen twice.
@@ -250,6 +250,7 @@ class _SelfCheck:
             with training.steady(lab.plan.train.threads):
                 passed = check_production_path(new_randomness=new_randomness)
                 check_release(new_randomness)
+                private.check_training()
         except VerificationError as error:
             _log.error("self-check failed, no private order is answered: %s", error)
             return error.message

@@ -15,6 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cytofed.client import app as lab_half
+from cytofed.client import convolution
 from cytofed.client.app import Lab, lab_app
 from cytofed.client.training import Trained
 from cytofed.console import RunProgress
@@ -361,6 +362,7 @@ def test_a_run_killed_around_an_evaluation_goes_on(
 
 
 add_noise = PatientOptimizer.add_noise
+backward = convolution._Product.backward
 
 
 def halved(self: PatientOptimizer) -> None:
@@ -370,6 +372,12 @@ def halved(self: PatientOptimizer) -> None:
 
 def seeded(*_context: Any) -> SimulatedRandomness:
     return SimulatedRandomness(0)
+
+
+def transposed(ctx: Any, gradient_BOHW: Any) -> Any:
+    for_images, for_weight, *rest = backward(ctx, gradient_BOHW)
+    assert for_weight is not None
+    return for_images, for_weight.mT, *rest
 
 
 def exact_tally(confusion_CC: Any, *_: Any) -> Tally:
@@ -383,8 +391,15 @@ def exact_tally(confusion_CC: Any, *_: Any) -> Tally:
         (PatientOptimizer, "add_noise", halved, "standard deviation is 0.5"),
         (virtual, "SimulatedRandomness", seeded, "same noise"),
         (evaluation, "noised_tally", exact_tally, "evaluation: noise self-test"),
+        (convolution._Product, "backward", staticmethod(transposed), "training self-test"),
     ],
-    ids=["noise off", "noise halved", "one seed for all rounds and labs", "scores without noise"],
+    ids=[
+        "noise off",
+        "noise halved",
+        "one seed for all rounds and labs",
+        "scores without noise",
+        "gradients in another order",
+    ],
 )
 def test_a_lab_whose_self_check_fails_trains_nothing_and_says_why(
     target: Any,
@@ -399,7 +414,7 @@ def test_a_lab_whose_self_check_fails_trains_nothing_and_says_why(
         raise AssertionError("a lab trained")
 
     monkeypatch.setattr(target, name, fault)
-    monkeypatch.setattr("cytofed.client.private.train_privately", never)
+    monkeypatch.setattr(lab_half, "_train_privately", never)
     request = small(*SCORED)
     summary = directly(request)
     assert summary["status"] == "failed"
