@@ -22,8 +22,9 @@ from cytofed.files import write_atomically
 from cytofed.metrics import Tally, summarise, summarise_labs
 from cytofed.model_file import write_model
 from cytofed.plan import Plan
-from cytofed.plan_check import privacy_price
-from cytofed.privacy.terms import declared_of
+from cytofed.plan_check import privacy_price, score_prices
+from cytofed.privacy.accounting import across_labs
+from cytofed.privacy.terms import declared_of, terms_of
 from cytofed.server.checkpoints import Progress
 from cytofed.server.rounds import Run, Scores, final_weights, status
 from cytofed.server.runs import RunFolder
@@ -178,11 +179,21 @@ def _privacy(plan: Plan, labs: tuple[str, ...]) -> dict[str, Any]:
     shown = privacy_price(plan)
     if plan.privacy.unit == "none":
         return shown
+    terms = terms_of(plan)
+    assert terms is not None
+    total = terms.total()
     priced = {
-        lab: {"epsilon": shown["epsilon"], "declared_patients": declared_of(plan, lab)}
+        lab: {"epsilon": total.epsilon, "declared_patients": declared_of(plan, lab)}
         for lab in sorted(labs)
     }
-    return {**shown, "labs": priced}
+    whole = across_labs([total] * len(labs), plan.patients)
+    federation = {
+        "patients": plan.patients,
+        "epsilon": whole.epsilon,
+        "delta": whole.delta,
+        "statement": str(whole),
+    }
+    return {**shown, **score_prices(plan), "labs": priced, "federation": federation}
 
 
 def _warnings(plan: Plan) -> list[str]:
