@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,21 @@ def test_an_array_in_two_messages_is_cut_once() -> None:
     )  # fmt: skip
     shared = one.numbers & two.numbers
     assert len(shared) == 3  # the piece, its array, its record
+
+
+def test_a_message_that_was_read_is_freed_with_its_last_reference() -> None:
+    number, contents = objects_of(message_of(bytes(1000)))
+    gc.collect()
+    gc.disable()
+    try:
+        back = inflate(number, contents.__getitem__, max_bytes=ROOM)
+        record = back.content["parts"]
+        assert isinstance(record, ArrayRecord)
+        array = weakref.ref(record["body"])
+        del back, record
+        assert array() is None
+    finally:
+        gc.enable()
 
 
 def test_array_larger_than_allowed_is_refused() -> None:

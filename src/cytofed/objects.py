@@ -139,7 +139,10 @@ def inflate(number: str, read: Callable[[str], bytes], *, max_bytes: int) -> Mes
         known[name] = found
         return found
 
-    message = build(number)
+    try:
+        message = build(number)
+    finally:
+        known.clear()  # ``build`` knows itself: that cycle must not keep the arrays
     if not isinstance(message, Message):
         raise ValueError("not a message")
     message.metadata.__dict__["_message_id"] = number

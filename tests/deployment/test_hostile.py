@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cytofed.client.directory import ClientDirectory, pinned_context
-from cytofed.server.gate import FLEET_BODIES
+from cytofed.server.gate import FLEET_BODIES, LEAVE, RENEW
 
 from .conftest import PLAN, Federation, deal, free_port
 
@@ -244,6 +244,18 @@ def test_no_body_of_an_enrolled_lab_crashes_the_coordinator(
 ) -> None:
     lab = port.caller("lab-2")
     assert lab.post(call, body).status_code in (400, 401, 403, 413, 415, 422)
+    assert port.healthy()
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(path=st.sampled_from([RENEW, LEAVE]), body=st.binary(max_size=500))
+def test_no_body_renews_a_certificate_or_takes_a_lab_off_the_roster(
+    port: Port, path: str, body: bytes
+) -> None:
+    assert port.caller("lab-2").http.post(path, content=body).status_code in (400, 429)
+    assert port.caller().http.post(path, content=body).status_code == 403
     assert port.healthy()
 
 
