@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cytofed.model_file import read_model
+
 from .conftest import PATIENCE_S, PLAN, PRIVATE, Federation, deal, free_port
 
 
@@ -26,6 +28,26 @@ def simulated_weights(federation: Federation, out: Path) -> str:
         timeout=PATIENCE_S,
     )
     return str(json.loads(done.stdout)["weights_sha256"])
+
+
+def secrets_of(keys: list[Path]) -> list[bytes]:
+    """What of each key file would give the key away: lines of a PEM, the last bytes of others."""
+    found = []
+    for file in keys:
+        data = file.read_bytes()
+        lines = data.splitlines()[1:-1] if data.startswith(b"-----") else [data[-32:]]
+        found += [line for line in lines if len(line) >= 32]
+    return found
+
+
+def found_outside(root: Path, secrets: list[bytes], where: tuple[str, ...]) -> list[Path]:
+    """Files below ``root``, but for those ``where`` they belong, that hold one of the secrets."""
+    assert secrets
+    home = {path for pattern in where for path in root.glob(pattern)}
+    files = [path for path in root.rglob("*") if path.is_file()]
+    others = [path for path in files if not home & {path, *path.parents}]
+    assert others
+    return [path for path in others if any(secret in path.read_bytes() for secret in secrets)]
 
 
 def others_may_read(path: Path) -> bool:
@@ -58,11 +80,18 @@ def test_run_completes_and_every_lab_gets_the_model_that_a_simulation_gives(
         federation.kill(lab, 15)
         federation.run(lab, "client", "egress", federation.root / lab, "--verify")
 
+    assert (federation.coordinator / "runs" / run / "report.html").is_file()
     assert not others_may_read(federation.coordinator / "runs" / run)
     for owner in ("coordinator", *federation.labs):
         keys = list((federation.root / owner).glob("*.key"))
         assert keys
         assert not any(map(others_may_read, keys))
+        assert not found_outside(federation.root / owner, secrets_of(keys), ("*.key",))
+    weights = read_model(federation.coordinator / "runs" / run / "model.safetensors")[0]
+    pieces = [array.tobytes()[:64] for array in weights.values() if array.any() and array.size > 15]
+    assert not found_outside(federation.coordinator, pieces, (f"runs/{run}/*",))
+    for lab in federation.labs:
+        assert not found_outside(federation.root / lab, pieces, ("models/*", "runs/*/start*"))
 
 
 @pytest.mark.faults  # with the other long runs of processes
