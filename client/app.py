@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     import torch
 
     from cytofed.client.training import Progress
+    from cytofed.privacy.selfcheck import SelfCheck
 
 _KEPT_FEATURES = 64
 """labs whose frozen features one process keeps"""
@@ -237,9 +238,6 @@ class _SelfCheck:
 
     def _found(self, order: Order, lab: Lab) -> str:
         """What is wrong; empty where nothing is."""
-        from cytofed.client import private, training
-        from cytofed.privacy.selfcheck import check_production_path
-
         # Rounds that no plan has: in a simulation the noise of a real one would be seen twice.
         rounds = count(2**40)
 
@@ -247,15 +245,28 @@ class _SelfCheck:
             return lab.randomness(replace(order, round=next(rounds)))
 
         try:
-            with training.steady(lab.plan.train.threads):
-                passed = check_production_path(new_randomness=new_randomness)
-                check_release(new_randomness)
-                private.check_training()
+            passed = self_check(new_randomness)
         except VerificationError as error:
             _log.error("self-check failed, no private order is answered: %s", error)
             return error.message
         _log.info("self-check passed: %s", passed)
         return ""
+
+
+def self_check(new_randomness: Callable[[], Randomness]) -> SelfCheck:
+    """Check the private path as it is: sensitivity, noise of training and scores, the step itself.
+
+    ``new_randomness``: as a round takes it; what is checked is its noise too. Takes half a second.
+    Errors: VerificationError naming the check that failed.
+    """
+    from cytofed.client import private, training
+    from cytofed.privacy.selfcheck import check_production_path
+
+    with training.steady(1):  # so few numbers that threads would spin
+        passed = check_production_path(new_randomness=new_randomness)
+        check_release(new_randomness)
+        private.check_training()
+    return passed
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from cytofed.client.app import Lab, lab_app
+from cytofed.client.app import Lab, lab_app, self_check
 from cytofed.client.budget import ledger_order
 from cytofed.client.directory import ClientDirectory
 from cytofed.client.egress import (
@@ -81,6 +81,7 @@ class Daemon:
         self._said = ""
         self._at = ("", 0)
         self._open: _OpenRun | None = None
+        self._failure: VerificationError | None = None
         self._app = lab_app(self._lab)
 
     def run(self) -> None:
@@ -98,7 +99,7 @@ class Daemon:
             self._outbox = Outbox(
                 self._directory.root / "outbox", self._directory.storage_key(), egress
             )
-            threading.Thread(target=_warm_up, daemon=True, name="warm-up").start()
+            threading.Thread(target=self._warm_up, daemon=True, name="warm-up").start()
             try:
                 while not self._worked(FleetLink(self._directory, egress, self._say)):
                     time.sleep(settings.timeouts.retry_max_s)
@@ -128,7 +129,21 @@ class Daemon:
             with contextlib.suppress(OSError):  # a full disk; it stands in the log
                 self._directory.say(text, online=online, at=self._at)
 
+    def _warm_up(self) -> None:
+        """Import what takes seconds and check the private path, while there is nothing to do."""
+        from cytofed.privacy.noise import SystemRandomness
+
+        try:
+            _log.info("self-check passed: %s", self_check(SystemRandomness))
+        except VerificationError as error:
+            self._failure = VerificationError(
+                f"self-check failed, nothing is trained here: {error.message}",
+                hint="install cytofed anew; if it stays so, tell its authors",
+            )
+
     def _idle(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         if self._directory.left:
             self._tell_leave()
             raise KeyboardInterrupt
@@ -491,11 +506,6 @@ class Daemon:
 class _OpenRun:
     run: str
     lab: Lab = field(repr=False)
-
-
-def _warm_up() -> None:
-    """Import what takes seconds while there is nothing to do."""
-    from cytofed.client import training  # noqa: F401
 
 
 def _note_result(folder: Path, offer: Offer, content: RecordDict) -> None:

@@ -4,6 +4,7 @@
 
     kill:MODULE:NAME:before|after:N    SIGKILL when NAME is called for the Nth time, or returns
     sleep:MODULE:NAME:SECONDS          every call of NAME takes so much longer
+    skip:MODULE:NAME                   calls of NAME do nothing
     clock:SECONDS                      the clock that signs requests is off by so much
     stumble:N                          the coordinator answers every Nth request with HTTP 500
 """
@@ -62,6 +63,10 @@ def sleep(place: str, name: str, seconds: str) -> None:
     replace(place, name, wrap)
 
 
+def skip(place: str, name: str) -> None:
+    replace(place, name, lambda original: functools.wraps(original)(lambda *_args, **_kw: None))
+
+
 def clock(seconds: str) -> None:
     off = timedelta(seconds=float(seconds))
     replace("flwr.supernode.node_auth_http_interceptor", "now", lambda now: lambda: now() + off)
@@ -97,6 +102,7 @@ def stumble(number: str) -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     "kill": kill,
     "sleep": sleep,
+    "skip": skip,
     "clock": clock,
     "stumble": stumble,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Federation, deal, free_port
+from .conftest import PATIENCE_S, Federation, deal, free_port
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,12 @@ def test_log_without_its_last_record_exits_5_without_a_network(federation: Feder
     client(federation, "start", code=5)
     log.write_bytes(whole)
     client(federation, "egress", "--verify")
+
+
+def test_lab_whose_noise_is_off_ends_at_its_start(federation: Federation) -> None:
+    noise = "skip:cytofed.privacy.gradients:PatientOptimizer.add_noise"
+    assert federation.start("leeds", noise).wait(timeout=PATIENCE_S) == 5
+    assert "self-check failed" in (federation.root / "leeds.log").read_text()
 
 
 def test_lab_that_leaves_is_off_the_roster_and_keeps_its_files(federation: Federation) -> None:
