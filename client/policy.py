@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from cytofed.client.settings import Settings
 from cytofed.documents import Offer
+from cytofed.encoder import is_shipped, shipped
 from cytofed.errors import InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.labels import load_map, load_scheme
@@ -239,6 +240,12 @@ def refuse(offer: Offer, settings: Settings, *, own: PublicIdentity, parameters:
         raise RefusedError(
             f"{what} has labels.scheme {plan.labels.scheme!r:.60}, a file and no name: plans open "
             "no files here"
+        )
+    if plan.model.start != "random" and not is_shipped(plan.model.start):
+        raise RefusedError(
+            f"{what} has model.start {plan.model.start!r:.60}, a file and no name: plans open no "
+            "files here",
+            hint=f"ask for random weights or a shipped encoder: {', '.join(shipped())}",
         )
     check_plan(plan)
     if settings.labels is not None and load_map(settings.labels).scheme != plan.labels.scheme:

@@ -171,6 +171,15 @@ def test_a_plan_opens_no_file_of_the_lab(lab: Settings, tmp_path: Path) -> None:
     for scheme in (str(tmp_path / "x.yaml"), "../x", "x.yaml"):
         with pytest.raises(RefusedError, match="open no files"):
             refuse(offer_of(plan_of(labels={"scheme": scheme})), lab, own=LEEDS, parameters=P)
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    for start in (str(tmp_path / "x.safetensors"), "../x.safetensors", "/dev/zero"):
+        with pytest.raises(RefusedError, match="open no files"):
+            refuse(offer_of(plan_of(model={"start": start})), lab, own=LEEDS, parameters=P)
+
+
+def test_a_plan_may_start_from_an_encoder_that_ships(lab: Settings) -> None:
+    model = {"arch": "encoder+head", "start": "blood"}
+    refuse(offer_of(plan_of(model=model)), lab, own=LEEDS, parameters=P)
 
 
 def test_the_cohort_of_a_start_keeps_the_limits_too(lab: Settings) -> None:
