@@ -404,6 +404,7 @@ def test_second_daemon_with_the_same_key_pays_nothing_twice(standing: Federation
     assert all(len(hashes) <= 2 for hashes in answers.values())
 
 
+@pytest.mark.faults
 def test_full_disk_at_a_lab_costs_its_rounds_and_heals(tmp_path: Path, sample: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("a small file system needs root")
@@ -448,6 +449,7 @@ def fill(path: Path) -> None:
 # --- the past comes back
 
 
+@pytest.mark.faults
 def test_ledger_put_back_from_a_backup_stops_the_lab_until_all_is_charged(
     federation: Federation,
 ) -> None:
@@ -479,6 +481,7 @@ def total(federation: Federation, lab: str) -> float:
         return book.balance().total.epsilon
 
 
+@pytest.mark.faults
 def test_coordinator_put_back_from_a_backup_is_paid_nothing_twice(federation: Federation) -> None:
     for lab in LABS:
         federation.start(lab)
@@ -508,6 +511,7 @@ def test_coordinator_put_back_from_a_backup_is_paid_nothing_twice(federation: Fe
     completed(federation, run)
 
 
+@pytest.mark.faults
 def test_revoked_lab_is_absent_by_name_and_stays_out(federation: Federation) -> None:
     for lab in LABS:
         federation.start(lab)
