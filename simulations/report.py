@@ -105,6 +105,10 @@ def _read_summary(path: Path) -> Json:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not (path.parent / "plan.yaml").is_file():
+            raise InputError(
+                f"{path.parent} is no run directory", hint="give the folder that --out named"
+            ) from None
         raise InputError(
             f"no summary.json in {path.parent}",
             hint=f"finish the run first: cytofed simulate --resume --out {path.parent}",
