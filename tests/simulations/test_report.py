@@ -406,6 +406,7 @@ def test_broken_line_inside_the_metrics_is_an_error_with_its_number(tmp_path: Pa
 
 
 def test_folder_without_a_summary_says_how_to_finish_the_run(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").touch()
     with pytest.raises(InputError, match=r"no summary\.json") as caught:
         write_report(tmp_path)
     assert "--resume" in caught.value.hint
