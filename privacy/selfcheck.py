@@ -87,18 +87,33 @@ def check_production_path(
     """
     start_s = time.perf_counter()
     mechanism = mechanism or Mechanism(1.5, 0.7, 0.25, 40)
-    lab = _SmallLab(mechanism, optimizer_type)
-    sensitivity = check_sensitivity(lab.setup, lab.patients, mechanism)
+    sensitivity = replay_small_lab(mechanism, optimizer_type)
     check_head(mechanism, optimizer_type)
+    ratio, correlation = noise_of_small_labs(mechanism, optimizer_type, new_randomness)
+    check_sampling(draw_patients or _draw, 0.25, new_randomness())
+    return SelfCheck(sensitivity, ratio, correlation, time.perf_counter() - start_s)
+
+
+def replay_small_lab(mechanism: Mechanism, optimizer_type: type[PatientOptimizer]) -> float:
+    """``check_sensitivity`` on a small net. Errors: VerificationError."""
+    lab = _SmallLab(mechanism, optimizer_type)
+    return check_sensitivity(lab.setup, lab.patients, mechanism)
+
+
+def noise_of_small_labs(
+    mechanism: Mechanism,
+    optimizer_type: type[PatientOptimizer],
+    new_randomness: Callable[[], Randomness],
+) -> tuple[float, float]:
+    """``check_noise`` on two rounds of two labs with a small net. Errors: VerificationError."""
+    lab = _SmallLab(mechanism, optimizer_type)
     releases_RP = [
         release
         for _lab in range(2)
         for _round in range(2)
-        for release in _empty_steps(lab.optimizer(new_randomness()), steps=3)
+        for release in empty_steps(lab.optimizer(new_randomness()), steps=3)
     ]
-    ratio, correlation = check_noise(np.array(releases_RP), mechanism)
-    check_sampling(draw_patients or _draw, 0.25, new_randomness())
-    return SelfCheck(sensitivity, ratio, correlation, time.perf_counter() - start_s)
+    return check_noise(np.array(releases_RP), mechanism)
 
 
 def check_sensitivity(
@@ -328,7 +343,8 @@ class _SmallLab:
         )
 
 
-def _empty_steps(optimizer: PatientOptimizer, *, steps: int) -> list[Floats]:
+def empty_steps(optimizer: PatientOptimizer, *, steps: int) -> list[Floats]:
+    """What ``steps`` steps without patients release. Errors: VerificationError for none."""
     seen: list[Floats] = []
 
     def capture(_: object) -> None:
