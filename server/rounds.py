@@ -252,9 +252,11 @@ def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -
     got = Collected()
 
     def received(masked: Masked, size_bytes: int) -> None:
+        got.up_bytes += size_bytes
+        if masked.lab in got.received:
+            return
         got.received.append(masked.lab)
         got.train_s += _seconds(masked.train_s)
-        got.up_bytes += size_bytes
         watch.reply(run.name, "train", number, masked.lab, math.nan)
 
     absent = _absent(got.absent, run, "train", number, watch)
@@ -263,6 +265,7 @@ def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -
     except (SecaggError, SumError) as error:
         got.failed = _one_line(error.message)
         return got
+    got.received = list(total.survivors)
     if len(total.survivors) < run.plan.cohort.min_labs:
         got.failed = f"{len(total.survivors)} labs answered, {run.plan.cohort.min_labs} are needed"
     else:

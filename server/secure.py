@@ -65,6 +65,8 @@ class _Collection:
     number: int
     parts: Parts
     encoding: Encoding
+    need: int
+    """labs without which the sum is of no use"""
 
     @property
     def protocol_round(self) -> int:
@@ -72,7 +74,10 @@ class _Collection:
 
 
 Received = Callable[[Masked, int], None]
-"""is told of every vector that arrives, and its bytes"""
+"""is told of every vector that arrives, and its bytes; a lab's second vector of a round too"""
+
+_ATTEMPTS = 2
+"""slots that a round may take"""
 
 
 @dataclass
@@ -124,7 +129,8 @@ class SecureRun:
         Errors: SecaggError when too few labs are left, before anything is revealed; SumError when
         one has sent what is no update. The round then fails.
         """
-        wanted = _Collection("train", number, down, self.encoding)
+        need = max(self.cohort.threshold, self.cohort.min_cohort, self.plan.cohort.min_labs)
+        wanted = _Collection("train", number, down, self.encoding, need)
         total_W, survivors = self._sum(grid, wanted, absent, received)
         decoded = decode(total_W, wanted.encoding, count=len(survivors), dtype=np.float32)
         split = np.split(decoded.mean_P, len(self.strategy.lab.up))
@@ -146,7 +152,8 @@ class SecureRun:
         After it, the round is not trained again: labs close it. Errors: as ``collect``.
         """
         encoding = tally_encoding(classes, labs=len(self.cohort.labs))
-        wanted = _Collection("evaluate", number, parts, encoding)
+        need = max(self.cohort.threshold, self.cohort.min_cohort)
+        wanted = _Collection("evaluate", number, parts, encoding, need)
         total_W, survivors = self._sum(grid, wanted, absent, received)
         found = tally_of_sum(total_W, encoding, count=len(survivors), classes=classes)
         return found, survivors
@@ -154,39 +161,35 @@ class SecureRun:
     def _sum(
         self, grid: Grid, wanted: _Collection, absent: Absent, received: Received
     ) -> tuple[Words, tuple[str, ...]]:
-        """The sum of the survivors' words, and who they are. A slot is used up either way."""
-        setup = self._ready(grid, absent)
-        order = Order(
-            wanted.kind,
-            self.cohort.run,
-            wanted.number,
-            self.plan.sha256,
-            wanted.parts,
-            slot=self._take_slot(),
-            labs=len(self.cohort.labs),
-            max_weight=self.max_weight,
-        )
-        number, encoding = wanted.number, wanted.encoding
-        total_W = np.zeros(encoding.words, encoding.dtype)
-        survivors = []
-        members = {lab: self.nodes[lab] for lab in setup.members}
-        timeout_s = self.plan.cohort.round_timeout_s
-        for lab, message in ask(
-            grid, members, wanted.kind, number, pack_order(order), timeout_s=timeout_s
-        ):
-            try:
-                masked = _masked(lab, order, encoding, message)
-            except BadMessage as reason:
-                absent.add(lab, reason.message)
-                continue
-            add_words(total_W, masked.words_W)
-            survivors.append(lab)
-            received(masked, content_bytes(content_of(message).content))
+        """The sum of the survivors' words, and who they are.
+
+        Where too few vectors came, but more labs answered, all are asked once more in the next
+        slot: a lab that died with its mask made may not use that again, and has its update still.
+        """
+        for attempt in range(_ATTEMPTS):
+            setup = self._ready(grid, absent)
+            slot = self._take_slot()
+            total_W = np.zeros(wanted.encoding.words, wanted.encoding.dtype)
+            survivors, failed, silent = [], dict[str, str](), 0
+            for lab, message, masked in self._vectors(grid, setup, wanted, slot):
+                silent += message is None
+                if isinstance(masked, BadMessage):
+                    failed[lab] = masked.message
+                    continue
+                add_words(total_W, masked.words_W)
+                survivors.append(lab)
+                received(masked, content_bytes(content_of(message).content))
+            possible = len(setup.members) - silent >= wanted.need
+            if len(survivors) >= wanted.need or not possible or attempt + 1 == _ATTEMPTS:
+                break
+        for lab, reason in failed.items():
+            absent.add(lab, reason)
+        number = wanted.number
         poll = protocol.call_survivors(
             setup,
             self.identity,
             round=wanted.protocol_round,
-            slot=order.slot,
+            slot=slot,
             model_sha256=parts_sha256(wanted.parts),
             survivors=survivors,
         )
@@ -201,6 +204,30 @@ class SecureRun:
         )  # fmt: skip
         protocol.unmask(poll, total_W, revealed)
         return total_W, tuple(sorted(survivors))
+
+    def _vectors(
+        self, grid: Grid, setup: Setup, wanted: _Collection, slot: int
+    ) -> Iterator[tuple[str, Message | None, Masked | BadMessage]]:
+        """Each member's reply, None for silence, and its masked vector or why there is none."""
+        order = Order(
+            wanted.kind,
+            self.cohort.run,
+            wanted.number,
+            self.plan.sha256,
+            wanted.parts,
+            slot=slot,
+            labs=len(self.cohort.labs),
+            max_weight=self.max_weight,
+        )
+        members = {lab: self.nodes[lab] for lab in setup.members}
+        timeout_s = self.plan.cohort.round_timeout_s
+        for lab, message in ask(
+            grid, members, wanted.kind, wanted.number, pack_order(order), timeout_s=timeout_s
+        ):
+            try:
+                yield lab, message, _masked(lab, order, wanted.encoding, message)
+            except BadMessage as reason:
+                yield lab, message, reason
 
     def _ready(self, grid: Grid, absent: Absent) -> Setup:
         """The set-up in use, or a new one: keys, shares, and everyone's word for the same view."""

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cytofed.errors import InputError
+from cytofed.client.secure import SecureLab
+from cytofed.errors import InputError, RefusedError
+from cytofed.messages import Order
 from cytofed.model_file import read_model
 from cytofed.simulations.simulate import Request
 
@@ -59,6 +61,29 @@ def test_below_the_threshold_the_model_does_not_move_and_the_run_says_so(
     summary = directly(request)
     assert summary["status"] == "failed"
     assert len(summary["participation"][0]["absent"]) == 2
+
+
+def test_a_lab_whose_slot_is_lost_is_asked_again_in_the_next(
+    small: Small, directly: Simulate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a crash between its mask and its outbox: the slot is used, the vector is gone."""
+    directly(small("simulation.labs=4", "train.rounds=1", out=tmp_path / "plain"))
+    mask, asked = SecureLab.mask, []
+
+    def lost_once(self: SecureLab, order: Order, *arguments: Any) -> Any:
+        asked.append((self.identity.name, order.slot))
+        found = mask(self, order, *arguments)
+        if asked[-1] == ("lab-2", 0):
+            raise RefusedError("the slot was answered")
+        return found
+
+    monkeypatch.setattr(SecureLab, "mask", lost_once)
+    needed = ("cohort.min_labs=4", "train.rounds=1")
+    summary = directly(small(*SECURE, *needed, out=tmp_path / "secure"))
+    assert summary["status"] == "completed"
+    assert summary["participation"][0]["absent"] == {}
+    assert sorted(asked) == [(f"lab-{lab}", slot) for lab in range(1, 5) for slot in (0, 1)]
+    assert np.abs(weights(tmp_path / "plain") - weights(tmp_path / "secure")).max() < 1e-6
 
 
 def test_control_variates_travel_in_the_same_masked_vector(
