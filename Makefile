@@ -27,7 +27,7 @@ test: lint types layers  ## lint, types, layers, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not slow" -rs $(TESTS)
 
 test-faults: $(VENV)/installed-test  ## the full matrix of kills and cuts
-	$(BIN)/python -m pytest -m faults -rs $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist load -m faults -rs $(TESTS)
 
 bench: $(VENV)/installed-test  ## every benchmark against its peer, and a table
 	$(BIN)/python benchmarks/table.py

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import uvicorn
@@ -95,10 +96,14 @@ class Coordinator:
             try:
                 asyncio.run(server.serve())
             finally:
-                self._ending.set()
-                self._wake.set()
-                self._fleet.close()
+                self._end()
                 runs.join(timeout=30)
+
+    def _end(self) -> None:
+        """Have every wait end, the labs' and the run's; what is under way can be gone on with."""
+        self._ending.set()
+        self._wake.set()
+        self._fleet.close()
 
     # --- the port
 
@@ -137,7 +142,7 @@ class Coordinator:
         config.load()
         assert config.ssl is not None
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-        return uvicorn.Server(config)
+        return _Server(config, ending=self._end)
 
     def _refresh(self) -> None:
         """Let in exactly the labs of the roster."""
@@ -476,6 +481,19 @@ class Coordinator:
             return
         finally:
             gc.collect()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server; told to end, it first ends the labs' waiting, which else it waits for."""
+
+    def __init__(self, config: uvicorn.Config, *, ending: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ending = ending
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # In a thread: a signal handler must not wait for a lock that its own thread holds.
+        threading.Thread(target=self._ending).start()
+        super().handle_exit(sig, frame)
 
 
 class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]

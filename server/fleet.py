@@ -205,6 +205,7 @@ class _Link(InMemoryLinkState):
         self.seen: dict[int, Presence] = {}
         self._mail: dict[int, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.closed = False
 
     def _cleanup_expired_task_tokens_locked(self) -> None:
         """Nothing: Flower fails a run whose process gave no sign of life for a minute. That is
@@ -259,16 +260,23 @@ class _Link(InMemoryLinkState):
         return stored or upload is None or upload.message not in self.deliveries
 
     async def wait_for_message(self, node_id: int, timeout_s: float) -> None:
-        """Return when there is a message for the node, or after the timeout."""
+        """Return when there is a message for the node, after the timeout, or at the end."""
         self._loop = asyncio.get_running_loop()
         event = self._mail.setdefault(node_id, asyncio.Event())
         event.clear()
-        if self._queued(node_id):
+        if self._queued(node_id) or self.closed:
             return
         try:
             await asyncio.wait_for(event.wait(), timeout_s)
         except TimeoutError:
             return
+
+    def close(self) -> None:
+        """Let nobody wait for messages any more."""
+        self.closed = True
+        if self._loop is not None and not self._loop.is_closed():
+            for event in self._mail.values():
+                self._loop.call_soon_threadsafe(event.set)
 
     def forget(self, message_id: str) -> None:
         """Drop a message, its reply and all that was uploaded for it."""
@@ -500,8 +508,9 @@ class Fleet:
         self._run = _start_run(self._link)
 
     def close(self) -> None:
-        """End every wait of a grid with ``Stopped``."""
+        """End every wait of a grid with ``Stopped``, and every lab's for messages."""
         self._closed.set()
+        self._link.close()
         self._link.wake.set()
 
     def enrol(self, keys: Mapping[str, bytes]) -> None:

@@ -105,6 +105,7 @@ def offers(directory: ClientDirectory, run: str) -> list[Entry]:
 
 def restart(federation: Federation, who: str, *faults: str) -> None:
     federation.kill(who, signal.SIGTERM)
+    assert "Traceback" not in (federation.root / f"{who}.log").read_text()
     federation.start(who, *faults)
 
 
