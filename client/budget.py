@@ -91,7 +91,7 @@ def ledger_order(order: Order, federation: str) -> ledger.Order:
 
     Errors: RefusedError for one that releases nothing.
     """
-    weights = parts_sha256(order.parts)
+    weights = order.weights_sha256
     text = f"{order.kind} {order.run} {order.round} {order.slot} {order.plan_sha256} {weights}"
     return ledger.Order(
         federation=federation,

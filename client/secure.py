@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cytofed.arrays import Parts, parts_sha256
+from cytofed.arrays import Parts
 from cytofed.errors import InputError, RefusedError
 from cytofed.messages import BadMessage, Order, Step
 from cytofed.metrics import Tally
@@ -100,7 +100,7 @@ class SecureLab:
                 words_W,
                 round=protocol_round(order.kind, order.round),
                 slot=order.slot,
-                model_sha256=parts_sha256(order.parts),
+                model_sha256=order.weights_sha256,
             )
             return after, b""
 

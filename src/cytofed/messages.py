@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -25,7 +26,7 @@ from flwr.app import (
     RecordDict,
 )
 
-from cytofed.arrays import Float32, Parts, in_shares
+from cytofed.arrays import Float32, Parts, in_shares, parts_sha256
 from cytofed.errors import CytofedError
 from cytofed.metrics import Tally
 
@@ -69,6 +70,11 @@ class Order:
     """size of the cohort"""
     max_weight: float = 0.0
     """public bound of the labs' weights, for secure aggregation"""
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hex SHA-256 of all parts; asked for at each step of a round, found once."""
+        return parts_sha256(self.parts)
 
 
 @dataclass(frozen=True)
