@@ -231,6 +231,28 @@ def report(run: Path, as_json: bool) -> int:
 
 
 @cli.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--controls", is_flag=True, help="Plant known faults; show which check catches each.")
+@_json
+def audit(run: Path, controls: bool, as_json: bool) -> int:
+    """Hold RUN's claimed epsilon against what canaries prove, and tell what else it reveals.
+
+    Writes RUN/audit.json and RUN's report.html. Exit code 5 for a violation, or for a planted
+    fault that no check catches.
+    """
+    from cytofed.simulations.audit import audit as examine
+    from cytofed.simulations.audit import refuse_violation, render_audit
+
+    found = examine(run, controls=controls, tell=note)
+    if as_json:
+        _print_json(found)
+    else:
+        render_audit(found, stdout, run_dir=run)
+    refuse_violation(found)
+    return 0
+
+
+@cli.command()
 @click.option("--data", multiple=True, required=True, type=_FOLDER, help="Public images.")
 @click.option("--labels", multiple=True, help="Label map: a name or a YAML file, one per --data.")
 @click.option("--scheme", default="bone-marrow-21", show_default=True, help="Label scheme.")
