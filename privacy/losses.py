@@ -109,8 +109,9 @@ def loss_law(events: Sequence[Steps]) -> LossLaw:
         widest = max(widest, float(ends[1] - ends[0]))
     pitch = (high - low + 2 * widest) / _POINTS
     first = math.floor((low - widest) / pitch)
+    loss_B: Floats = (first + np.arange(_POINTS)) * pitch
     laws = [_sum(events, pitch, first, took_part) for took_part in (True, False)]
-    return LossLaw((first + np.arange(_POINTS)) * pitch, *laws)
+    return LossLaw(loss_B, *laws)
 
 
 def _sum(events: Sequence[Steps], pitch: float, first: int, took_part: bool) -> Floats:
@@ -124,8 +125,9 @@ def _sum(events: Sequence[Steps], pitch: float, first: int, took_part: bool) -> 
         mass[: highest - lowest + 1] = np.diff(_below(edges, event, took_part))
         transform *= np.fft.rfft(mass) ** event.count
         offset += lowest * event.count
-    law_B = np.maximum(np.roll(np.fft.irfft(transform, _POINTS), offset - first), 0.0)
-    return law_B / law_B.sum()
+    law_B: Floats = np.maximum(np.roll(np.fft.irfft(transform, _POINTS), offset - first), 0.0)
+    law_B /= law_B.sum()
+    return law_B
 
 
 def _reach(event: Steps) -> Floats:

@@ -67,6 +67,8 @@ class Run:
     """None when the plan's label scheme is a file that is not at hand"""
     neighbours: tuple[Neighbour, ...] = ()
     """what accuracy against epsilon is compared with; none for a run without privacy"""
+    audit: Json | None = None
+    """audit.json, where ``cytofed audit`` has looked at this run"""
 
 
 def read_run(run_dir: Path) -> Run:
@@ -84,7 +86,8 @@ def read_run(run_dir: Path) -> Run:
     except InputError:
         scheme = None
     rounds = _read_rounds(run_dir / "metrics.jsonl")
-    return Run(summary, rounds, plan, scheme, _read_neighbours(run_dir, summary, plan))
+    neighbours = _read_neighbours(run_dir, summary, plan)
+    return Run(summary, rounds, plan, scheme, neighbours, _read_audit(run_dir, plan))
 
 
 def write_report(run_dir: Path) -> Path:
@@ -139,6 +142,21 @@ def _read_rounds(path: Path) -> tuple[Json, ...]:
                 hint="run again with --resume, or remove the line",
             ) from None
     return tuple(rounds[r] for r in sorted(rounds))
+
+
+def _read_audit(run_dir: Path, plan: Plan) -> Json | None:
+    """The audit of this plan's run; None where there is none, or one of another plan."""
+    path = run_dir / "audit.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ours = found["plan_sha256"] == plan.sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} is not what an audit writes", hint="remove it, and audit again"
+        ) from None
+    return found if ours else None
 
 
 def _read_neighbours(run_dir: Path, summary: Json, plan: Plan) -> tuple[Neighbour, ...]:
@@ -196,6 +214,7 @@ def render_page(run: Run) -> str:
         _participation(run),
         _cost(run),
         _privacy(run),
+        _audit(run),
         _plan(run),
         _references(run),
     ]
@@ -745,6 +764,59 @@ def _accuracy_against_epsilon(run: Run) -> str:
     return f'<div class="grid">{picture}<div>{table}</div></div>'
 
 
+def _audit(run: Run) -> str:
+    found = run.audit
+    if not found:
+        return ""
+    violations = int(found.get("violations") or 0)
+    if violations:
+        lead = _warning(f"{violations} violations: do not rely on this run's epsilon.")
+    else:
+        lead = (
+            "<p>No violation found. That is not a proof of privacy: an audit can refute a claim, "
+            "and each lower bound says how much it could have refuted.</p>"
+        )
+    columns = ("claimed", "found", "verdict", "remark")
+    rows = [[str(f.get(key) or "") for key in ("what", *columns)] for f in found["checks"]]
+    table = _scroll(_table(["check", *columns], rows, texts=5, wrap=True))
+    alarms = found.get("false_alarms")
+    told = ""
+    if alarms:
+        told = (
+            f"<p>Of {_number(alarms['audits'])} audits of a correct mechanism, "
+            f"{_number(alarms['steinke'])} (Steinke) and {_number(alarms['gaussian'])} (Gaussian) "
+            f"found a violation; at most {1 - alarms['confidence']:.0%} are promised.</p>"
+        )
+    leaves = ""
+    if found.get("leaves"):
+        rows = [
+            [str(f[key]) for key in ("what", "found", "verdict", "remark")] for f in found["leaves"]
+        ]
+        head = ["besides weights", "told", "verdict", "what a reader learns"]
+        leaves = _scroll(_table(head, rows, texts=4, wrap=True))
+    return _section("Audit", f"{lead}{table}{told}{leaves}{_controls(found.get('controls'))}")
+
+
+def _controls(controls: Json | None) -> str:
+    """Planted faults by checks; the reason of each catch in words below."""
+    if not controls:
+        return ""
+    checks = [str(check) for check in controls["checks"]]
+    rows, reasons = [], []
+    for row in (controls["shipped"], *controls["faults"]):
+        said = {check: str(row["checks"].get(check) or "") for check in checks}
+        marks = ["caught" if said[check] else "–" for check in checks]
+        rows.append([str(row["fault"]), *marks])
+        first = next((text for text in said.values() if text), "")
+        reasons.append([str(row["fault"]), first or "nothing found"])
+    caught = sum(bool(row["caught"]) for row in controls["faults"])
+    lead = f"Controls: {caught} of {len(controls['faults'])} planted faults caught."
+    table = _scroll(_table(["planted fault", *checks], rows, texts=1 + len(checks)))
+    why = _scroll(_table(["", "the first check that catches it"], reasons, texts=2, wrap=True))
+    details = f"<details><summary>What the checks say</summary>{why}</details>"
+    return f"<p>{escape(lead)}</p>{table}{details}"
+
+
 def _plan(run: Run) -> str:
     summary = run.summary
     seed = summary.get("seed", run.plan.train.seed)
@@ -777,6 +849,11 @@ def _references(run: Run) -> str:
     if run.plan.privacy.unit != "none":
         entries.append(
             "Abadi et al., Deep learning with differential privacy, CCS 2016, arXiv:1607.00133."
+        )
+    if run.audit:
+        entries.append(
+            "Steinke, Nasr, Jagielski, Privacy auditing with one (1) training run, NeurIPS 2023, "
+            "arXiv:2305.08846."
         )
     if (run.summary.get("wire") or {}).get("secure_aggregation"):
         entries.append(
