@@ -109,7 +109,7 @@ def loss_law(events: Sequence[Steps]) -> LossLaw:
         widest = max(widest, float(ends[1] - ends[0]))
     pitch = (high - low + 2 * widest) / _POINTS
     first = math.floor((low - widest) / pitch)
-    loss_B: Floats = (first + np.arange(_POINTS)) * pitch
+    loss_B: Floats = pitch * np.arange(first, first + _POINTS, dtype=np.float64)
     laws = [_sum(events, pitch, first, took_part) for took_part in (True, False)]
     return LossLaw(loss_B, *laws)
 

@@ -1,0 +1,145 @@
+"""``cytofed audit`` on runs as they are, and on summaries that claim what is not so."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from rich.console import Console
+
+from cytofed.errors import InputError, VerificationError
+from cytofed.privacy import audit as one_run
+from cytofed.privacy.accounting import epsilon_for
+from cytofed.privacy.gradients import PatientOptimizer
+from cytofed.simulations import audit as examination
+from cytofed.simulations.audit import audit, refuse_violation, render_audit
+from cytofed.simulations.simulate import Request
+
+Small = Callable[..., Request]
+PRIVATE = ("privacy.unit=patient", "simulation.pseudo_patient_cells=4", "simulation.labs=2")
+
+
+class Simulate(Protocol):
+    def __call__(self, request: Request, *, report: bool = False) -> dict[str, Any]: ...
+
+
+@pytest.fixture(autouse=True)
+def few_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_run, "CANARIES", 400)
+    monkeypatch.setattr(examination, "_CALIBRATION", 20)
+
+
+@pytest.fixture
+def private_run(small: Small, directly: Simulate) -> Path:
+    request = small(*PRIVATE, "train.rounds=2")
+    directly(request)
+    return request.out
+
+
+def edit(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = run_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    change(summary)
+    path.write_text(json.dumps(summary))
+
+
+def lines(found: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    render_audit(found, console, run_dir=Path("run"))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_an_honest_run_passes_and_says_no_more_than_that(private_run: Path) -> None:
+    found = audit(private_run)
+    refuse_violation(found)
+    assert found["violations"] == 0
+    assert {f["verdict"] for f in found["checks"]} == {"PASS"}
+    assert json.loads((private_run / "audit.json").read_text()) == found
+    text = lines(found)
+    assert "[pseudo-patient, add-or-remove] | audited lower bound" in text
+    assert "assumes a Gaussian mechanism" in text
+    assert "PASS: no violation found" in text
+    assert "private" not in text.replace("the private path", "")
+    report = (private_run / "report.html").read_text()
+    assert "No violation found. That is not a proof of privacy" in report
+
+
+def test_a_claim_that_was_reset_each_round_is_a_violation(private_run: Path) -> None:
+    def one_round_only(summary: dict[str, Any]) -> None:
+        privacy = summary["privacy"]
+        privacy["epsilon"] = epsilon_for(privacy["sigma"], 1e-3, 0.25, 2)
+
+    edit(private_run, one_round_only)
+    found = audit(private_run)
+    assert "composition: training, all rounds" in violated(found)
+    with pytest.raises(VerificationError) as caught:
+        refuse_violation(found)
+    assert caught.value.exit_code == 5
+    assert "do not rely on this run" in (private_run / "report.html").read_text()
+
+
+def test_a_lab_whose_ledger_forgot_a_round_is_named(private_run: Path) -> None:
+    edit(private_run, lambda s: s["privacy"]["labs"]["lab-2"].update(epsilon=1.0))
+    assert violated(audit(private_run)) == ["composition: lab-2, 2 rounds"]
+
+
+def test_exact_scores_of_a_private_deployment_are_a_violation(private_run: Path) -> None:
+    def deployed(summary: dict[str, Any]) -> None:
+        for key in ("partition", "confusion", "data_sha256"):
+            del summary[key]
+        summary["scores"] = {"noised": False}
+
+    edit(private_run, deployed)
+    assert violated(audit(private_run)) == ["scores of held-out images"]
+    edit(private_run, lambda summary: summary.update(scores={"noised": True}))
+    assert violated(audit(private_run)) == []
+
+
+def test_faulty_code_is_a_violation_of_a_run(
+    private_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PatientOptimizer, "add_noise", lambda _: None)
+    assert len(violated(audit(private_run))) >= 3
+
+
+def test_every_control_is_caught_and_shown(private_run: Path) -> None:
+    found = audit(private_run, controls=True)
+    refuse_violation(found)
+    assert found["controls"]["all_caught"]
+    assert len(found["controls"]["faults"]) == 8
+    assert "8 of 8 planted faults caught" in lines(found)
+    assert "8 of 8 planted faults caught" in (private_run / "report.html").read_text()
+
+
+def test_a_control_that_is_missed_fails_the_audit() -> None:
+    missed = {"fault": "noise off", "caught": False, "checks": {}}
+    found = {"violations": 0, "controls": {"all_caught": False, "faults": [missed]}}
+    with pytest.raises(VerificationError, match="noise off"):
+        refuse_violation(found)
+
+
+def test_a_run_without_privacy_says_so(small: Small, directly: Simulate) -> None:
+    request = small("train.rounds=1")
+    directly(request)
+    found = audit(request.out)
+    refuse_violation(found)
+    assert "no differential privacy is claimed" in lines(found)
+    assert found["claim"] is None
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run directory"):
+        audit(tmp_path)
+
+
+def violated(found: dict[str, Any]) -> list[str]:
+    return [
+        finding["what"]
+        for finding in (*found["checks"], *found["leaves"])
+        if finding["verdict"] == "VIOLATION"
+    ]
