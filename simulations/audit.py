@@ -34,6 +34,7 @@ from cytofed.plan import Plan, load_plan
 from cytofed.privacy.accounting import shown
 from cytofed.privacy.losses import Steps, loss_law
 from cytofed.privacy.terms import Terms, terms_of
+from cytofed.simulations.attacks import attack
 from cytofed.simulations.report import Run, read_run, write_report
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def audit(
     run_dir: Path,
     *,
     controls: bool = False,
+    attacks: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Audit a run, write its ``audit.json`` and its report anew; returns what was written.
@@ -88,6 +90,7 @@ def audit(
         "claim": None if terms is None else str(terms.guarantee),
         "false_alarms": None,
         "controls": None,
+        "attacks": None,
     }
     checks: list[Finding] = []
     if terms is None:
@@ -106,6 +109,9 @@ def audit(
         checks.append(_mask_keys())
     if controls:
         found["controls"] = _controls(run, tell)
+    if attacks:
+        tell("attacks")
+        found["attacks"] = attack(run.plan)
     leaves = _leaves(run)
     found["checks"] = [asdict(finding) for finding in checks]
     found["leaves"] = [asdict(finding) for finding in leaves]
@@ -464,6 +470,9 @@ def render_audit(found: Json, console: Console, *, run_dir: Path) -> None:
         console.print(Text(false_alarms_line(alarms)), soft_wrap=True)
     if found["controls"]:
         _print_controls(found["controls"], console)
+    for way in (found["attacks"] or {}).get("inversion", {}).get("ways", ()):
+        line = f"image rebuilt from {way['way']}: likeness {way['likeness']:.2f} of 1"
+        console.print(Text(line), soft_wrap=True)
     lines = [f"{found['violations']} violations, in {found['seconds']:.0f} s"]
     lines.append(f"report   {run_dir / 'report.html'}")
     for line in lines:

@@ -794,7 +794,37 @@ def _audit(run: Run) -> str:
         ]
         head = ["besides weights", "told", "verdict", "what a reader learns"]
         leaves = _scroll(_table(head, rows, texts=4, wrap=True))
-    return _section("Audit", f"{lead}{table}{told}{leaves}{_controls(found.get('controls'))}")
+    return _section(
+        "Audit",
+        f"{lead}{table}{told}{leaves}{_controls(found.get('controls'))}{_inversion(found.get('attacks'))}",
+    )
+
+
+def _inversion(attacks: Json | None) -> str:
+    """Images before and after: what each way of sending lets an attacker rebuild."""
+    if not attacks:
+        return ""
+    found = attacks["inversion"]
+    rows = [["the image", "", *found["images"]]]
+    rows += [[w["way"], f"{w['likeness']:.2f}", *w["pictures"]] for w in found["ways"]]
+    body = "".join(
+        f"<tr><th scope=row>{escape(str(way))}</th><td class=num>{escape(str(likeness))}</td><td>"
+        + "".join(
+            f'<img src="{uri}" alt="" width="72" height="72">'
+            for uri in pictures
+            if _DATA_URI.fullmatch(str(uri))
+        )
+        + "</td></tr>"
+        for way, likeness, *pictures in rows
+    )
+    lead = (
+        "Images rebuilt from one step's update of a small net whose first layer sees pixels, at "
+        f"this plan's max_norm {_number(found['max_norm'])} and sigma {_number(found['sigma'])}; the "
+        f"secure sum is over {_number(found['in_sum'])} images, without noise. The number is "
+        "the correlation of what sets an image apart from the mean of all: clipping alone hides "
+        "nothing, and a secure sum shows a mixture. A demonstration, not evidence."
+    )
+    return f"<p>{escape(lead)}</p>" + _scroll(f'<table class="examples">{body}</table>')
 
 
 def _controls(controls: Json | None) -> str:

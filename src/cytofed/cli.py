@@ -233,8 +233,9 @@ def report(run: Path, as_json: bool) -> int:
 @cli.command()
 @click.argument("run", type=_FOLDER)
 @click.option("--controls", is_flag=True, help="Plant known faults; show which check catches each.")
+@click.option("--attacks", is_flag=True, help="Rebuild images from what is sent; with pictures.")
 @_json
-def audit(run: Path, controls: bool, as_json: bool) -> int:
+def audit(run: Path, controls: bool, attacks: bool, as_json: bool) -> int:
     """Hold RUN's claimed epsilon against what canaries prove, and tell what else it reveals.
 
     Writes RUN/audit.json and RUN's report.html. Exit code 5 for a violation, or for a planted
@@ -243,7 +244,7 @@ def audit(run: Path, controls: bool, as_json: bool) -> int:
     from cytofed.simulations.audit import audit as examine
     from cytofed.simulations.audit import refuse_violation, render_audit
 
-    found = examine(run, controls=controls, tell=note)
+    found = examine(run, controls=controls, attacks=attacks, tell=note)
     if as_json:
         _print_json(found)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from cytofed.privacy.accounting import epsilon_for
 from cytofed.privacy.gradients import PatientOptimizer
 from cytofed.simulations import audit as examination
 from cytofed.simulations.audit import audit, refuse_violation, render_audit
+from cytofed.simulations.report import write_report
 from cytofed.simulations.simulate import Request
 
 Small = Callable[..., Request]
@@ -28,16 +30,24 @@ class Simulate(Protocol):
 
 
 @pytest.fixture(autouse=True)
-def few_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer canaries, and a report only where a test looks at it: it takes most of the time."""
     monkeypatch.setattr(one_run, "CANARIES", 400)
     monkeypatch.setattr(examination, "_CALIBRATION", 20)
+    monkeypatch.setattr(examination, "write_report", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the module's one run is kept."""
+    return tmp_path_factory.mktemp("finished") / "run"
 
 
 @pytest.fixture
-def private_run(small: Small, directly: Simulate) -> Path:
-    request = small(*PRIVATE, "train.rounds=2")
-    directly(request)
-    return request.out
+def private_run(small: Small, directly: Simulate, finished: Path, tmp_path: Path) -> Path:
+    if not finished.exists():
+        directly(small(*PRIVATE, "train.rounds=2", out=finished))
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 def edit(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -65,7 +75,7 @@ def test_an_honest_run_passes_and_says_no_more_than_that(private_run: Path) -> N
     assert "assumes a Gaussian mechanism" in text
     assert "PASS: no violation found" in text
     assert "private" not in text.replace("the private path", "")
-    report = (private_run / "report.html").read_text()
+    report = write_report(private_run).read_text()
     assert "No violation found. That is not a proof of privacy" in report
 
 
@@ -80,7 +90,7 @@ def test_a_claim_that_was_reset_each_round_is_a_violation(private_run: Path) -> 
     with pytest.raises(VerificationError) as caught:
         refuse_violation(found)
     assert caught.value.exit_code == 5
-    assert "do not rely on this run" in (private_run / "report.html").read_text()
+    assert "do not rely on this run" in write_report(private_run).read_text()
 
 
 def test_a_lab_whose_ledger_forgot_a_round_is_named(private_run: Path) -> None:
@@ -108,12 +118,14 @@ def test_faulty_code_is_a_violation_of_a_run(
 
 
 def test_every_control_is_caught_and_shown(private_run: Path) -> None:
-    found = audit(private_run, controls=True)
+    found = audit(private_run, controls=True, attacks=True)
     refuse_violation(found)
     assert found["controls"]["all_caught"]
     assert len(found["controls"]["faults"]) == 8
     assert "8 of 8 planted faults caught" in lines(found)
-    assert "8 of 8 planted faults caught" in (private_run / "report.html").read_text()
+    report = write_report(private_run).read_text()
+    assert "8 of 8 planted faults caught" in report
+    assert report.count("data:image/png;base64,") >= 20
 
 
 def test_a_control_that_is_missed_fails_the_audit() -> None:
