@@ -819,8 +819,8 @@ def _inversion(attacks: Json | None) -> str:
     )
     lead = (
         "Images rebuilt from one step's update of a small net whose first layer sees pixels, at "
-        f"this plan's max_norm {_number(found['max_norm'])} and sigma {_number(found['sigma'])}; the "
-        f"secure sum is over {_number(found['in_sum'])} images, without noise. The number is "
+        f"this plan's max_norm {_number(found['max_norm'])} and sigma {_number(found['sigma'])}; "
+        f"the secure sum is over {_number(found['in_sum'])} images, without noise. The number is "
         "the correlation of what sets an image apart from the mean of all: clipping alone hides "
         "nothing, and a secure sum shows a mixture. A demonstration, not evidence."
     )

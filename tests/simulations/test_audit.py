@@ -117,6 +117,7 @@ def test_faulty_code_is_a_violation_of_a_run(
     assert len(violated(audit(private_run))) >= 3
 
 
+@pytest.mark.faults
 def test_every_control_is_caught_and_shown(private_run: Path) -> None:
     found = audit(private_run, controls=True, attacks=True)
     refuse_violation(found)
