@@ -336,7 +336,9 @@ class FleetLink:
                 return found
             except httpx.HTTPStatusError as error:
                 code = error.response.status_code
-                if name != "activate_node" and code in (401, 404, 409):
+                # Asking for work touches nobody's messages: there 403 means off the roster.
+                unknown = code in (401, 404, 409) or (code == 403 and name == "pull_messages")
+                if name != "activate_node" and unknown:
                     raise _Again from error
                 if name != "activate_node" and 400 <= code < 500 and code not in (408, 429):
                     raise _Withdrawn from error
