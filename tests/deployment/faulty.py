@@ -90,9 +90,7 @@ def stumble(number: str) -> None:
     def wrap(original: Any) -> Any:
         @functools.wraps(original)
         def new_app(*args: Any, **kwargs: Any) -> Any:
-            made = original(*args, **kwargs)
-            made.add_middleware(middleware)  # the last one added is the outermost
-            return made
+            return middleware(original(*args, **kwargs))
 
         return new_app
 
