@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cytofed.errors import VerificationError
 from cytofed.privacy import gradients
+from cytofed.privacy.faults import NoiseHalved, NoiseOff, NotClipped
 from cytofed.privacy.gradients import (
     ClippedSum,
     Correction,
@@ -58,17 +59,6 @@ def test_the_check_leaves_torchs_generator_alone() -> None:
 # Faults of the optimizer. Each was seen in some implementation, or is one edit away.
 
 
-class NoiseOff(PatientOptimizer):
-    def add_noise(self) -> None:
-        pass
-
-
-class NoiseHalved(PatientOptimizer):
-    def add_noise(self) -> None:
-        self.noise_multiplier = self.mechanism.sigma / 2
-        super().add_noise()
-
-
 class NoiseDividedTwice(PatientOptimizer):
     def add_noise(self) -> None:
         self.noise_multiplier = self.mechanism.sigma / self.expected_batch_size
@@ -90,13 +80,6 @@ class NoiseFrozen(PatientOptimizer):
     def add_noise(self) -> None:
         self._randomness = SimulatedRandomness(0)
         super().add_noise()
-
-
-class NotClipped(PatientOptimizer):
-    def clip_and_accumulate(self) -> None:
-        self.max_grad_norm = 1e9
-        super().clip_and_accumulate()
-        self.max_grad_norm = self.mechanism.max_norm
 
 
 class ClippedAfterAveraging(NotClipped):
