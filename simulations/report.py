@@ -15,14 +15,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -34,7 +33,20 @@ from cytofed.labels import Scheme, load_scheme
 from cytofed.metrics import spread
 from cytofed.page import page
 from cytofed.plan import Plan, dump_plan, load_plan
-from cytofed.privacy.accounting import SubsampledGaussian, price, shown
+from cytofed.privacy.accounting import SubsampledGaussian, price
+from cytofed.simulations.parts import (
+    CSS,
+    drawing,
+    in_bytes,
+    in_epsilon,
+    in_seconds,
+    number,
+    scroll,
+    section,
+    table_of,
+    token,
+    warning_box,
+)
 
 MANY_ROWS = 30
 """Longer tables show only their first or worst rows and count the rest."""
@@ -128,17 +140,17 @@ def _read_rounds(path: Path) -> tuple[Json, ...]:
         return ()
     rounds: dict[int, Json] = {}
     lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for at, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             rounds[int(entry["round"])] = entry
         except (ValueError, KeyError, TypeError):
-            if number == len(lines):
+            if at == len(lines):
                 break
             raise InputError(
-                f"{path}, line {number} is not a round: {line[:60]!r}",
+                f"{path}, line {at} is not a round: {line[:60]!r}",
                 hint="run again with --resume, or remove the line",
             ) from None
     return tuple(rounds[r] for r in sorted(rounds))
@@ -224,7 +236,7 @@ def render_page(run: Run) -> str:
         heading=name,
         headline=_headline(run),
         sections="\n".join(s for s in sections if s),
-        css=_CSS,
+        css=CSS,
         footer="Made by cytofed. For research; not a medical device.",
     )
 
@@ -244,7 +256,7 @@ def _headline(run: Run) -> str:
         notes.append("All scores are released scores: computed from counts with noise.")
     boxes = "".join(f'<p class="warning">{escape(n)}</p>' for n in notes)
     return (
-        f'<p class="status {_token(status)}">{escape(status)}</p>'
+        f'<p class="status {token(status)}">{escape(status)}</p>'
         f'<p class="lead">{escape(_in_one_sentence(run))}</p>{boxes}'
         f'<dl class="tiles">{tiles}</dl>'
     )
@@ -309,11 +321,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if privacy.get("unit", "none") == "none":
         tiles.append(("privacy", "none", "not differentially private"))
     else:
-        note = f"at delta {_number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove"
+        note = f"at delta {number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove"
         tiles.append(("epsilon", _epsilon(_whole(privacy)), note))
     timing = summary.get("timing") or {}
     if timing.get("wall_s") is not None:
-        tiles.append(("time", _duration(timing["wall_s"]), f"{summary.get('rounds', 0)} rounds"))
+        tiles.append(("time", in_seconds(timing["wall_s"]), f"{summary.get('rounds', 0)} rounds"))
     return tiles
 
 
@@ -347,7 +359,7 @@ def _partition(run: Run) -> str:
         caption = f"Training images per class over {len(labs):,} labs, and sizes of labs."
     note = ""
     if partition.get("pseudo_patients"):
-        note = _warning(
+        note = warning_box(
             "Patients of this run are pseudo-patients: the data names none, so the simulation "
             "made groups of images. Figures per patient show what the method costs, not how any "
             "real person is protected."
@@ -358,10 +370,10 @@ def _partition(run: Run) -> str:
     lead += f"{int(counts_KC.sum()):,} images to train on"
     lead += f", {tested:,} held out for tests." if tested else "."
     label = f"training images of {len(labs)} labs by class"
-    return _section(
+    return section(
         "Who holds what",
         f"<p>{lead}</p>{note}"
-        + _figure(figure, "partition", label, caption)
+        + drawing(figure, "partition", label, caption)
         + _examples(partition.get("examples")),
     )
 
@@ -381,7 +393,7 @@ def _examples(examples: Any) -> str:
             rows.append(f"<tr><th scope=row>{escape(str(lab))}</th><td>{shown}</td></tr>")
     if not rows:
         return ""
-    return _scroll(f'<table class="examples">{"".join(rows)}</table>')
+    return scroll(f'<table class="examples">{"".join(rows)}</table>')
 
 
 def _learning(run: Run) -> str:
@@ -405,14 +417,14 @@ def _learning(run: Run) -> str:
             levels["mean of own models"] = float(np.mean(own))
         figure = figures.score_figure(numbers, scores, levels)
         caption = "Scores of the global model on all held-out images."
-        parts.append(_figure(figure, "scores", "scores over rounds", caption))
+        parts.append(drawing(figure, "scores", "scores over rounds", caption))
     if any(losses):
         figure = figures.loss_figure([int(e["round"]) for e in run.rounds], losses)
         caption = "Training loss at the labs, each on its own images."
-        parts.append(_figure(figure, "loss", "training loss over rounds", caption))
+        parts.append(drawing(figure, "loss", "training loss over rounds", caption))
     if not parts:
         return ""
-    return _section("Learning", f'<div class="grid">{"".join(parts)}</div>')
+    return section("Learning", f'<div class="grid">{"".join(parts)}</div>')
 
 
 def _classes(run: Run) -> str:
@@ -420,7 +432,7 @@ def _classes(run: Run) -> str:
     if not scores:
         return ""
     parts = [_confusion(run), _per_class(run, scores)]
-    return _section("Classes", "".join(parts))
+    return section("Classes", "".join(parts))
 
 
 def _confusion(run: Run) -> str:
@@ -437,7 +449,7 @@ def _confusion(run: Run) -> str:
         if run.scheme.tolerated:
             caption += " Framed: pairs that the tolerant scores count as right."
     figure = figures.confusion_figure(codes, counts_CC, tolerance_CC)
-    return _figure(figure, "confusion", "confusion matrix", caption)
+    return drawing(figure, "confusion", "confusion matrix", caption)
 
 
 def _per_class(run: Run, scores: Json) -> str:
@@ -472,8 +484,8 @@ def _per_class(run: Run, scores: Json) -> str:
         )
     return (
         '<div class="grid uneven">'
-        + _figure(figure, "classes", "F1 per class", caption)
-        + f"<div>{note}{_scroll(_table(head, rows, texts=2))}</div></div>"
+        + drawing(figure, "classes", "F1 per class", caption)
+        + f"<div>{note}{scroll(table_of(head, rows, texts=2))}</div></div>"
     )
 
 
@@ -491,7 +503,7 @@ def _labs(run: Run) -> str:
                 "Scores per lab are off (evaluation.per_lab is false): under differential privacy "
                 "only the sum over labs is told, with noise."
             )
-            return _section("Labs", f"<p>{text}</p>")
+            return section("Labs", f"<p>{text}</p>")
         return ""
     baselines = summary.get("baselines") or {}
     own = {lab: float(s["macro_f1"]) for lab, s in (baselines.get("local_own") or {}).items()}
@@ -538,11 +550,11 @@ def _labs(run: Run) -> str:
             "<p><b>Difference</b>: federated minus the lab's own model, on the lab's own test "
             "images. <b>On all test images</b>: the same on the test images of all labs.</p>"
         )
-    return _section(
+    return section(
         "Labs",
         f'<p>{lead}</p><div class="grid uneven">'
-        + _figure(figure, "labs", "macro F1 per lab", caption)
-        + f"<div>{_scroll(_table(head, rows, texts=1))}{more}{note}</div></div>",
+        + drawing(figure, "labs", "macro F1 per lab", caption)
+        + f"<div>{scroll(table_of(head, rows, texts=1))}{more}{note}</div></div>",
     )
 
 
@@ -562,7 +574,7 @@ def _calibration(run: Run) -> str:
     if not points:
         return ""
     parts = [
-        _figure(
+        drawing(
             figures.reliability_figure(points),
             "reliability",
             "accuracy against confidence",
@@ -573,8 +585,8 @@ def _calibration(run: Run) -> str:
     if scores.get("accuracy_coverage"):
         figure = figures.coverage_figure(scores["accuracy_coverage"])
         caption = "What is gained by leaving the least certain images to a person."
-        parts.append(_figure(figure, "coverage", "accuracy against coverage", caption))
-    return _section("Confidence", f'<div class="grid">{"".join(parts)}</div>')
+        parts.append(drawing(figure, "coverage", "accuracy against coverage", caption))
+    return section("Confidence", f'<div class="grid">{"".join(parts)}</div>')
 
 
 def _participation(run: Run) -> str:
@@ -599,9 +611,9 @@ def _participation(run: Run) -> str:
         text = f"<p>Labs were absent {times}"
         text += f"; the first {MANY_ROWS}:" if len(absences) > MANY_ROWS else ":"
         head = ["round", "lab", "reason"]
-        text += "</p>" + _scroll(_table(head, absences[:MANY_ROWS], texts=3))
-    picture = _figure(figure, "participation", "which lab contributed in which round", "")
-    return _section("Participation", picture + text)
+        text += "</p>" + scroll(table_of(head, absences[:MANY_ROWS], texts=3))
+    picture = drawing(figure, "participation", "which lab contributed in which round", "")
+    return section("Participation", picture + text)
 
 
 def _cost(run: Run) -> str:
@@ -617,9 +629,9 @@ def _cost(run: Run) -> str:
         )
         text = ""
         if timing.get("wall_s"):
-            text = f"{_duration(timing['wall_s'])} in all, {_duration(timing['train_s'])} of it "
-            text += f"training; {_duration(timing['overhead_s'])} for everything else."
-        parts.append(_figure(figure, "time", "seconds per round", text))
+            text = f"{in_seconds(timing['wall_s'])} in all, {in_seconds(timing['train_s'])} of it "
+            text += f"training; {in_seconds(timing['overhead_s'])} for everything else."
+        parts.append(drawing(figure, "time", "seconds per round", text))
     moved = [e for e in run.rounds if e.get("up_bytes") is not None]
     if moved:
         figure = figures.bytes_figure(
@@ -629,12 +641,12 @@ def _cost(run: Run) -> str:
         )
         text = ""
         if wire.get("up_bytes_per_lab_round") is not None:
-            text = f"A lab sends {_bytes(wire['up_bytes_per_lab_round'])} a round and receives "
-            text += f"{_bytes(wire.get('down_bytes_per_lab_round') or 0)}. "
+            text = f"A lab sends {in_bytes(wire['up_bytes_per_lab_round'])} a round and receives "
+            text += f"{in_bytes(wire.get('down_bytes_per_lab_round') or 0)}. "
             sums = "sums of labs only" if wire.get("secure_aggregation") else "each lab's update"
             text += f"The coordinator sees {sums}."
-        parts.append(_figure(figure, "bytes", "bytes per round", text))
-    return _section("Cost", f'<div class="grid">{"".join(parts)}</div>') if parts else ""
+        parts.append(drawing(figure, "bytes", "bytes per round", text))
+    return section("Cost", f'<div class="grid">{"".join(parts)}</div>') if parts else ""
 
 
 def _privacy(run: Run) -> str:
@@ -647,28 +659,28 @@ def _privacy(run: Run) -> str:
     if unit == "none":
         text = "Not differentially private. The images stayed at the labs, but nothing bounds "
         text += f"what the model, or a lab's updates, say about one patient. {anonymous}"
-        return _section("Privacy", _warning(text))
+        return section("Privacy", warning_box(text))
     parts = []
     if unit == "image":
         parts.append(
-            _warning(
+            warning_box(
                 "The unit is one image, not one patient: a patient with many images is protected "
                 "much less than epsilon says."
             )
         )
     if (run.summary.get("partition") or {}).get("pseudo_patients"):
         parts.append(
-            _warning("The patients are pseudo-patients: this epsilon protects no real person.")
+            warning_box("The patients are pseudo-patients: this epsilon protects no real person.")
         )
     if str(privacy.get("noise", "")).startswith("seeded"):
         parts.append(
-            _warning(
+            warning_box(
                 "The noise of this simulation is seeded, so that it can be repeated: whoever knows "
                 "the seed can take it off. Epsilon is what the same plan gives in a deployment."
             )
         )
     claim = (
-        f"epsilon {_epsilon(_whole(privacy))} at delta {_number(privacy.get('delta'))}, per "
+        f"epsilon {_epsilon(_whole(privacy))} at delta {number(privacy.get('delta'))}, per "
         f"{_unit(run)}, add-or-remove"
     )
     scores = privacy.get("evaluation")
@@ -676,13 +688,13 @@ def _privacy(run: Run) -> str:
     if scores:
         spent = (
             f"It is for all that a lab tells: training alone costs {_epsilon(privacy)}, the "
-            f"{_number(scores.get('releases'))} releases of noised scores alone "
-            f"{_epsilon(scores)} (sigma {_number(scores.get('sigma'))})."
+            f"{number(scores.get('releases'))} releases of noised scores alone "
+            f"{_epsilon(scores)} (sigma {number(scores.get('sigma'))})."
         )
     how = (
-        f"Noise of {_number(privacy.get('sigma'))} times the clipping norm is added at each lab, "
-        f"{_number(privacy.get('steps'))} steps, sampling rate "
-        f"{_number(privacy.get('sampling_rate'))}. It holds against whoever sees what a lab sends "
+        f"Noise of {number(privacy.get('sigma'))} times the clipping norm is added at each lab, "
+        f"{number(privacy.get('steps'))} steps, sampling rate "
+        f"{number(privacy.get('sampling_rate'))}. It holds against whoever sees what a lab sends "
         "or the model: the coordinator, other labs, users of the model."
     )
     together = (
@@ -694,7 +706,7 @@ def _privacy(run: Run) -> str:
     worst = sorted(labs, key=lambda lab: (-(labs[lab].get("epsilon") or math.inf), lab))
     listed = worst if len(worst) <= MANY_ROWS else worst[:FEW_ROWS]
     rows = [[lab, _epsilon(labs[lab])] for lab in listed]
-    table = _scroll(_table(["lab", "epsilon"], rows, texts=1)) if rows else ""
+    table = scroll(table_of(["lab", "epsilon"], rows, texts=1)) if rows else ""
     if len(labs) > len(listed):
         table += f"<p>The {len(listed)} largest of {len(labs):,}.</p>"
     text = f"{escape(spent)} {escape(how)} {together}"
@@ -702,7 +714,7 @@ def _privacy(run: Run) -> str:
     parts.append(_released(run))
     parts.append(_accuracy_against_epsilon(run))
     parts.append(f"<p>{anonymous} Epsilon bounds how much.</p>")
-    return _section("Privacy", "".join(parts))
+    return section("Privacy", "".join(parts))
 
 
 def _released(run: Run) -> str:
@@ -713,8 +725,8 @@ def _released(run: Run) -> str:
     exact = run.summary.get("global") or {}
     lead = (
         "Released scores are what a deployment would see: computed from the counts of "
-        f"{_number(released.get('labs'))} labs, with noise of standard deviation "
-        f"{_number(released.get('noise_sd'))} on each count. All other scores of this page are "
+        f"{number(released.get('labs'))} labs, with noise of standard deviation "
+        f"{number(released.get('noise_sd'))} on each count. All other scores of this page are "
         "exact, and stay in the simulation."
     )
     if released.get("missing"):
@@ -728,7 +740,7 @@ def _released(run: Run) -> str:
     rows = [
         [name, _score(released.get(key)), _score(exact.get(key))] for key, name in names.items()
     ]
-    return f"<p>{escape(lead)}</p>" + _scroll(_table(["", "released", "exact"], rows, texts=1))
+    return f"<p>{escape(lead)}</p>" + scroll(table_of(["", "released", "exact"], rows, texts=1))
 
 
 def _accuracy_against_epsilon(run: Run) -> str:
@@ -741,7 +753,7 @@ def _accuracy_against_epsilon(run: Run) -> str:
         spent,
         {n.name: (n.by_rdp, n.macro_f1) for n in run.neighbours if n.by_rdp is not None},
         max(levels, default=None),
-        meaning=f"delta {_number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove",
+        meaning=f"delta {number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove",
     )
     caption = (
         "Macro F1 of the model after each round, against what a lab that came to every round had "
@@ -755,12 +767,14 @@ def _accuracy_against_epsilon(run: Run) -> str:
         this = Neighbour("this run", privacy.get("epsilon"), spent[-1][0], score)
         ends = sorted((this, *run.neighbours), key=lambda n: (n.epsilon or math.inf, n.name))
         rows = [
-            [n.name, _shown(n.epsilon), _shown(n.by_rdp), f"{n.macro_f1:.3f}"]
+            [n.name, in_epsilon(n.epsilon), in_epsilon(n.by_rdp), f"{n.macro_f1:.3f}"]
             for n in ends[:MANY_ROWS]
         ]
-        table = _scroll(_table(["run", "epsilon of training", "by RDP", "macro F1"], rows, texts=1))
+        table = scroll(
+            table_of(["run", "epsilon of training", "by RDP", "macro F1"], rows, texts=1)
+        )
         table += "<p>A dash: without differential privacy.</p>" if levels else ""
-    picture = _figure(figure, "epsilon", "macro F1 against epsilon", caption)
+    picture = drawing(figure, "epsilon", "macro F1 against epsilon", caption)
     return f'<div class="grid">{picture}<div>{table}</div></div>'
 
 
@@ -770,7 +784,7 @@ def _audit(run: Run) -> str:
         return ""
     violations = int(found.get("violations") or 0)
     if violations:
-        lead = _warning(f"{violations} violations: do not rely on this run's epsilon.")
+        lead = warning_box(f"{violations} violations: do not rely on this run's epsilon.")
     else:
         lead = (
             "<p>No violation found. That is not a proof of privacy: an audit can refute a claim, "
@@ -778,13 +792,13 @@ def _audit(run: Run) -> str:
         )
     columns = ("claimed", "found", "verdict", "remark")
     rows = [[str(f.get(key) or "") for key in ("what", *columns)] for f in found["checks"]]
-    table = _scroll(_table(["check", *columns], rows, texts=5, wrap=True))
+    table = scroll(table_of(["check", *columns], rows, texts=5, wrap=True))
     alarms = found.get("false_alarms")
     told = ""
     if alarms:
         told = (
-            f"<p>Of {_number(alarms['audits'])} audits of a correct mechanism, "
-            f"{_number(alarms['steinke'])} (Steinke) and {_number(alarms['gaussian'])} (Gaussian) "
+            f"<p>Of {number(alarms['audits'])} audits of a correct mechanism, "
+            f"{number(alarms['steinke'])} (Steinke) and {number(alarms['gaussian'])} (Gaussian) "
             f"found a violation; at most {1 - alarms['confidence']:.0%} are promised.</p>"
         )
     leaves = ""
@@ -793,8 +807,8 @@ def _audit(run: Run) -> str:
             [str(f[key]) for key in ("what", "found", "verdict", "remark")] for f in found["leaves"]
         ]
         head = ["besides weights", "told", "verdict", "what a reader learns"]
-        leaves = _scroll(_table(head, rows, texts=4, wrap=True))
-    return _section(
+        leaves = scroll(table_of(head, rows, texts=4, wrap=True))
+    return section(
         "Audit",
         f"{lead}{table}{told}{leaves}{_controls(found.get('controls'))}{_inversion(found.get('attacks'))}",
     )
@@ -819,12 +833,12 @@ def _inversion(attacks: Json | None) -> str:
     )
     lead = (
         "Images rebuilt from one step's update of a small net whose first layer sees pixels, at "
-        f"this plan's max_norm {_number(found['max_norm'])} and sigma {_number(found['sigma'])}; "
-        f"the secure sum is over {_number(found['in_sum'])} images, without noise. The number is "
+        f"this plan's max_norm {number(found['max_norm'])} and sigma {number(found['sigma'])}; "
+        f"the secure sum is over {number(found['in_sum'])} images, without noise. The number is "
         "the correlation of what sets an image apart from the mean of all: clipping alone hides "
         "nothing, and a secure sum shows a mixture. A demonstration, not evidence."
     )
-    return f"<p>{escape(lead)}</p>" + _scroll(f'<table class="examples">{body}</table>')
+    return f"<p>{escape(lead)}</p>" + scroll(f'<table class="examples">{body}</table>')
 
 
 def _controls(controls: Json | None) -> str:
@@ -841,8 +855,8 @@ def _controls(controls: Json | None) -> str:
         reasons.append([str(row["fault"]), first or "nothing found"])
     caught = sum(bool(row["caught"]) for row in controls["faults"])
     lead = f"Controls: {caught} of {len(controls['faults'])} planted faults caught."
-    table = _scroll(_table(["planted fault", *checks], rows, texts=1 + len(checks)))
-    why = _scroll(_table(["", "the first check that catches it"], reasons, texts=2, wrap=True))
+    table = scroll(table_of(["planted fault", *checks], rows, texts=1 + len(checks)))
+    why = scroll(table_of(["", "the first check that catches it"], reasons, texts=2, wrap=True))
     details = f"<details><summary>What the checks say</summary>{why}</details>"
     return f"<p>{escape(lead)}</p>{table}{details}"
 
@@ -856,14 +870,14 @@ def _plan(run: Run) -> str:
     facts = [["plan", str(summary.get("plan_sha256", ""))]]
     facts += [["weights", str(summary.get("weights_sha256") or "none")], ["seed", str(seed)]]
     facts += [[str(name), str(version)] for name, version in versions.items()]
-    return _section(
+    return section(
         "Plan, and how to reproduce",
         f"<p>In the run directory, with the same images and versions:</p>"
-        f"{_scroll(f'<pre>{escape(command)}</pre>')}"
+        f"{scroll(f'<pre>{escape(command)}</pre>')}"
         f"<p>gives the same weights, hash for hash.</p>"
-        f"{_scroll(_table(['', ''], facts, texts=2, wrap=True))}"
+        f"{scroll(table_of(['', ''], facts, texts=2, wrap=True))}"
         f"<details><summary>The plan, all keys written out</summary>"
-        f"{_scroll(f'<pre>{escape(dump_plan(run.plan))}</pre>')}</details>",
+        f"{scroll(f'<pre>{escape(dump_plan(run.plan))}</pre>')}</details>",
     )
 
 
@@ -897,7 +911,7 @@ def _references(run: Run) -> str:
         "of the truth counts as right for its precision and its recall. Images whose label allows "
         "several classes are in no score.</p>"
     )
-    return _section("Scores and references", f"{scores}<ul>{items}</ul>")
+    return section("Scores and references", f"{scores}<ul>{items}</ul>")
 
 
 # --- what sections are made of ------------------------------------------------------------------
@@ -945,11 +959,7 @@ def _whole(privacy: Json) -> Json:
 
 
 def _epsilon(guarantee: Json) -> str:
-    return _shown(guarantee.get("epsilon"))
-
-
-def _shown(epsilon: float | None) -> str:
-    return "–" if epsilon is None else shown(epsilon)
+    return in_epsilon(guarantee.get("epsilon"))
 
 
 def _score(value: float | None) -> str:
@@ -962,114 +972,7 @@ def _interval(ends: Sequence[float | None] | None) -> str:
     return f"95% interval {ends[0]:.3f} to {ends[1]:.3f}"
 
 
-def _number(value: Any) -> str:
-    """A number in at most four digits; a dash for none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m {rest}s"
-    return f"{minutes // 60}h {minutes % 60}m"
-
-
-def _token(text: str) -> str:
-    return re.sub(r"[^a-z]", "", text.lower())
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _warning(text: str) -> str:
-    return f'<p class="warning">{escape(text)}</p>'
-
-
-def _scroll(inner: str) -> str:
-    return f'<div class="scroll" tabindex="0">{inner}</div>'
-
-
-def _figure(figure: Figure, name: str, label: str, caption: str) -> str:
-    """A figure with its caption.
-
-    A wide one scrolls on a phone, where it would be too small; none grows beyond legible.
-    """
-    width_px = int(figure.get_figwidth() * 72)
-    least_px = int(1.2 * width_px) if width_px > 400 else 0
-    svg = figures.inline_svg(figure, name=name, label=label, min_width_px=least_px)
-    growth = 1.35 if least_px else 1.6
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure style="max-width:{int(growth * width_px)}px">{_scroll(svg)}{below}</figure>'
-
-
-def _table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int, wrap: bool = False
-) -> str:
-    """A table whose first ``texts`` columns are text and whose others are numbers."""
-    sides = ["" if i < texts else ' class="num"' for i in range(len(head))]
-    top = "".join(
-        f"<th scope=col{side}>{escape(h)}</th>" for side, h in zip(sides, head, strict=True)
-    )
-    top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<th scope=row>{escape(v)}</th>" if i == 0 else f"<td{sides[i]}>{escape(v)}</td>"
-            for i, v in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table{' class=wrap' if wrap else ''}>{top}<tbody>{body}</tbody></table>"
-
-
 _DATA_URI = re.compile(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+")
-
-_CSS = """
-header{margin-bottom:20px}
-.status{display:inline-block;margin:0 0 10px;padding:1px 12px;border-radius:99px;
-border:1.5px solid var(--second);color:var(--second);font-weight:600;font-size:14px}
-.status.completed{border-color:var(--third);color:var(--third)}
-.warning{max-width:none}
-.claim{font-size:18px;font-weight:600}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(124px,1fr));margin:18px 0 0}
-.tile dd{line-height:1.3;white-space:nowrap}
-.tile p{color:var(--muted);font-size:12.5px;line-height:1.35}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));
-gap:16px 28px;align-items:start}
-@media (min-width:900px){.grid.uneven{grid-template-columns:5fr 7fr}}
-.grid>*{min-width:0}
-figure{margin:0 0 12px}
-figcaption{color:var(--muted);font-size:14px;max-width:75ch}
-svg{display:block;width:100%;height:auto;font-family:inherit}
-thead th{vertical-align:bottom}
-tbody th{white-space:nowrap}
-.num{text-align:right;font-variant-numeric:tabular-nums}
-.wrap td{overflow-wrap:anywhere}
-.examples img{border-radius:4px;margin:0 3px 0 0}
-.examples td{white-space:nowrap}
-summary{cursor:pointer;color:var(--first)}
-@media (max-width:600px){main{padding:20px 10px 32px}section{padding:14px 12px}
-h1{font-size:23px}.lead{font-size:16px}
-.tiles{grid-template-columns:1fr 1fr}.tile dd{font-size:22px}}
-@media print{body{font-size:13px}.grid{grid-template-columns:1fr 1fr}
-.grid.uneven{grid-template-columns:2fr 3fr}th,td{padding-right:6px}
-figure,table{break-inside:avoid}svg{min-width:0!important}
-details::details-content{content-visibility:visible;block-size:auto}}
-"""
-
 
 # --- the terminal -------------------------------------------------------------------------------
 
@@ -1093,11 +996,11 @@ def render_summary(summary: Json, console: Console, *, run_dir: Path | None = No
     lines = [_privacy_line(summary)]
     if wire.get("up_bytes_per_lab_round") is not None:
         up, down = wire["up_bytes_per_lab_round"], wire.get("down_bytes_per_lab_round") or 0
-        lines.append(f"bytes    {_bytes(up)} up, {_bytes(down)} down per lab and round")
+        lines.append(f"bytes    {in_bytes(up)} up, {in_bytes(down)} down per lab and round")
     if timing.get("wall_s") is not None:
         lines.append(
-            f"time     {_duration(timing['wall_s'])}, training "
-            f"{_duration(timing['train_s'])}, everything else {_duration(timing['overhead_s'])}"
+            f"time     {in_seconds(timing['wall_s'])}, training "
+            f"{in_seconds(timing['train_s'])}, everything else {in_seconds(timing['overhead_s'])}"
         )
     if summary.get("weights_sha256"):
         lines.append(f"weights  {summary['weights_sha256']}")
@@ -1190,7 +1093,7 @@ def _privacy_line(summary: Json) -> str:
     who = "pseudo-patient" if unit == "patient" and pseudo else unit
     whole = _whole(privacy)
     line = (
-        f"privacy  epsilon {_epsilon(whole)} at delta {_number(privacy.get('delta'))}, per {who}, "
+        f"privacy  epsilon {_epsilon(whole)} at delta {number(privacy.get('delta'))}, per {who}, "
         "add-or-remove"
     )
     return line + (", training and scores" if privacy.get("evaluation") else "")
