@@ -332,7 +332,7 @@ def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
     private = lab.plan.privacy.unit != "none"
     trained = (_train_privately if private else _train_plainly)(order, lab, net, correction, step)
     end_P = models.flatten(net.net, net.manifest)
-    local = LocalRound(order.parts["weights"], end_P, trained.steps, trained.mean_lr)
+    local = LocalRound(order.parts["weights"], end_P, trained.reach)
     parts, remembered = half.finish(order.parts, memory, local)
     if half.local_roles:
         remembered = {**remembered, "own": end_P}
@@ -376,8 +376,7 @@ class _Outcome:
     """What of local training goes into an update's header."""
 
     weight: float
-    steps: int
-    mean_lr: float
+    reach: float
     loss: float
     train_s: float
 
@@ -406,8 +405,7 @@ def _train_plainly(
     )
     return _Outcome(
         weight=float(len(lab.train)),
-        steps=trained.steps,
-        mean_lr=trained.mean_lr,
+        reach=trained.reach,
         loss=trained.loss,
         train_s=trained.train_s,
     )
@@ -450,8 +448,7 @@ def _train_privately(
     )
     return _Outcome(
         weight=float(declared_patients),  # public; the number of images is not
-        steps=trained.steps,
-        mean_lr=trained.mean_lr,
+        reach=trained.reach,
         loss=math.nan,
         # How long it took says how many patients were drawn: only a simulation tells.
         train_s=trained.train_s if randomness.simulated else 0.0,

@@ -60,7 +60,7 @@ class PrivatelyTrained:
     """What private training did. ``patients`` and ``non_finite`` are the lab's own knowledge."""
 
     steps: int
-    mean_lr: float
+    reach: float
     train_s: float
     patients: int
     non_finite: int
@@ -97,7 +97,7 @@ def train_privately(
     )
     steps = terms.training.steps
     started_s = time.perf_counter()
-    lr_sum, patients, non_finite = 0.0, 0, 0
+    patients, non_finite = 0, 0
     with training.steady(settings.threads):
         net.to(place)
         convolution.adopt(net)
@@ -106,6 +106,7 @@ def train_privately(
         inner = training.make_optimizer(parameters, settings)
         optimizer = PatientOptimizer(inner, net, mechanism=mechanism, randomness=randomness)
         average = training.Average(parameters, settings.ema)
+        reach = training.Reach(settings)
         pull = _pull(correction, parameters)
         one_step = _make_step(
             net, cells, plan, optimizer, randomness, absent_C, features_NF, place, pull
@@ -123,14 +124,14 @@ def train_privately(
             )
             done = one_step(drawn)
             average.update()
-            lr_sum += lr
+            reach.step(lr)
             patients, non_finite = patients + done.patients, non_finite + done.non_finite
             if on_step is not None:
                 on_step(Progress(step + 1, steps, math.nan, lr))
         average.finish()
         inner.zero_grad(set_to_none=True)
     return PrivatelyTrained(
-        steps, lr_sum / steps, time.perf_counter() - started_s, patients, non_finite
+        steps, reach.total, time.perf_counter() - started_s, patients, non_finite
     )
 
 

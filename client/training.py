@@ -55,12 +55,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training did. ``loss``: mean over all steps; ``mean_lr``: for SCAFFOLD."""
+    """What local training did. ``loss``: mean over all steps; ``reach``: see ``Reach``."""
 
     loss: float
     steps: int
     images: int
-    mean_lr: float
+    reach: float
     train_s: float
 
 
@@ -105,7 +105,8 @@ def train(
         pull = _Pull(parameters, correction)
         average = Average(parameters, settings.ema)
         level = HeadLevel(net, objective.present_C)
-        loss_sum, lr_sum, images = 0.0, 0.0, 0
+        reach = Reach(settings)
+        loss_sum, images = 0.0, 0
         for step, index_B in enumerate(batches):
             progress = progress_start + (progress_end - progress_start) * step / steps
             lr = learning_rate(settings, progress)
@@ -125,7 +126,8 @@ def train(
             pull.add_to_gradients()
             take_step(optimizer, lr)
             average.update()
-            loss_sum, lr_sum, images = loss_sum + loss, lr_sum + lr, images + len(index_B)
+            reach.step(lr)
+            loss_sum, images = loss_sum + loss, images + len(index_B)
             if on_step is not None:
                 on_step(Progress(step + 1, steps, loss, lr))
         average.finish()
@@ -135,7 +137,7 @@ def train(
         loss=loss_sum / steps,
         steps=steps,
         images=images,
-        mean_lr=lr_sum / steps,
+        reach=reach.total,
         train_s=time.perf_counter() - started_s,
     )
 
@@ -420,8 +422,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         self.step += 1
-        # A young average forgets faster, or the start weights would rule short rounds.
-        keep = min(self.decay, self.step / (self.step + 9))
+        keep = _kept(self.decay, self.step)
         for mean, parameter in zip(self.mean, self.parameters, strict=False):
             mean.lerp_(parameter, 1 - keep)
 
@@ -429,6 +430,37 @@ class Average:
     def finish(self) -> None:
         for mean, parameter in zip(self.mean, self.parameters, strict=False):
             parameter.copy_(mean)
+
+
+def _kept(decay: float, step: int) -> float:
+    """What an average keeps at a step: a young one forgets faster, or the start would rule it."""
+    return min(decay, step / (step + 9))
+
+
+class Reach:
+    """How far a weight goes whose gradient is 1 at every step: learning rates, momentum, average.
+
+    A local path divided by it is the mean gradient along the path, which SCAFFOLD remembers. With
+    momentum .9 it is up to ten times the sum of the learning rates. AdamW has no such figure: there
+    it is that sum.
+    """
+
+    def __init__(self, settings: Train) -> None:
+        self.momentum = settings.momentum if settings.optimizer == "sgd" else 0.0
+        self.decay, self.steps = settings.ema, 0
+        self.velocity, self.at, self.mean = 0.0, 0.0, 0.0
+
+    def step(self, lr: float) -> None:
+        """One step of the optimizer at this rate (SGD as torch has it, Nesterov's momentum)."""
+        self.steps += 1
+        self.velocity = self.momentum * self.velocity + 1
+        self.at += lr * (1 + self.momentum * self.velocity)
+        keep = _kept(self.decay, self.steps)
+        self.mean = keep * self.mean + (1 - keep) * self.at
+
+    @property
+    def total(self) -> float:
+        return self.mean
 
 
 class HeadLevel:

@@ -32,12 +32,15 @@ class Correction:
 
 @dataclass(frozen=True)
 class LocalRound:
-    """What a lab knows after its local training of one round."""
+    """What a lab knows after its local training of one round.
+
+    ``reach``: how far a weight would have gone whose gradient was 1 all along; with plain SGD the
+    sum of the learning rates.
+    """
 
     start_P: Float32
     end_P: Float32
-    steps: int
-    mean_lr: float
+    reach: float
 
 
 @dataclass(frozen=True)

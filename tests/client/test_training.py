@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from cytofed import models
@@ -224,13 +225,12 @@ def test_rate_follows_the_whole_federation_and_rounds_join_up() -> None:
     assert seen == pytest.approx(whole)
 
 
-def test_report_counts_steps_images_and_the_mean_rate() -> None:
+def test_report_counts_steps_and_images() -> None:
     seen: list[Progress] = []
     _, trained = run(blobs(), on_step=seen.append)
     assert (trained.steps, trained.images) == (12, 96)
     assert [p.step for p in seen] == list(range(1, 13))
     assert {p.steps for p in seen} == {12}
-    assert trained.mean_lr == pytest.approx(np.mean([p.lr for p in seen]))
     assert trained.loss == pytest.approx(np.mean([p.loss for p in seen]))
 
 
@@ -264,7 +264,28 @@ def test_one_sgd_step_is_minus_rate_times_gradient_plus_offset() -> None:
     plain, trained = run(cells, plan)
     offset = np.linspace(-1, 1, len(plain), dtype=np.float32)
     corrected, _ = run(cells, plan, correction=Correction(offset_P=offset))
-    np.testing.assert_allclose(corrected, plain - trained.mean_lr * offset, atol=1e-6)
+    np.testing.assert_allclose(corrected, plain - trained.reach * offset, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_reach_is_how_far_a_gradient_of_one_carries_a_weight(momentum: float, ema: float) -> None:
+    plan = changed(optimizer="sgd", momentum=momentum, ema=ema, weight_decay=0, steps_per_round=25)
+    rates: list[float] = []
+    run(blobs(), plan, on_step=lambda p: rates.append(p.lr))
+    weight, reach = nn.Parameter(torch.zeros(1)), training.Reach(plan.train)
+    optimizer = training.make_optimizer([weight], plan.train)
+    average = training.Average([weight], plan.train.ema)
+    for rate in rates:
+        weight.grad = torch.ones(1)
+        training.take_step(optimizer, rate)
+        average.update()
+        reach.step(rate)
+    average.finish()
+    assert reach.total == pytest.approx(-float(weight.detach()), rel=1e-5)
+    assert run(blobs(), plan)[1].reach == pytest.approx(reach.total)
+    if not momentum and not ema:
+        assert reach.total == pytest.approx(sum(rates))
 
 
 def test_a_correction_of_wrong_size_is_refused() -> None:
