@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -177,7 +177,7 @@ def lab_app(
 
     def exact(message: Message, context: Context) -> Message:
         order, lab, net = ready(message, context)
-        probs_NC = _predict(order, lab, net, lab.test)
+        probs_NC = _predict(order, lab, net)
         found = tally(probs_NC, lab.test.targets_NC)
         evaluation = Evaluation(lab.name, order.run, order.round, found)
         return Message(pack_evaluation(evaluation), reply_to=message)
@@ -277,7 +277,7 @@ class _Net:
     manifest: Manifest
     strategy: Strategy
     device: torch.device
-    known_features: dict[str, Float32] = field(default_factory=dict)
+    known_features: dict[tuple[str, str], Float32] = field(default_factory=dict)
 
     @staticmethod
     def build(lab: Lab) -> _Net:
@@ -294,19 +294,21 @@ class _Net:
             device,
         )
 
-    def features(self, lab: Lab) -> Float32 | None:
+    def features(self, lab: Lab, part: Literal["train", "test"]) -> Float32 | None:
         """The frozen encoder's features of a lab's images, computed once; None where it trains."""
         from cytofed.client import private
 
         if any(tensor.role != "head" for tensor in self.manifest.tensors):
             return None
-        if lab.name not in self.known_features:
+        key = lab.name, part
+        if key not in self.known_features:
             while len(self.known_features) >= _KEPT_FEATURES:
                 del self.known_features[next(iter(self.known_features))]
-            self.known_features[lab.name] = private.frozen_features(
-                self.net, lab.train, self.device, lab.plan.train
+            cells = lab.train if part == "train" else lab.test
+            self.known_features[key] = private.frozen_features(
+                self.net, cells, self.device, lab.plan.train
             )
-        return self.known_features[lab.name]
+        return self.known_features[key]
 
 
 def _kept(order: Order, lab: Lab) -> Update | None:
@@ -399,6 +401,7 @@ def _train_plainly(
         progress_end=order.round / plan.train.rounds,
         absent_C=lab.absent_C,
         correction=correction,
+        features_NF=net.features(lab, "train"),
         seed=derive(plan.train.seed, "train", lab.stream, lab.name, order.round),
         device=net.device,
         on_step=on_step,
@@ -436,7 +439,7 @@ def _train_privately(
         progress_end=order.round / plan.train.rounds,
         absent_C=lab.absent_C,
         correction=correction,
-        features_NF=net.features(lab),
+        features_NF=net.features(lab, "train"),
         device=net.device,
         on_step=on_step,
     )
@@ -472,7 +475,7 @@ def _evaluate(order: Order, lab: Lab, net: _Net) -> Tally:
     Errors: RefusedError for a private plan that pays for no scores.
     """
     if lab.plan.privacy.unit == "none":
-        return tally(_predict(order, lab, net, lab.test), lab.test.targets_NC)
+        return tally(_predict(order, lab, net), lab.test.targets_NC)
     return _evaluate_privately(order, lab, net)
 
 
@@ -495,10 +498,10 @@ def _evaluate_privately(order: Order, lab: Lab, net: _Net) -> Tally:
         units, sampling_rate=1.0, cells_per_unit=terms.cells_per_unit, randomness=randomness
     )
     rows_N = np.concatenate([np.zeros(0, np.int64), *drawn.rows])
-    cells = lab.test.take(rows_N)
     unit_N = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn.rows])
-    probs_NC = _predict(order, lab, net, cells)
-    confusion_CC = clipped_confusion(probs_NC, cells.targets_NC, unit_N, mechanism)
+    probs_NC = _predict(order, lab, net, rows_N)
+    targets_NC = lab.test.targets_NC[rows_N]
+    confusion_CC = clipped_confusion(probs_NC, targets_NC, unit_N, mechanism)
     noised_CC = noised_tally(confusion_CC, mechanism, randomness).confusion_CC
     parts = {"confusion": noised_CC.ravel().astype(np.float32)}
     if lab.updates is not None:
@@ -514,15 +517,30 @@ def _tally_of(parts: Parts, lab: Lab) -> Tally:
     return Tally(confusion_CC, empty.bins_B3)
 
 
-def _predict(order: Order, lab: Lab, net: _Net, cells: Cells) -> Float32:
-    """Probabilities (N, C) of the order's model, with the lab's own layers where it has some."""
+def _predict(
+    order: Order, lab: Lab, net: _Net, rows_N: npt.NDArray[np.int64] | None = None
+) -> Float32:
+    """Probabilities (N, C) that the order's model gives the held-out images, or some rows of them.
+
+    The lab's own layers take part where it has some.
+    """
     from cytofed import models
     from cytofed.client import training
 
     # The round's own layers are those saved in it, hence the round after.
     memory = lab.memory.load(order.run, order.round + 1)
     models.load_flat(net.net, net.manifest, _own_layers(order, memory, net))
-    return training.predict(net.net, cells, device=net.device, precision=lab.plan.train.precision)
+    cells, features_NF = lab.test, net.features(lab, "test")
+    if rows_N is not None:
+        cells = cells.take(rows_N)
+        features_NF = None if features_NF is None else features_NF[rows_N]
+    return training.predict(
+        net.net,
+        cells,
+        features_NF=features_NF,
+        device=net.device,
+        precision=lab.plan.train.precision,
+    )
 
 
 def _own_layers(order: Order, memory: Mapping[str, Any], net: _Net) -> Float32:

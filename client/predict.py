@@ -115,7 +115,7 @@ def _probabilities(net: Any, pixels: Sequence[npt.NDArray[np.uint8]]) -> Float32
 
     with torch.inference_mode():
         images = models.images_of(torch.from_numpy(np.stack(pixels)))
-        probs_NC: Float32 = torch.softmax(net(images).float(), dim=1).numpy()
+        probs_NC: Float32 = torch.softmax(models.logits(net, images).float(), dim=1).numpy()
     return probs_NC
 
 

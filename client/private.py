@@ -225,7 +225,7 @@ def frozen_features(
     parts = []
     with training.steady(settings.threads):
         net.to(device)
-        for start in range(0, len(cells), batch):
+        for start in range(0, max(1, len(cells)), batch):  # of no cells the shape is known too
             index = np.arange(start, min(start + batch, len(cells)))
             images = models.images_of(torch.from_numpy(cells.images(index)).to(device))
             parts.append(models.features(net, images).float().cpu().numpy())

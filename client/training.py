@@ -73,6 +73,7 @@ def train(
     progress_end: float,
     absent_C: Bools | None = None,
     correction: Correction | None = None,
+    features_NF: Float32 | None = None,
     seed: int,
     device: str | torch.device = "auto",
     stain: Stain | None = None,
@@ -82,6 +83,8 @@ def train(
 
     Progress is the share of the whole federation's training, 0 to 1: round r of R is
     ``(r - 1) / R`` to ``r / R``. The learning rate follows it, so the labs need no state.
+    ``features_NF``: those of all cells where the encoder is frozen; the head is trained on them,
+    without augmentation.
 
     Errors: InputError when there are no cells, or one has no class that its lab may have;
     CytofedError naming the step when the loss is not finite.
@@ -101,6 +104,7 @@ def train(
         net.to(place)
         trained = models.manifest(net, plan.model.trainable)
         parameters = select(net, trained)
+        trained_part = net if features_NF is None else net.get_submodule("head")
         optimizer = make_optimizer(parameters, settings)
         pull = _Pull(parameters, correction)
         average = Average(parameters, settings.ema)
@@ -110,12 +114,15 @@ def train(
         for step, index_B in enumerate(batches):
             progress = progress_start + (progress_end - progress_start) * step / steps
             lr = learning_rate(settings, progress)
-            images_B3HW = augment(
-                load_pixels(cells, index_B, stain).to(place), settings.augment, generator
-            )
             targets_BC = torch.from_numpy(cells.targets_NC[index_B]).to(place)
+            if features_NF is None:
+                inputs = augment(
+                    load_pixels(cells, index_B, stain).to(place), settings.augment, generator
+                ).contiguous(memory_format=torch.channels_last)
+            else:
+                inputs = torch.from_numpy(features_NF[index_B]).to(place)
             loss = unit_gradient(
-                net, parameters, images_B3HW, targets_BC, objective, precision=precision
+                trained_part, parameters, inputs, targets_BC, objective, precision=precision
             )
             if not math.isfinite(loss):
                 raise CytofedError(
@@ -146,22 +153,30 @@ def predict(
     net: nn.Module,
     cells: Cells,
     *,
+    features_NF: Float32 | None = None,
     batch: int = 256,
     device: str | torch.device = "auto",
     precision: Precision = "auto",
     stain: Stain | None = None,
 ) -> Float32:
-    """Probabilities (N, C) float32 of all cells, in their order; rows sum to 1."""
+    """Probabilities (N, C) float32 of all cells, in their order; rows sum to 1.
+
+    ``features_NF``: their features where they are known already.
+    """
     place = choose_device(device)
     cast = choose_precision(precision, place)
     net.to(place)
+    head = net.get_submodule("head")
     parts = []
     with torch.inference_mode():
         for start in range(0, len(cells), batch):
             index_B = np.arange(start, min(start + batch, len(cells)))
-            images_B3HW = models.images_of(load_pixels(cells, index_B, stain).to(place))
-            with autocast(place, cast):
-                logits_BC = net(images_B3HW)
+            if features_NF is None:
+                images_B3HW = models.images_of(load_pixels(cells, index_B, stain).to(place))
+                with autocast(place, cast):
+                    logits_BC = models.logits(net, images_B3HW)
+            else:
+                logits_BC = head(torch.from_numpy(features_NF[index_B]).to(place))
             parts.append(functional.softmax(logits_BC.float(), dim=1).cpu().numpy())
     if not parts:
         return np.zeros((0, cells.targets_NC.shape[1]), np.float32)
@@ -278,21 +293,21 @@ def _inverse(counts_C: npt.NDArray[np.float64]) -> Float32:
 def unit_gradient(
     net: nn.Module,
     parameters: Sequence[nn.Parameter],
-    images_B3HW: Tensor,
+    inputs: Tensor,
     targets_BC: Tensor,
     objective: Objective,
     *,
     precision: torch.dtype = torch.float32,
 ) -> float:
-    """The loss of these images; its gradient, and nothing else, is left in ``p.grad``.
+    """The loss of these inputs; its gradient, and nothing else, is left in ``p.grad``.
 
-    Guarantees: depends on these images only (no batch statistics, no earlier gradients).
+    ``inputs``: images (B, 3, H, W) of a whole net, or features (B, F) of a head.
+    Guarantees: depends on these inputs only (no batch statistics, no earlier gradients).
     """
     for parameter in parameters:
         parameter.grad = None
-    images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
-    with autocast(images_B3HW.device, precision):
-        logits_BC = net(images_B3HW)
+    with autocast(inputs.device, precision):
+        logits_BC = net(inputs)
     loss = objective(logits_BC, targets_BC)
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())

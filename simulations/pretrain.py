@@ -55,6 +55,7 @@ Objective = Literal["supervised", "contrastive", "both"]
 _FRAME = 5 / 3
 """field of a frame over field of a view: room to turn, shift and zoom out"""
 _CLIP = 5.0
+_VIEWS = 8
 _EMBEDDING = 128
 
 
@@ -344,8 +345,9 @@ def contrastive_loss(embedded_VE: Tensor, *, temperature: float) -> Tensor:
 def whiten(encoder: nn.Module, cells: Cells, recipe: Recipe, *, images: int = 4096) -> None:
     """Set ``encoder.project`` to the whitening of its statistics over ``cells``, in place.
 
-    Features are the F strongest principal directions, each scaled to a variance of about 1 over
-    these images; a ridge keeps directions in which they hardly differ from being blown up.
+    Statistics are means over the views that a frozen encoder sees. Features are their F strongest
+    principal directions, each scaled to a variance of about 1 over these images; a ridge keeps
+    directions in which they hardly differ from being blown up.
     """
     rng = np.random.default_rng((recipe.seed, 1))
     chosen = np.sort(rng.permutation(len(cells))[:images])
@@ -353,8 +355,9 @@ def whiten(encoder: nn.Module, cells: Cells, recipe: Recipe, *, images: int = 40
     with torch.no_grad():
         for start in range(0, len(chosen), 256):
             pixels = torch.from_numpy(cells.images(chosen[start : start + 256]))
-            found = encoder.statistics(models.normalise(models.images_of(pixels)))  # type: ignore[operator]
-            parts.append(found.double())
+            views = models.views_of(models.normalise(models.images_of(pixels)), _VIEWS)
+            found = torch.stack([encoder.statistics(view) for view in views])  # type: ignore[operator]
+            parts.append(found.mean(dim=0).double())
     statistics_NS = torch.cat(parts)
     mean_S = statistics_NS.mean(dim=0)
     variance_S, directions_SS = torch.linalg.eigh(torch.cov(statistics_NS.T))
@@ -382,6 +385,7 @@ def _finish(state: _State, cells: Cells, request: Request) -> EncoderCard:
         codes=(),
         size_px=recipe.size_px,
         field_um=recipe.field_um,
+        views=_VIEWS,
     )
     models.save_model(request.out, arrays, info)
     hashes = image_hashes(cells)

@@ -46,7 +46,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """Architecture, start (``random``, an encoder that ships, or a file) and what is trained."""
+    """Architecture, start (``random``, an encoder that ships, or a file) and what is trained.
+
+    ``views``: a prediction is the mean over an image as it is (1) or its 8 turned and mirrored
+    ones; so are the features of an encoder that is not trained. A cell has no upright.
+    """
 
     arch: Literal[
         "cytonet", "stagenet", "resnet18", "resnet50", "resnext50_32x4d", "encoder+head"
@@ -54,6 +58,7 @@ class Model:
     start: str = "random"
     trainable: Literal["all", "head", "norms"] = "all"
     width: int = 32
+    views: Literal[1, 8] = 8
 
 
 @dataclass(frozen=True)
@@ -259,6 +264,11 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     if source.startswith(_BUILTIN):
         return _from_layers(_merged(tree, PRIVATE_DEFAULTS), overrides, source)
     return _from_layers(_merged(PRIVATE_DEFAULTS, tree), overrides, source)
+
+
+def with_overrides(plan: Plan, overrides: Sequence[str]) -> Plan:
+    """The plan with ``KEY=VALUE`` overrides applied. Errors: InputError."""
+    return _from_layers(to_dict(plan), overrides, f"plan {plan.name}")
 
 
 def _from_layers(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Plan:

@@ -163,6 +163,30 @@ def test_prediction_of_no_cells_is_empty() -> None:
     assert probs.shape == (0, 4)
 
 
+def test_head_trained_on_known_features_learns_and_leaves_the_encoder_alone() -> None:
+    cells = blobs()
+    plan = replace(changed(steps_per_round=60), model=replace(PLAN.model, trainable="head"))
+    net = models.build(plan.model, 4, seed=0)
+    before = {n: p.detach().clone() for n, p in net.encoder.named_parameters()}
+    features_NF = models.features(
+        net, models.images_of(torch.from_numpy(cells.images(np.arange(len(cells)))))
+    ).numpy()
+    training.train(
+        net,
+        cells,
+        plan,
+        progress_start=0,
+        progress_end=1,
+        features_NF=features_NF,
+        seed=1,
+        device="cpu",
+    )
+    assert all(torch.equal(p, before[n]) for n, p in net.encoder.named_parameters())
+    probs = training.predict(net, cells, features_NF=features_NF, device="cpu")
+    assert (probs.argmax(axis=1) == cells.class_N).mean() > 0.9
+    np.testing.assert_allclose(probs, training.predict(net, cells, device="cpu"), atol=1e-5)
+
+
 def test_a_stain_is_put_on_before_training_and_prediction() -> None:
     class Inverted:
         def apply(self, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
