@@ -39,7 +39,7 @@ from cytofed.files import write_atomically
 from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
 from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summarise_labs
 from cytofed.model_file import write_model
-from cytofed.plan import Plan, dump_plan, load_plan, to_dict
+from cytofed.plan import Plan, dump_plan, load_plan, to_dict, with_overrides
 from cytofed.plan_check import check_plan, privacy_price, score_prices
 from cytofed.privacy.accounting import across_labs, price, times
 from cytofed.privacy.ledger import Ledger
@@ -771,6 +771,58 @@ def default_out(plan: Plan) -> Path:
     return Path("runs") / f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def choose_plan(name: str | None, data: Sequence[Path], overrides: Sequence[str]) -> Plan:
-    """The plan asked for; left out, ``marrow`` for given data and ``demo`` for the sample."""
-    return load_plan(name or ("marrow" if data else "demo"), overrides)
+def make_request(
+    plan: str | Path | Plan | None = None,
+    *,
+    data: Sequence[Path] = (),
+    labels: Sequence[str] = (),
+    patients: str | None = None,
+    labs: int | None = None,
+    partition: str | None = None,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    backend: str = "inprocess",
+    jobs: int | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+) -> Request:
+    """What the command line, a notebook and a sweep ask for, as one request.
+
+    ``plan`` left out: ``marrow`` for given data and ``demo`` for the sample. ``overrides``: texts
+    KEY=VALUE. A resume takes from its run directory what is not given.
+
+    Errors: InputError for a plan, key or value that cannot be used.
+    """
+    given = partition.partition(":")[0] if partition else ""
+    if labs is None and given in ("sources", "column"):
+        overrides = ("simulation.labs=null", *overrides)  # as many as the data has
+    for key, value in (
+        ("simulation.labs", labs),
+        ("simulation.partition", partition),
+        ("train.seed", seed),
+    ):
+        if value is not None:
+            overrides = (*overrides, f"{key}={value}")
+    if resume and out is None:
+        raise InputError("--resume needs the run's directory", hint="add --out DIR")
+    if resume and out is not None and (out / "plan.yaml").is_file():
+        earlier = earlier_request(out)
+        plan = plan or out / "plan.yaml"
+        data = data or tuple(Path(path) for path in earlier["data"])
+        labels = labels or tuple(earlier["labels"])
+        patients = patients or earlier["patients"]
+        backend = earlier["backend"] if backend == "inprocess" else backend
+    if isinstance(plan, Plan):
+        chosen = with_overrides(plan, overrides) if overrides else plan
+    else:
+        chosen = load_plan(plan or ("marrow" if data else "demo"), overrides)
+    return Request(
+        plan=chosen,
+        out=out or default_out(chosen),
+        data=tuple(data),
+        labels=tuple(labels),
+        patients=patients,
+        backend=backend,
+        jobs=jobs,
+        resume=resume,
+    )

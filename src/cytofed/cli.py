@@ -79,10 +79,12 @@ def simulate(**flags: Any) -> int:
     """
     from cytofed.console import RunProgress
     from cytofed.simulations.report import render_summary
+    from cytofed.simulations.simulate import make_request
     from cytofed.simulations.simulate import simulate as run
 
-    request = _request(**flags)
-    if not flags["as_json"]:
+    as_json = flags.pop("as_json")
+    request = make_request(**flags)
+    if not as_json:
         note(f"cytofed simulate: plan {request.plan.name}, results in {request.out}")
     with RunProgress() as progress:
         try:
@@ -91,7 +93,7 @@ def simulate(**flags: Any) -> int:
             raise Interrupted(
                 f"go on with: cytofed simulate --resume --out {request.out}"
             ) from None
-    if flags["as_json"]:
+    if as_json:
         _print_json(summary)
     else:
         render_summary(summary, stdout, run_dir=request.out)
@@ -103,53 +105,52 @@ def simulate(**flags: Any) -> int:
     return {"completed": 0, "incomplete": 4}.get(summary["status"], 1)
 
 
-def _request(
-    plan: str | None,
+@cli.command()
+@click.argument("sweep", type=_FOLDER)
+@click.option(
+    "--data", multiple=True, type=_FOLDER, help="Folder with images, instead of the file's."
+)
+@click.option("--jobs", type=click.IntRange(1), help="Runs at once; default: one per core.")
+@click.option("--out", type=_FOLDER, help="Sweep directory; default: sweeps/NAME-TIME.")
+@click.option("--resume", is_flag=True, help="Go on with the sweep in --out.")
+@_json
+def sweep(
+    sweep: Path,
     data: tuple[Path, ...],
-    labels: tuple[str, ...],
-    patients: str | None,
-    labs: int | None,
-    partition: str | None,
-    overrides: tuple[str, ...],
-    seed: int | None,
-    backend: str,
     jobs: int | None,
     out: Path | None,
     resume: bool,
-    as_json: bool,  # noqa: ARG001
-) -> Any:
-    from cytofed.simulations.simulate import Request, choose_plan, default_out, earlier_request
+    as_json: bool,
+) -> int:
+    """Run a grid or list of simulations; one table, figures and a report.
 
-    given = partition.partition(":")[0] if partition else ""
-    if labs is None and given in ("sources", "column"):
-        overrides = ("simulation.labs=null", *overrides)  # as many as the data has
-    for key, value in (
-        ("simulation.labs", labs),
-        ("simulation.partition", partition),
-        ("train.seed", seed),
-    ):
-        if value is not None:
-            overrides = (*overrides, f"{key}={value}")
+    SWEEP is a YAML file: `plan`, `data`, `labels`, `patients`, `set`, `grid`, `list`, `seeds`. A
+    run that fails is a row with its error. Exit code 4 when some run did not complete, 1 when none
+    left a model.
+    """
+    from cytofed.console import SweepProgress
+    from cytofed.simulations.sweep import default_out, read_sweep, run_sweep
+    from cytofed.simulations.sweep_table import render_sweep
+
+    asked = read_sweep(sweep, data=data)
     if resume and out is None:
-        raise InputError("--resume needs the run's directory", hint="add --out DIR")
-    if resume and out is not None and (out / "plan.yaml").is_file():
-        earlier = earlier_request(out)
-        plan = plan or str(out / "plan.yaml")
-        data = data or tuple(Path(path) for path in earlier["data"])
-        labels = labels or tuple(earlier["labels"])
-        patients = patients or earlier["patients"]
-        backend = earlier["backend"] if backend == "inprocess" else backend
-    chosen = choose_plan(plan, data, overrides)
-    return Request(
-        plan=chosen,
-        out=out or default_out(chosen),
-        data=data,
-        labels=labels,
-        patients=patients,
-        backend=backend,
-        jobs=jobs,
-        resume=resume,
-    )
+        raise InputError("--resume needs the sweep's directory", hint="add --out DIR")
+    folder = out or default_out(asked)
+    if not as_json:
+        note(f"cytofed sweep: {asked.name}, {len(asked.runs)} runs, results in {folder}")
+    with SweepProgress(len(asked.runs)) as progress:
+        try:
+            found = run_sweep(asked, folder, jobs=jobs, resume=resume, watch=progress)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"go on with: cytofed sweep {sweep} --resume --out {folder}"
+                + "".join(f" --data {path}" for path in data)
+            ) from None
+    if as_json:
+        _print_json(found)
+    else:
+        render_sweep(found, stdout, out=folder)
+    return {"completed": 0, "incomplete": 4}.get(found["status"], 1)
 
 
 # --- models and runs
@@ -218,9 +219,20 @@ def predict(
 @click.argument("run", type=_FOLDER)
 @_json
 def report(run: Path, as_json: bool) -> int:
-    """Write RUN's report.html again and print its summary."""
+    """Write the report.html of RUN, a run or a sweep, again and print its summary."""
     from cytofed.simulations.report import read_run, render_summary, write_report
+    from cytofed.simulations.sweep_report import is_sweep, read_found
+    from cytofed.simulations.sweep_report import write_report as write_sweep_report
+    from cytofed.simulations.sweep_table import render_sweep
 
+    if is_sweep(run):
+        found = read_found(run)
+        write_sweep_report(run)
+        if as_json:
+            _print_json(found)
+        else:
+            render_sweep(found, stdout, out=run)
+        return 0
     summary = dict(read_run(run).summary)
     write_report(run)
     if as_json:

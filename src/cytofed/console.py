@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -134,3 +135,79 @@ class RunProgress:
             parts.append(f"{record['wall_s']:.1f} s")
         if not self._quiet:
             note(", ".join(parts))
+
+
+class SweepProgress:
+    """Live progress of a sweep on stderr: a bar for all runs and a line for each under way.
+
+    Where stderr is no terminal: one plain line for each run that ends. Calls may come from several
+    threads.
+    """
+
+    def __init__(self, runs: int, *, quiet: bool = False) -> None:
+        self._runs, self._quiet = runs, quiet
+        self._live = stderr.is_terminal and not quiet
+        self._lock = threading.Lock()
+        self._done = 0
+        self._started: dict[str, float] = {}
+        self._lines: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[what]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=stderr,
+            transient=True,
+            disable=not self._live,
+        )
+        self._all = self._progress.add_task("sweep", total=runs, what=f"0 of {runs} runs")
+
+    def __enter__(self) -> SweepProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def finished(self, runs: int) -> None:
+        """So many were there already."""
+        if runs:
+            self._add(runs)
+            if not self._quiet:
+                note(f"{runs} of {self._runs} runs are there already")
+
+    def begin(self, run: str) -> None:
+        with self._lock:
+            self._started[run] = time.monotonic()
+            self._lines[run] = self._progress.add_task(escape(run), total=None, what="reading")
+
+    def line(self, run: str, text: str) -> None:
+        """What the process of a run said last."""
+        with self._lock:
+            if run in self._lines:
+                self._progress.update(self._lines[run], what=text[:80])
+
+    def end(self, run: str, row: Mapping[str, Any]) -> None:
+        """A run's row is there."""
+        with self._lock:
+            seconds = time.monotonic() - self._started.pop(run, time.monotonic())
+            if run in self._lines:
+                self._progress.remove_task(self._lines.pop(run))
+        self._add(1)
+        if self._quiet:
+            return
+        score = row.get("macro_f1")
+        parts = [f"run {self._done} of {self._runs}", run, str(row["status"])]
+        if row.get("error"):
+            parts.append(str(row["error"]))
+        if score is not None:
+            parts.append(f"macro F1 {score:.3f}")
+        note(", ".join([*parts, f"{seconds:.0f} s"]))
+
+    def _add(self, runs: int) -> None:
+        with self._lock:
+            self._done += runs
+            what = f"{self._done} of {self._runs} runs"
+            self._progress.update(self._all, completed=self._done, what=what)

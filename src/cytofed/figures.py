@@ -16,6 +16,8 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -26,10 +28,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from cytofed.files import atomically
 from cytofed.page import FIRST, GRID, INK, MUTED, PAPER, SECOND, THIRD
 
 MANY_LABS = 30
 MANY_ROUNDS = 60
+MANY_SERIES = 6
 
 VARIABLES = {
     INK: "ink",
@@ -424,6 +428,95 @@ def epsilon_figure(
     axes.set_ylabel("macro F1")
     axes.grid()
     return _legend_below(figure, axes)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting of a sweep: its cost, and its score with the interval over seeds if it has one."""
+
+    x: float
+    score: float
+    low: float | None = None
+    high: float | None = None
+    each: tuple[float, ...] = ()
+    """the score of each seed"""
+
+
+@_styled
+def trade_figure(
+    series: Mapping[str, Sequence[Point]],
+    levels: Mapping[str, float],
+    *,
+    label: str,
+    joined: bool,
+    best: Sequence[tuple[float, float]] = (),
+) -> Figure:
+    """Macro F1 of a sweep's settings against a cost.
+
+    ``series``: points by name, drawn as a line where ``joined``; ``levels``: scores that have no
+    place on the axis, by name of a series; ``best``: the Pareto front as (cost, score).
+    """
+    figure = Figure(figsize=(5.6, 3.6))
+    axes = figure.subplots()
+    for i, name in enumerate(dict.fromkeys([*series, *levels])):
+        colour = (FIRST, SECOND, THIRD)[i % 3] if i < MANY_SERIES else MUTED
+        told = _clip(name, 44) if i < MANY_SERIES else None
+        dash = ("-", "--", ":")[i // 3 % 3] if joined else "none"
+        marker = "os^"[i // 3 % 3]
+        points = sorted(series.get(name, ()), key=lambda p: p.x)
+        if points:
+            axes.plot(
+                [p.x for p in points],
+                [p.score for p in points],
+                linestyle=dash,
+                marker=marker,
+                markersize=5,
+                linewidth=1.4,
+                color=colour,
+                label=told,
+            )
+        for p in points:
+            if p.low is not None and p.high is not None:
+                axes.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1.2, alpha=0.8)
+            if len(p.each) > 1:
+                seeds = [p.x] * len(p.each)
+                axes.plot(seeds, p.each, "_", color=colour, markersize=7, alpha=0.7)
+        if name in levels:
+            told = f"{_clip(name, 30)}, without privacy" if name else "without privacy"
+            axes.axhline(
+                levels[name],
+                color=colour,
+                linewidth=1.2,
+                dashes=(6, 2),
+                label=f"{told} {levels[name]:.3f}" if i < MANY_SERIES else None,
+            )
+    if len(best) > 1:
+        x, y = zip(*best, strict=True)
+        axes.step(x, y, where="post", color=MUTED, linewidth=1, zorder=0, label="Pareto front")
+    scores = [v for points in series.values() for p in points for v in (p.score, *p.each)]
+    ends = [p.high for points in series.values() for p in points if p.high is not None]
+    top = max([*scores, *ends, *levels.values(), 0.1])
+    axes.set_ylim(0, min(1.0, 1.12 * top))
+    costs = [p.x for points in series.values() for p in points]
+    if min(costs) > 0 and max(costs) >= 8 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.set_xticks(sorted(set(costs))) if len(set(costs)) <= 8 else None
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel("macro F1")
+    axes.grid(axis="y")
+    return _legend_below(figure, axes)
+
+
+@_styled
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as SVG or PDF, by the file's ending; same figure, same bytes."""
+    dates = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
+    with mpl.rc_context({"svg.hashsalt": path.stem}), atomically(path) as part:
+        figure.savefig(part, format=path.suffix[1:], metadata=dates)
 
 
 @_styled
