@@ -993,7 +993,7 @@ def render_summary(summary: Json, console: Console, *, run_dir: Path | None = No
     if summary.get("labs"):
         _print_labs(summary, console)
     wire, timing = summary.get("wire") or {}, summary.get("timing") or {}
-    lines = [_privacy_line(summary)]
+    lines = [privacy_line(summary)]
     if wire.get("up_bytes_per_lab_round") is not None:
         up, down = wire["up_bytes_per_lab_round"], wire.get("down_bytes_per_lab_round") or 0
         lines.append(f"bytes    {in_bytes(up)} up, {in_bytes(down)} down per lab and round")
@@ -1084,7 +1084,8 @@ def _print_labs(summary: Json, console: Console) -> None:
     console.print()
 
 
-def _privacy_line(summary: Json) -> str:
+def privacy_line(summary: Json) -> str:
+    """The guarantee of a run in one line, never without its delta, unit and adversary."""
     privacy = summary.get("privacy") or {}
     unit = str(privacy.get("unit", "none"))
     if unit == "none":
