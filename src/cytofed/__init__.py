@@ -5,11 +5,10 @@ for, so that ``import cytofed`` stays light and no process gets what it does not
 """
 
 import os as _os
+import typing as _typing
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from cytofed.plan import load_plan
     from cytofed.simulations.notebook import Run, simulate
 
@@ -32,9 +31,9 @@ _FOUND_IN = {
 }
 
 
-if not _TYPE_CHECKING:  # type checkers know the names above, and no others
+if not _typing.TYPE_CHECKING:  # type checkers know the names above, and no others
 
-    def __getattr__(name: str) -> _Any:
+    def __getattr__(name: str) -> _typing.Any:
         if name not in _FOUND_IN:
             raise AttributeError(f"module 'cytofed' has no attribute {name!r}")
         found = getattr(_import_module(_FOUND_IN[name]), name)
