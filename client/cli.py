@@ -75,6 +75,7 @@ def start(folder: Path) -> int:
     """Stay connected and carry out approved plans, in the foreground."""
     from cytofed.client.daemon import Daemon
     from cytofed.client.directory import ClientDirectory
+    from cytofed.heap import keep_blocks
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -89,6 +90,7 @@ def start(folder: Path) -> int:
         raise KeyboardInterrupt  # everything on the disk is whole at any moment
 
     signal.signal(signal.SIGTERM, end)
+    keep_blocks()
     try:
         Daemon(directory, note=lambda text: note(f"cytofed: {text}")).run()
     except KeyboardInterrupt:

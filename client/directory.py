@@ -37,6 +37,7 @@ from cytofed import __version__
 from cytofed.client.egress import EgressLog, Outgoing, fields_of
 from cytofed.client.policy import PlanBook
 from cytofed.client.settings import Settings, fresh_yaml, load_settings
+from cytofed.client.transport import Connections
 from cytofed.documents import COORDINATOR, LABEL_ENROL, LABEL_ENROLLED, Invite, Offer
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
@@ -178,11 +179,9 @@ def http_client(
 ) -> httpx.Client:
     """An HTTPS client that goes where it is told: no proxy of the environment, no redirects."""
     return httpx.Client(
-        verify=context,
-        proxy=proxy,
+        transport=Connections(context, proxy=proxy, connect_s=connect_s, request_s=request_s),
         trust_env=False,
         follow_redirects=False,
-        timeout=httpx.Timeout(request_s, connect=connect_s),
     )
 
 

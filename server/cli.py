@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import logging
 import sys
@@ -58,6 +56,7 @@ def invite(folder: Path, lab: str, out: Path) -> int:
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 def start(folder: Path) -> int:
     """Open the port for labs and carry out runs, in the foreground."""
+    from cytofed.heap import give_blocks_back
     from cytofed.server.app import Coordinator
     from cytofed.server.directory import ServerDirectory
 
@@ -68,7 +67,7 @@ def start(folder: Path) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     directory = ServerDirectory.open(folder)
-    _give_memory_back()
+    give_blocks_back()
     coordinator = Coordinator(directory)
     note(f"cytofed: coordinator at {directory.settings().address}, Ctrl-C ends it")
     coordinator.serve()
@@ -179,21 +178,6 @@ def stop_run(folder: Path, name: str) -> int:
     RunFolder.open(directory.runs, name).ask_to_stop("stopped by the coordinator")
     say(f"run {name} ends as soon as its labs are no longer waited for")
     return 0
-
-
-def _give_memory_back() -> None:
-    """Have large blocks come from the system and go back to it, on Linux.
-
-    glibc else learns to keep blocks of the size of an upload's pieces, in an arena per thread.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_ARENA_MAX, 1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def _print_json(value: Any) -> None:
