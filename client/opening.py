@@ -137,6 +137,7 @@ def open_images(plan: Plan, settings: Settings) -> Images:
         cells.dhash_N,
         cells.source_N,
         fraction=plan.evaluation.fraction,
+        fold=plan.evaluation.fold,
         seed=plan.train.seed,
     )
     return Images(cells.take(np.flatnonzero(~test_N)), cells.take(np.flatnonzero(test_N)))

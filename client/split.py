@@ -37,12 +37,14 @@ def hold_out(
     source_N: Ints,
     *,
     fraction: float,
+    fold: int = 0,
     seed: int,
 ) -> NDArray[np.bool_]:
     """Choose the test images of one or several folders: True where an image is held out.
 
     Each folder is split as if it were alone, as a lab that has this folder will split it. Folders
     that share a unit (a patient, a near-duplicate) are split as one: no unit is on both sides.
+    The folds of a seed have no image in common; with a fraction of 1/k, k folds hold all images.
     Errors: as ``test_split``.
     """
     test_N = np.zeros(len(class_N), dtype=np.bool_)
@@ -50,7 +52,16 @@ def hold_out(
     for number in np.unique(together_N):
         rows = np.flatnonzero(together_N == number)
         keys = image_keys([paths[row] for row in rows.tolist()], dhash_N[rows])
-        test_N[rows] = test_split(class_N[rows], unit_N[rows], keys, fraction=fraction, seed=seed)
+        left = np.arange(len(rows))  # those that no earlier fold held out
+        for earlier in range(fold + 1):
+            share = fraction / (1 - earlier * fraction)
+            held_N = np.ones(len(left), dtype=np.bool_)
+            if share < 1 - 1e-9:  # else the last fold, which takes the rest
+                class_L, unit_L, keys_L = class_N[rows[left]], unit_N[rows[left]], keys[left]
+                held_N = test_split(class_L, unit_L, keys_L, fraction=share, seed=seed)
+            if earlier < fold:
+                left = left[~held_N]
+        test_N[rows[left[held_N]]] = True
     return test_N
 
 

@@ -369,6 +369,7 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
         cells.dhash_N,
         cells.source_N,
         fraction=plan.evaluation.fraction,
+        fold=plan.evaluation.fold,
         seed=seed,
     )
     partition: Partition = assign(

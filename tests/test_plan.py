@@ -81,6 +81,7 @@ OTHER: dict[str, Any] = {
     "cohort.wait_s": 5.0,
     "cohort.round_timeout_s": 9.0,
     "evaluation.fraction": 0.3,
+    "evaluation.fold": 2,
     "evaluation.every": 2,
     "evaluation.per_lab": False,
     "evaluation.sigma": 2.0,
@@ -122,6 +123,7 @@ WRONG: dict[str, Any] = {
     "cohort.min_labs": 0,
     "cohort.wait_s": float("inf"),
     "evaluation.fraction": 1.5,
+    "evaluation.fold": 5,
     "simulation.population.dropout": 2,
     "simulation.labs": None,
 }

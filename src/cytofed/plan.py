@@ -161,6 +161,8 @@ class Evaluation:
     """
 
     fraction: float = 0.2
+    fold: int = 0
+    """which of the 1/fraction disjoint parts is held out, from 0: for cross-validation"""
     every: int = 1
     per_lab: bool | None = None
     sigma: float | None = None
@@ -395,6 +397,8 @@ def _check_values(plan: Plan) -> None:
     _above_zero("cohort.wait_s", plan.cohort.wait_s)
     _above_zero("cohort.round_timeout_s", plan.cohort.round_timeout_s)
     _bound("evaluation.fraction", plan.evaluation.fraction, 0, 0.9)
+    folds = int(1 / plan.evaluation.fraction + 1e-9) if plan.evaluation.fraction else 1
+    _bound("evaluation.fold", plan.evaluation.fold, 0, folds - 1)
     _bound("evaluation.every", plan.evaluation.every, 1)
     _above_zero("evaluation.sigma", plan.evaluation.sigma)
     _bound("simulation.labs", simulation.labs, 1)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cytofed.client.split import hold_out
 from cytofed.errors import InputError
 from cytofed.simulations import split
 
@@ -114,6 +115,41 @@ def test_fraction_zero_holds_nothing_out() -> None:
     assert not split.test_split(
         np.zeros(3, dtype=int), np.zeros(3, dtype=int), keys(3), fraction=0, seed=1
     ).any()
+
+
+@few
+@given(pools(), st.sampled_from([2, 4, 5]), st.booleans())
+def test_folds_of_a_seed_hold_every_image_once_and_units_whole(
+    pool: tuple[split.Ints, split.Ints, int], folds: int, two_folders: bool
+) -> None:
+    class_N, unit_N, seed = pool
+    images = len(class_N)
+    if len(np.unique(unit_N)) <= folds:
+        return
+    source_N = unit_N % 2 if two_folders else np.zeros(images, np.int64)
+    if min(len(np.unique(unit_N[source_N == s])) for s in np.unique(source_N)) <= folds:
+        return
+    dhash_N, paths = np.zeros(images, np.uint64), keys(images).tolist()
+    times_N = np.zeros(images, np.int64)
+    for fold in range(folds):
+        test_N = hold_out(
+            class_N, unit_N, paths, dhash_N, source_N, fraction=1 / folds, fold=fold, seed=seed
+        )
+        for unit in np.unique(unit_N[test_N]):
+            assert test_N[unit_N == unit].all()
+        times_N += test_N
+    assert (times_N == 1).all()
+
+
+def test_folds_are_alike_in_size_and_classes() -> None:
+    class_N = np.repeat(np.arange(3), (50, 100, 250))
+    unit_N, zeros = np.arange(400), np.zeros(400, np.int64)
+    for fold in range(5):
+        test_N = hold_out(
+            class_N, unit_N, keys(400).tolist(), zeros.astype(np.uint64), zeros,
+            fraction=0.2, fold=fold, seed=1,
+        )  # fmt: skip
+        assert np.bincount(class_N[test_N]).tolist() == [10, 20, 50]
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
