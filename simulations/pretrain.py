@@ -55,7 +55,6 @@ Objective = Literal["supervised", "contrastive", "both"]
 _FRAME = 5 / 3
 """field of a frame over field of a view: room to turn, shift and zoom out"""
 _CLIP = 5.0
-_VIEWS = 8
 _EMBEDDING = 128
 
 
@@ -355,7 +354,7 @@ def whiten(encoder: nn.Module, cells: Cells, recipe: Recipe, *, images: int = 40
     with torch.no_grad():
         for start in range(0, len(chosen), 256):
             pixels = torch.from_numpy(cells.images(chosen[start : start + 256]))
-            views = models.views_of(models.normalise(models.images_of(pixels)), _VIEWS)
+            views = models.views_of(models.normalise(models.images_of(pixels)))
             found = torch.stack([encoder.statistics(view) for view in views])  # type: ignore[operator]
             parts.append(found.mean(dim=0).double())
     statistics_NS = torch.cat(parts)
@@ -385,7 +384,6 @@ def _finish(state: _State, cells: Cells, request: Request) -> EncoderCard:
         codes=(),
         size_px=recipe.size_px,
         field_um=recipe.field_um,
-        views=_VIEWS,
     )
     models.save_model(request.out, arrays, info)
     hashes = image_hashes(cells)

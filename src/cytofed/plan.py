@@ -46,11 +46,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """Architecture, start (``random``, an encoder that ships, or a file) and what is trained.
-
-    ``views``: a prediction is the mean over an image as it is (1) or its 8 turned and mirrored
-    ones; so are the features of an encoder that is not trained. A cell has no upright.
-    """
+    """Architecture, start (``random``, an encoder that ships, or a file) and what is trained."""
 
     arch: Literal[
         "cytonet", "stagenet", "resnet18", "resnet50", "resnext50_32x4d", "encoder+head"
@@ -58,7 +54,6 @@ class Model:
     start: str = "random"
     trainable: Literal["all", "head", "norms"] = "all"
     width: int = 32
-    views: Literal[1, 8] = 8
 
 
 @dataclass(frozen=True)

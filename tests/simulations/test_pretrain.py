@@ -110,7 +110,12 @@ def test_plan_starts_from_the_encoder_frozen_or_not(encoder: Path) -> None:
     free = models.build(Model(arch="stagenet", width=8, start=start), 7, seed=0)
     head = models.build(Model(arch="encoder+head", start=start), 7, seed=1)
     images = torch.rand((3, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(models.features(free, images), models.features(head, images))
+    for ours, others in zip(free.encoder.parameters(), head.encoder.parameters(), strict=True):
+        assert torch.equal(ours, others)
+    one_view, mean = models.features(free, images), models.features(head, images)
+    views = torch.stack([models.features(free, view) for view in models.views_of(images)])
+    torch.testing.assert_close(views.mean(dim=0), mean)
+    assert torch.equal(one_view, views[0])
     assert models.manifest(head, "all").names == ("head.weight", "head.bias")
     assert not free.head.weight.any()
 
@@ -123,7 +128,7 @@ def test_an_encoder_alone_predicts_nothing(encoder: Path) -> None:
 def test_whitened_features_are_uncorrelated_with_variance_one(
     request_: Request, encoder: Path
 ) -> None:
-    net = models.build(Model(arch="stagenet", width=8, start=str(encoder)), 7, seed=0)
+    net = models.build(Model(arch="encoder+head", start=str(encoder)), 7, seed=0)
     cells = cells_of(request_)
     whiten(net.encoder, cells, replace(RECIPE, ridge=0.0))
     features_NF = models.features(net, models.images_of(torch.from_numpy(all_images(cells))))
