@@ -102,6 +102,8 @@ class Lab:
     start: Path
     """the plan's start model: architecture and the tensors that are not trained"""
     memory: Memory = field(repr=False)
+    calibration: Cells | None = None
+    """kept out of training and test, for the model's temperature"""
     budget: Budget | None = field(default=None, repr=False)
     """needed by plans with differential privacy"""
     declared_patients: int | None = None
@@ -117,6 +119,8 @@ class Lab:
     updates: Updates | None = field(default=None, repr=False)
     """keeps a round's update for a second attempt at the round"""
 
+
+_Part = Literal["train", "test", "calibration"]
 
 OnStep = Callable[[Order, "Progress"], None]
 
@@ -177,8 +181,7 @@ def lab_app(
 
     def exact(message: Message, context: Context) -> Message:
         order, lab, net = ready(message, context)
-        probs_NC = _predict(order, lab, net)
-        found = tally(probs_NC, lab.test.targets_NC)
+        found = _tally(order, lab, net)
         evaluation = Evaluation(lab.name, order.run, order.round, found)
         return Message(pack_evaluation(evaluation), reply_to=message)
 
@@ -294,7 +297,7 @@ class _Net:
             device,
         )
 
-    def features(self, lab: Lab, part: Literal["train", "test"]) -> Float32 | None:
+    def features(self, lab: Lab, part: _Part) -> Float32 | None:
         """The frozen encoder's features of a lab's images, computed once; None where it trains."""
         from cytofed.client import private
 
@@ -304,7 +307,7 @@ class _Net:
         if key not in self.known_features:
             while len(self.known_features) >= _KEPT_FEATURES:
                 del self.known_features[next(iter(self.known_features))]
-            cells = lab.train if part == "train" else lab.test
+            cells = _cells(lab, part)
             self.known_features[key] = private.frozen_features(
                 self.net, cells, self.device, lab.plan.train
             )
@@ -475,7 +478,7 @@ def _evaluate(order: Order, lab: Lab, net: _Net) -> Tally:
     Errors: RefusedError for a private plan that pays for no scores.
     """
     if lab.plan.privacy.unit == "none":
-        return tally(_predict(order, lab, net), lab.test.targets_NC)
+        return _tally(order, lab, net)
     return _evaluate_privately(order, lab, net)
 
 
@@ -499,7 +502,7 @@ def _evaluate_privately(order: Order, lab: Lab, net: _Net) -> Tally:
     )
     rows_N = np.concatenate([np.zeros(0, np.int64), *drawn.rows])
     unit_N = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn.rows])
-    probs_NC = _predict(order, lab, net, rows_N)
+    probs_NC = _predict(order, lab, net, "test", rows_N)
     targets_NC = lab.test.targets_NC[rows_N]
     confusion_CC = clipped_confusion(probs_NC, targets_NC, unit_N, mechanism)
     noised_CC = noised_tally(confusion_CC, mechanism, randomness).confusion_CC
@@ -517,10 +520,29 @@ def _tally_of(parts: Parts, lab: Lab) -> Tally:
     return Tally(confusion_CC, empty.bins_B3)
 
 
+def _tally(order: Order, lab: Lab, net: _Net) -> Tally:
+    """The exact scores of the order's model, with those of the calibration part."""
+    kept = lab.calibration
+    calibration = None
+    if kept is not None and len(kept):
+        calibration = _predict(order, lab, net, "calibration"), kept.targets_NC
+    return tally(_predict(order, lab, net, "test"), lab.test.targets_NC, calibration)
+
+
+def _cells(lab: Lab, part: _Part) -> Cells:
+    cells = {"train": lab.train, "test": lab.test, "calibration": lab.calibration}[part]
+    assert cells is not None
+    return cells
+
+
 def _predict(
-    order: Order, lab: Lab, net: _Net, rows_N: npt.NDArray[np.int64] | None = None
+    order: Order,
+    lab: Lab,
+    net: _Net,
+    part: _Part,
+    rows_N: npt.NDArray[np.int64] | None = None,
 ) -> Float32:
-    """Probabilities (N, C) that the order's model gives the held-out images, or some rows of them.
+    """Probabilities (N, C) that the order's model gives a part of the images, or rows of it.
 
     The lab's own layers take part where it has some.
     """
@@ -530,7 +552,7 @@ def _predict(
     # The round's own layers are those saved in it, hence the round after.
     memory = lab.memory.load(order.run, order.round + 1)
     models.load_flat(net.net, net.manifest, _own_layers(order, memory, net))
-    cells, features_NF = lab.test, net.features(lab, "test")
+    cells, features_NF = _cells(lab, part), net.features(lab, part)
     if rows_N is not None:
         cells = cells.take(rows_N)
         features_NF = None if features_NF is None else features_NF[rows_N]

@@ -25,7 +25,7 @@ from cytofed.client.outbox import Outbox, SameUpdate
 from cytofed.client.policy import ledger_federation
 from cytofed.client.secure import SecureLab
 from cytofed.client.settings import Settings
-from cytofed.client.split import hold_out, units
+from cytofed.client.split import hold_out, image_keys, test_split, units
 from cytofed.documents import Offer
 from cytofed.encoder import is_shipped, refuse_seen, shipped
 from cytofed.errors import InputError
@@ -106,6 +106,26 @@ class Images:
 
     train: Cells = field(repr=False)
     test: Cells = field(repr=False)
+    calibration: Cells = field(repr=False)
+
+
+def kept_for_calibration(train: Cells, plan: Plan) -> npt.NDArray[np.bool_]:
+    """Which of the images that are not for the test stay out of training too, (N,).
+
+    Patients and images that look the same are on one side; of data that cannot be divided so,
+    nothing is kept.
+    """
+    fraction = plan.evaluation.calibration
+    unit_N = units(train.dhash_N, train.patients_N)
+    if fraction == 0 or len(np.unique(unit_N)) < 2:
+        return np.zeros(len(train), dtype=bool)
+    return test_split(
+        train.class_N,
+        unit_N,
+        image_keys(train.paths(), train.dhash_N),
+        fraction=fraction,
+        seed=plan.train.seed,
+    )
 
 
 def open_images(plan: Plan, settings: Settings) -> Images:
@@ -140,7 +160,13 @@ def open_images(plan: Plan, settings: Settings) -> Images:
         fold=plan.evaluation.fold,
         seed=plan.train.seed,
     )
-    return Images(cells.take(np.flatnonzero(~test_N)), cells.take(np.flatnonzero(test_N)))
+    train = cells.take(np.flatnonzero(~test_N))
+    kept_N = kept_for_calibration(train, plan)
+    return Images(
+        train=train.take(np.flatnonzero(~kept_N)),
+        test=cells.take(np.flatnonzero(test_N)),
+        calibration=train.take(np.flatnonzero(kept_N)),
+    )
 
 
 def parameters_of(plan: Plan, folder: Path) -> int:
@@ -191,6 +217,7 @@ def open_lab(
         scheme=scheme,
         train=images.train,
         test=images.test,
+        calibration=images.calibration,
         absent_C=absent_classes(plan, scheme, images.train),
         start=folder / START_FILE,
         memory=FolderMemory(folder / "memory", name),

@@ -217,7 +217,7 @@ def bytes_out(offer: Offer, parameters: int) -> tuple[int, int]:
         evaluation = 4 * tally_encoding(classes, labs=labs).words
     else:
         update = 4 * parameters * len(strategy.lab.up)
-        evaluation = tally.confusion_CC.nbytes + tally.bins_B3.nbytes
+        evaluation = tally.vector_D.nbytes
     return update + SEALED_BYTES, evaluation + SEALED_BYTES if plan.releases_scores else 0
 
 

@@ -141,13 +141,15 @@ def _summary(
         "weights_sha256": weights if ended != "failed" else None,
         "seed": plan.train.seed,
         "rounds": progress.round,
-        "global": None if best is None else summarise(best, run.scheme),
+        "global": None if best is None else summarise(best, run.scheme, scores.temperature),
         "scores": {
             "noised": scores.exact is None and best is not None,
             "labs": scores.answered,
             "failed": scores.failed or None,
         },
-        "labs": summarise_labs(scores.labs, run.scheme) if plan.reports_per_lab else None,
+        "labs": summarise_labs(scores.labs, run.scheme, scores.temperature)
+        if plan.reports_per_lab
+        else None,
         "baselines": {},
         "participation": [
             {key: record[key] for key in ("round", "expected", "received", "absent")}

@@ -66,8 +66,9 @@ class Run:
     """with secure aggregation: the coordinator sees sums only"""
     tell_exact: bool = False
     """labs are virtual, and tell their exact scores besides what the plan lets leave"""
-    release: Callable[[Float32], Float32] = lambda weights_P: weights_P
-    """the trained weights as a model that is evaluated and given away (``Start.released``)"""
+    release: Callable[[Float32, float | None], Float32] = lambda weights_P, _temperature: weights_P
+    """the trained weights as a model that is evaluated (without a temperature) and given away
+    (with it); see ``Start.released``"""
 
     @property
     def rounds(self) -> int:
@@ -115,6 +116,11 @@ class Scores:
         return self.noised
 
     @property
+    def temperature(self) -> float | None:
+        """What fits the calibration parts of all labs; None where there are none."""
+        return None if self.exact is None else self.exact.temperature
+
+    @property
     def noised(self) -> Tally | None:
         return None if self.released is None else denoised(self.released)
 
@@ -143,7 +149,7 @@ def run_rounds(
 
     def scored(progress: Progress, known: Scores | None = None) -> Progress:
         number = progress.round
-        parts = {"weights": final_weights(run, progress)}
+        parts = {"weights": evaluated_weights(run, progress)}
         scores = known or evaluate(grid, run, number, parts, watch)
         if known is None:
             on_scores(number, scores)
@@ -422,6 +428,7 @@ def _told(run: Run, scores: Scores) -> dict[str, Any]:
         if found.confusion_CC.any()
     }
     return {
+        "temperature": scores.temperature,
         "global": _headline(scores.best, run.scheme),
         "released": _headline(scores.noised, run.scheme),
         "labs": labs if labs and run.plan.reports_per_lab else None,
@@ -451,6 +458,12 @@ def status(run: Run, progress: Progress) -> str:
     return "completed" if whole else "incomplete"
 
 
+def evaluated_weights(run: Run, progress: Progress) -> Float32:
+    """The model after the last round of ``progress``, as labs evaluate it."""
+    return run.release(progress.state["weights"], None)
+
+
 def final_weights(run: Run, progress: Progress) -> Float32:
-    """The model after the last round of ``progress``, as it is evaluated and given away."""
-    return run.release(progress.state["weights"])
+    """The same as it is given away: at the temperature that its evaluation found."""
+    temperature = progress.records[-1].get("temperature") if progress.records else None
+    return run.release(progress.state["weights"], temperature)

@@ -529,8 +529,8 @@ def _labs(run: Run) -> str:
         row += [f"{own[lab]:.3f}", f"{federated[lab] - own[lab]:+.3f}"] if lab in own else ["", ""]
         row.append(f"{pooled[lab]:+.3f}" if lab in pooled else "")
         if _blasts(labs):
-            blast = (labs[lab].get("per_class") or {}).get("BLA") or {}
-            row.append(f"{blast['recall']:.3f}" if blast.get("support") else "–")
+            blast = labs[lab].get("blasts")
+            row.append(_with_interval(blast) if blast else "–")
         if "recall of classes it lacks" in head:
             lacking = labs[lab].get("absent_recall") or {}
             row.append(f"{np.mean(list(lacking.values())):.3f}" if lacking else "–")
@@ -559,7 +559,11 @@ def _labs(run: Run) -> str:
 
 
 def _blasts(labs: Json) -> bool:
-    return any(((s.get("per_class") or {}).get("BLA") or {}).get("support") for s in labs.values())
+    return any(scores.get("blasts") for scores in labs.values())
+
+
+def _with_interval(blasts: Json) -> str:
+    return f"{blasts['recall']:.3f} ({blasts['low']:.2f} to {blasts['high']:.2f})"
 
 
 def _trained_images(summary: Json) -> dict[str, int]:
@@ -573,20 +577,27 @@ def _calibration(run: Run) -> str:
     points = scores.get("reliability")
     if not points:
         return ""
-    parts = [
-        drawing(
-            figures.reliability_figure(points),
-            "reliability",
-            "accuracy against confidence",
-            f"Expected calibration error {scores['ece']:.3f} (15 bins). Below the line: "
-            "overconfident.",
+    caption = f"Expected calibration error {scores['ece']:.3f} (15 bins). Below the line: "
+    caption += "overconfident."
+    found = scores.get("calibration")
+    if found:
+        caption += (
+            f" Temperature {found['temperature']:.2f}, fitted to images that labs kept from "
+            f"training; without it the error was {found['ece_before']:.3f}."
         )
-    ]
+    figure = figures.reliability_figure(points)
+    parts = [drawing(figure, "reliability", "accuracy against confidence", caption)]
     if scores.get("accuracy_coverage"):
         figure = figures.coverage_figure(scores["accuracy_coverage"])
         caption = "What is gained by leaving the least certain images to a person."
         parts.append(drawing(figure, "coverage", "accuracy against coverage", caption))
-    return section("Confidence", f'<div class="grid">{"".join(parts)}</div>')
+    blasts, lead = scores.get("blasts"), ""
+    if blasts:
+        lead = (
+            f"<p>Recall of blasts {_with_interval(blasts)}: 95 % interval (Wilson) over "
+            f"{blasts['images']:,} images, as if each were of another patient.</p>"
+        )
+    return section("Confidence", f'{lead}<div class="grid">{"".join(parts)}</div>')
 
 
 def _participation(run: Run) -> str:

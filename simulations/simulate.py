@@ -50,6 +50,7 @@ from cytofed.server.rounds import (
     Scores,
     evaluate,
     evaluate_exactly,
+    evaluated_weights,
     final_weights,
     run_rounds,
     status,
@@ -191,7 +192,7 @@ def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
     last: dict[int, Scores] = {}
     federation = _resumed(grid, run, world, on_scores=last.__setitem__)
     if run.rounds not in last:  # resumed after its last round
-        final = {"weights": final_weights(run, federation)}
+        final = {"weights": evaluated_weights(run, federation)}
         last[run.rounds] = evaluate(grid, run, run.rounds, final, world.watch)
     baselines: dict[str, Mapping[str, Tally]] = {}
     started = time.monotonic()
@@ -219,7 +220,7 @@ def _baseline(
     """A federation of one: as many epochs over the same images, then tested at every lab."""
     run = world.baseline(name, cohort)
     progress = _resumed(grid, run, world, evaluate_rounds=False)
-    everyone, final = replace(run, cohort=labs), {"weights": final_weights(run, progress)}
+    everyone, final = replace(run, cohort=labs), {"weights": evaluated_weights(run, progress)}
     return evaluate_exactly(grid, everyone, run.rounds, final, world.watch)
 
 
@@ -515,7 +516,8 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
     train_counts, test_counts = labs.counts_KC(1), labs.counts_KC(2)
     per_lab = plan.reports_per_lab
     pooled = results.scores.best
-    lab_scores = summarise_labs(results.scores.labs, scheme)
+    temperature = results.scores.temperature
+    lab_scores = summarise_labs(results.scores.labs, scheme, temperature)
     train_s = sum(record["train_s"] for record in records)
     baselines_s = results.baselines_s
     updates = sum(len(record["received"]) for record in records)
@@ -531,7 +533,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
         "data_sha256": _data_sha256(labs.cells),
         "seed": plan.train.seed,
         "rounds": results.federation.round,
-        "global": None if pooled is None else summarise(pooled, scheme),
+        "global": None if pooled is None else summarise(pooled, scheme, temperature),
         "released": _released(plan, results.scores, scheme),
         "labs": _lab_scores(labs, results, train_counts, scheme) if per_lab else None,
         "over_labs": _over_labs(lab_scores) if per_lab else None,
@@ -596,7 +598,7 @@ def _released(plan: Plan, scores: Scores, scheme: Scheme) -> dict[str, Any] | No
     if scores.noised is None:
         return told | {"missing": scores.failed or "the noise hides all counts"}
     found = summarise(scores.noised, scheme)
-    for key in ("ece", "reliability", "accuracy_coverage"):
+    for key in ("ece", "calibration", "reliability", "accuracy_coverage"):
         del found[key]
     return told | found
 
@@ -610,7 +612,7 @@ def _lab_scores(
     labs: VirtualLabs, results: Results, train_counts_KC: Any, scheme: Scheme
 ) -> dict[str, dict[str, Any]]:
     """Scores of each lab; with the recall of classes that it had no training image of."""
-    found = summarise_labs(results.scores.labs, scheme)
+    found = summarise_labs(results.scores.labs, scheme, results.scores.temperature)
     for k, name in enumerate(labs.names):
         if name in found:
             recall = absent_recall(results.scores.labs[name], train_counts_KC[k], scheme)
@@ -717,12 +719,14 @@ def _baselines(results: Results, scheme: Scheme) -> dict[str, Any] | None:
         if pooled is None:
             continue
         if name == CENTRAL:
-            found["central"] = summarise(pooled, scheme)
-            found["central_labs"] = summarise_labs(tallies, scheme)
+            temperature = pooled.temperature
+            found["central"] = summarise(pooled, scheme, temperature)
+            found["central_labs"] = summarise_labs(tallies, scheme, temperature)
         else:
             lab = name.removeprefix("local-")
-            found["local"][lab] = summarise(pooled, scheme)
-            own = summarise_labs({lab: tallies[lab]}, scheme)
+            temperature = tallies[lab].temperature
+            found["local"][lab] = summarise(pooled, scheme, temperature)
+            own = summarise_labs({lab: tallies[lab]}, scheme, temperature)
             found["local_own"].update(own)
     return found
 

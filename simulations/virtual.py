@@ -24,7 +24,7 @@ from cytofed.client.app import Lab, OnStep, lab_app
 from cytofed.client.budget import LedgerBudget
 from cytofed.client.cells import Cells, load_cells
 from cytofed.client.memory import FolderMemory
-from cytofed.client.opening import absent_classes
+from cytofed.client.opening import absent_classes, kept_for_calibration
 from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
 from cytofed.messages import ERROR_CODE, Order, Update, pack_update, read_parts, unpack_order
@@ -85,7 +85,7 @@ class VirtualLabs:
     cells: Cells
     lab_N: npt.NDArray[np.int64]
     side_N: npt.NDArray[np.int8]
-    """0: left out by +missing, 1: training, 2: test"""
+    """0: left out by +missing, 1: training, 2: test, 3: kept for calibration"""
     stains: tuple[Stain | None, ...]
     folder: Path
     """where the start model and the labs' memories lie"""
@@ -149,6 +149,7 @@ class VirtualLabs:
             scheme=self.scheme,
             train=train,
             test=cells.take(self.rows(number, 2)),
+            calibration=cells.take(self.rows(number, 3)),
             absent_C=absent_classes(plan, self.scheme, train),
             start=self.folder / START_FILE,
             memory=FolderMemory(self.folder / "memory", name),
@@ -187,6 +188,10 @@ def baseline_plan(plan: Plan) -> Plan:
 def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Path) -> VirtualLabs:
     """The labs of a partition; what ``+missing`` took away stays out of training."""
     side_N = np.where(test_N, 2, np.where(partition.keep_N, 1, 0)).astype(np.int8)
+    if plan.evaluation.calibration:
+        for lab in range(len(partition.labs)):
+            rows = np.flatnonzero((side_N == 1) & (partition.lab_N == lab))
+            side_N[rows[kept_for_calibration(cells.take(rows), plan)]] = 3
     return VirtualLabs(
         plan, partition.labs, cells, partition.lab_N, side_N, partition.stains, folder
     )

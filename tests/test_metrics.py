@@ -20,11 +20,11 @@ from cytofed.errors import InputError
 from cytofed.labels import Scheme, load_scheme
 from cytofed.metrics import (
     BINS,
+    TEMPERATURES,
     Tally,
     absent_recall,
     gap,
     interval,
-    recall_per_lab,
     spread,
     summarise,
     summarise_labs,
@@ -226,6 +226,64 @@ def test_every_confidence_has_a_bin_and_bins_include_their_upper_edge() -> None:
     assert [int(bins_B3[b, 0]) for b in (0, 1, 2, 3, 14)] == [1, 1, 1, 1, 1]
 
 
+def overconfident(
+    rng: np.random.Generator, images: int, sharpness: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities whose logits are ``sharpness`` times what they should be, and the truth."""
+    logits_NC = rng.normal(0, 1.5, (images, 3))
+    right_NC = np.exp(logits_NC) / np.exp(logits_NC).sum(axis=1, keepdims=True)
+    truth_N = np.array([rng.choice(3, p=p) for p in right_NC])
+    powers_NC = np.exp(sharpness * logits_NC)
+    return powers_NC / powers_NC.sum(axis=1, keepdims=True), one_hot(truth_N)
+
+
+@pytest.mark.parametrize("sharpness", [0.6, 1.0, 3.0])
+def test_temperature_of_a_sum_over_labs_undoes_what_logits_were_multiplied_with(
+    sharpness: float,
+) -> None:
+    rng = np.random.default_rng(3)
+    labs = [
+        tally(*overconfident(rng, 1000, sharpness), overconfident(rng, images, sharpness))
+        for images in (500, 700, 300)
+    ]
+    whole = sum(labs, Tally.empty(3))
+    assert whole.temperature == pytest.approx(sharpness, rel=0.15)
+    after = summarise(whole, SCHEME, whole.temperature)
+    before = summarise(whole, SCHEME)
+    assert after["ece"] < 0.03
+    assert after["calibration"]["ece_before"] == before["ece"]
+    assert after["macro_f1"] == before["macro_f1"]
+    if sharpness == 3.0:
+        assert before["ece"] > 0.1
+
+
+def test_bins_at_a_temperature_are_those_of_a_model_whose_logits_are_divided_by_it() -> None:
+    rng = np.random.default_rng(4)
+    probs_NC, targets_NC = overconfident(rng, 400, 2.0)
+    found = tally(probs_NC, targets_NC, (probs_NC, targets_NC))
+    assert found.temperature is not None
+    powers_NC = probs_NC ** (1 / found.temperature)
+    divided = tally(powers_NC / powers_NC.sum(axis=1, keepdims=True), targets_NC)
+    assert np.array_equal(found.at(found.temperature).bins_B3, divided.bins_B3)
+
+
+def test_without_a_calibration_part_there_is_no_temperature() -> None:
+    rng = np.random.default_rng(5)
+    probs_NC, targets_NC = overconfident(rng, 50, 2.0)
+    nothing = (probs_NC[:0], targets_NC[:0])
+    for found in (tally(probs_NC, targets_NC), tally(probs_NC, targets_NC, nothing)):
+        assert found.temperature is None
+        assert summarise(found, SCHEME, found.temperature)["calibration"] is None
+    assert (Tally.from_vector(found.vector_D, 3).vector_D == found.vector_D).all()
+
+
+def test_a_label_that_allows_several_classes_counts_for_the_temperature() -> None:
+    probs_NC = np.array([[0.6, 0.3, 0.1]])
+    both = np.array([[True, True, False]])
+    loss_T = tally(probs_NC, both, (probs_NC, both)).tempered_TD[:, 0]
+    assert loss_T[TEMPERATURES.index(1.0)] == pytest.approx(-1e6 * math.log(0.9), abs=1)
+
+
 def test_answering_only_the_confident_images_ends_at_the_accuracy_of_all() -> None:
     rng = np.random.default_rng(2)
     result = summarise(
@@ -306,7 +364,7 @@ def test_tallies_of_other_schemes_are_refused() -> None:
         summarise(counted([[1, 0], [0, 1]]), SCHEME)
     with pytest.raises(InputError, match="cannot add"):
         Tally.empty(2) + Tally.empty(3)
-    with pytest.raises(InputError, match="54 numbers"):
+    with pytest.raises(InputError, match="928 numbers"):
         Tally.from_vector(np.zeros(53, np.int64), 3)
 
 
@@ -336,9 +394,28 @@ def test_recall_is_reported_for_classes_a_lab_never_trained_on() -> None:
     assert result == {"PMO": 0.5}
 
 
-def test_recall_of_one_class_skips_labs_that_cannot_test_it() -> None:
-    tallies = {"a": counted([[3, 1, 0], [0, 1, 0], [0, 0, 1]]), "b": counted(np.diag([0, 1, 1]))}
-    assert recall_per_lab(tallies, SCHEME, "LYT") == {"a": 0.75}
+BLASTS = Scheme(
+    name="blasts",
+    codes=("BLA", "LYT"),
+    names={"BLA": "blast", "LYT": "lymphocyte"},
+    tolerated=frozenset(),
+)
+
+
+def test_recall_of_blasts_comes_with_its_wilson_interval() -> None:
+    found = summarise(counted([[8, 2], [3, 7]]), BLASTS)["blasts"]
+    assert found["recall"] == 0.8
+    assert found["images"] == 10
+    # Agresti & Coull 1998 and every calculator: 8 of 10 is .490 to .943.
+    assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    perfect = summarise(counted([[10, 0], [0, 1]]), BLASTS)["blasts"]
+    assert 0.7 < perfect["low"] < 0.75
+    assert perfect["high"] == pytest.approx(1.0)
+
+
+def test_recall_of_blasts_is_none_where_none_were_tested() -> None:
+    assert summarise(counted([[0, 0], [3, 7]]), BLASTS)["blasts"] is None
+    assert summarise(counted(np.eye(3, dtype=int)), SCHEME)["blasts"] is None
 
 
 def test_interval_holds_the_score_and_shrinks_with_more_images() -> None:

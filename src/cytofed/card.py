@@ -141,6 +141,8 @@ def _results(summary: Mapping[str, Any]) -> str:
         ("accuracy", scores.get("accuracy")),
         ("weighted F1", scores.get("weighted_f1")),
         ("expected calibration error", scores.get("ece")),
+        ("the same before the temperature", (scores.get("calibration") or {}).get("ece_before")),
+        ("recall of blasts", (scores.get("blasts") or {}).get("recall")),
     ]
     baselines = summary.get("baselines") or {}
     if baselines.get("central"):

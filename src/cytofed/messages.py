@@ -247,7 +247,8 @@ def pack_evaluation(evaluation: Evaluation) -> RecordDict:
         "round": evaluation.round,
     }
     tally = evaluation.tally
-    return _pack(header, {"confusion": tally.confusion_CC, "bins": tally.bins_B3})
+    counts = {"confusion": tally.confusion_CC, "bins": tally.bins_B3, "tempered": tally.tempered_TD}
+    return _pack(header, counts)
 
 
 def unpack_evaluation(message: Message, *, classes: int, noised: bool = False) -> Evaluation:
@@ -256,7 +257,12 @@ def unpack_evaluation(message: Message, *, classes: int, noised: bool = False) -
     Errors: BadMessage for shapes or counts that no tally has.
     """
     header, found = read_parts(message, np.int64)
-    expected = {"confusion": (classes, classes), "bins": Tally.empty(classes).bins_B3.shape}
+    empty = Tally.empty(classes)
+    expected = {
+        "confusion": empty.confusion_CC.shape,
+        "bins": empty.bins_B3.shape,
+        "tempered": empty.tempered_TD.shape,
+    }
     if {name: values.shape for name, values in found.items()} != expected:
         raise BadMessage(f"expected arrays {expected}, found {sorted(found)}")
     lowest = min(int(values.min(initial=0)) for values in found.values())
@@ -268,7 +274,7 @@ def unpack_evaluation(message: Message, *, classes: int, noised: bool = False) -
         lab=_text(header, "lab"),
         run=_text(header, "run"),
         round=_whole(header, "round"),
-        tally=Tally(found["confusion"], found["bins"]),
+        tally=Tally(found["confusion"], found["bins"], found["tempered"]),
     )
 
 

@@ -2,20 +2,22 @@
 
 All of it comes from a ``Tally`` of whole numbers, so that sums over labs are exact in any order
 and fit a secure sum. Tolerant scores after Matek et al., Blood 2021, 10.1182/blood.2020010568;
-expected calibration error after Guo et al., ICML 2017, arXiv:1706.04599.
+expected calibration error and temperature after Guo et al., ICML 2017, arXiv:1706.04599.
 
 Conventions: "macro" is the mean over classes with test images (support > 0); a precision or
 recall with nothing to divide by is 0. Counts below 0, which noise on a tally can give, are
 read as 0.
 
-Shapes: N images, C classes, B reliability bins, R bootstrap draws, D = C*C + 3B.
+Shapes: N images, M images of the calibration part, C classes, B reliability bins, T temperatures,
+R bootstrap draws, D = C*C + 3B + T*(1 + 3B).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +28,22 @@ from cytofed.labels import Scheme
 BINS = 15
 CONFIDENCE_UNIT = 1_000_000
 """Confidence is summed in millionths: whole numbers add up the same in any order."""
+TEMPERATURES: Final = tuple(2.0 ** (k / 6) for k in range(-6, 13))
+"""What logits may be divided by, 0.5 to 4: neighbours are 12% apart, so none is further than 6%
+from the best. A fixed list, since sums of scores over labs are for the same temperatures."""
 TINY_SUPPORT = 10
 """Classes with fewer test images are noise in a macro score (ABE has 8 images in all)."""
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+_TEMPERED = (len(TEMPERATURES), 1 + 3 * BINS)
+_LEAST = 1e-38
+"""Probabilities below are taken for this: float32 has none much smaller, and a log is finite."""
+
+
+def _no_temperatures() -> Counts:
+    return np.zeros(_TEMPERED, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +57,9 @@ class Tally:
     """rows truth, columns prediction"""
     bins_B3: Counts
     """per bin of confidence: images, sum of confidence in millionths, right predictions"""
+    tempered_TD: Counts = field(default_factory=_no_temperatures)
+    """per temperature: minus the log likelihood of the calibration part in millionths, then the
+    bins of the test images; zeros where no images were kept for calibration"""
 
     def __post_init__(self) -> None:
         classes = len(self.confusion_CC)
@@ -52,11 +68,13 @@ class Tally:
                 f"Expected a tally of (C, C) and ({BINS}, 3) counts, found "
                 f"{self.confusion_CC.shape} and {self.bins_B3.shape}"
             )
-        if self.confusion_CC.dtype != np.int64 or self.bins_B3.dtype != np.int64:
+        if self.tempered_TD.shape != _TEMPERED:
             raise InputError(
-                f"Expected a tally of int64, found {self.confusion_CC.dtype} and "
-                f"{self.bins_B3.dtype}"
+                f"Expected {_TEMPERED} counts of temperatures, found {self.tempered_TD.shape}"
             )
+        for counts in (self.confusion_CC, self.bins_B3, self.tempered_TD):
+            if counts.dtype != np.int64:
+                raise InputError(f"Expected a tally of int64, found {counts.dtype}")
 
     @classmethod
     def empty(cls, classes: int) -> Tally:
@@ -69,24 +87,41 @@ class Tally:
 
         Errors: InputError when the length does not fit ``classes``.
         """
-        expected = classes * classes + 3 * BINS
+        ends = np.cumsum([classes * classes, 3 * BINS, _TEMPERED[0] * _TEMPERED[1]])
+        expected = int(ends[-1])
         if vector_D.shape != (expected,):
             raise InputError(
                 f"Expected a tally of {expected} numbers for {classes} classes, "
                 f"found shape {vector_D.shape}"
             )
-        confusion_CC = vector_D[: classes * classes].reshape(classes, classes)
-        return cls(confusion_CC.copy(), vector_D[classes * classes :].reshape(BINS, 3).copy())
+        counts, bins, tempered = np.split(vector_D.copy(), ends[:-1])
+        return cls(
+            counts.reshape(classes, classes), bins.reshape(BINS, 3), tempered.reshape(_TEMPERED)
+        )
 
     @property
     def vector_D(self) -> Counts:
         """All counts as one vector, for the wire and the secure sum."""
-        return np.concatenate([self.confusion_CC.ravel(), self.bins_B3.ravel()])
+        parts = self.confusion_CC, self.bins_B3, self.tempered_TD
+        return np.concatenate([part.ravel() for part in parts])
 
     @property
     def images(self) -> int:
         """Number of images counted."""
         return int(self.confusion_CC.sum())
+
+    @property
+    def temperature(self) -> float | None:
+        """What fits the calibration part best; None without one."""
+        loss_T = self.tempered_TD[:, 0]
+        return TEMPERATURES[int(loss_T.argmin())] if (loss_T > 0).any() else None
+
+    def at(self, temperature: float | None) -> Tally:
+        """The same with the bins at one of ``TEMPERATURES``; as it is for None."""
+        if temperature is None:
+            return self
+        bins_D = self.tempered_TD[TEMPERATURES.index(temperature), 1:]
+        return Tally(self.confusion_CC, bins_D.reshape(BINS, 3), self.tempered_TD)
 
     def __add__(self, other: Tally) -> Tally:
         if self.confusion_CC.shape != other.confusion_CC.shape:
@@ -94,23 +129,56 @@ class Tally:
                 f"cannot add tallies of {len(self.confusion_CC)} and "
                 f"{len(other.confusion_CC)} classes"
             )
-        return Tally(self.confusion_CC + other.confusion_CC, self.bins_B3 + other.bins_B3)
+        return Tally(
+            self.confusion_CC + other.confusion_CC,
+            self.bins_B3 + other.bins_B3,
+            self.tempered_TD + other.tempered_TD,
+        )
 
 
-def tally(probs_NC: NDArray[np.floating[Any]], targets_NC: NDArray[np.bool_]) -> Tally:
+def tally(
+    probs_NC: NDArray[np.floating[Any]],
+    targets_NC: NDArray[np.bool_],
+    calibration: tuple[NDArray[np.floating[Any]], NDArray[np.bool_]] | None = None,
+) -> Tally:
     """Count predictions (the most likely class, the first of equals) against exact labels.
 
     Rows of ``targets_NC`` with several allowed classes are left out.
+    ``calibration``: probabilities and targets (M, C) of images that were kept for it.
 
     Errors: InputError for other shapes, for probabilities that are not finite or lie outside
     [0, 1], and for an image without any label.
     """
+    _check_scored(probs_NC, targets_NC)
+    classes = probs_NC.shape[1]
+    exact_N = targets_NC.sum(axis=1) == 1
+    probs_NC = probs_NC[exact_N]
+    truth_N = targets_NC[exact_N].argmax(axis=1)
+    guess_N = probs_NC.argmax(axis=1)
+    confusion_CC = np.bincount(truth_N * classes + guess_N, minlength=classes * classes)
+    confusion_CC = confusion_CC.reshape(classes, classes).astype(np.int64)
+    right_N = truth_N == guess_N
+    bins_B3 = _bins(probs_NC.max(axis=1, initial=0.0), right_N)
+    if calibration is None or len(calibration[0]) == 0:
+        return Tally(confusion_CC, bins_B3)
+
+    _check_scored(*calibration)
+    rows = []
+    for temperature in TEMPERATURES:
+        kept_MC, top_N = _tempered(calibration[0], temperature), _tempered(probs_NC, temperature)
+        found_M = np.where(calibration[1], kept_MC, 0).sum(axis=1)
+        loss = -np.log(np.maximum(found_M, _LEAST)).sum()
+        micro = np.rint(loss * CONFIDENCE_UNIT).astype(np.int64)
+        rows.append(np.append(micro, _bins(top_N.max(axis=1, initial=0.0), right_N)))
+    return Tally(confusion_CC, bins_B3, np.stack(rows))
+
+
+def _check_scored(probs_NC: NDArray[np.floating[Any]], targets_NC: NDArray[np.bool_]) -> None:
     if probs_NC.ndim != 2 or probs_NC.shape != targets_NC.shape:
         raise InputError(
             f"Expected probabilities and targets of one shape (N, C), found {probs_NC.shape} "
             f"and {targets_NC.shape}"
         )
-    classes = probs_NC.shape[1]
     if not np.isfinite(probs_NC).all():
         rows = int((~np.isfinite(probs_NC)).any(axis=1).sum())
         raise InputError(
@@ -126,27 +194,38 @@ def tally(probs_NC: NDArray[np.floating[Any]], targets_NC: NDArray[np.bool_]) ->
     labels_N = targets_NC.sum(axis=1)
     if (labels_N == 0).any():
         raise InputError(f"{int((labels_N == 0).sum())} of {len(probs_NC)} images have no label")
-    exact_N = labels_N == 1
-    probs_NC = probs_NC[exact_N]
-    truth_N = targets_NC[exact_N].argmax(axis=1)
-    guess_N = probs_NC.argmax(axis=1)
-    confusion_CC = np.bincount(truth_N * classes + guess_N, minlength=classes * classes)
 
-    top_N = probs_NC.max(axis=1).astype(np.float64) if len(probs_NC) else np.zeros(0)
-    micro_N = np.rint(np.minimum(top_N, 1.0) * CONFIDENCE_UNIT).astype(np.int64)
+
+def _bins(top_N: NDArray[np.floating[Any]], right_N: NDArray[np.bool_]) -> Counts:
+    """Images per bin of confidence, their confidence, and how many are right."""
+    capped_N = np.minimum(top_N.astype(np.float64), 1.0)
+    micro_N = np.rint(capped_N * CONFIDENCE_UNIT).astype(np.int64)
     bin_N = np.maximum((micro_N * BINS - 1) // CONFIDENCE_UNIT, 0)  # (m/B, (m+1)/B], as in Guo
     bins_B3 = np.zeros((BINS, 3), np.int64)
-    np.add.at(bins_B3, bin_N, np.stack([np.ones_like(micro_N), micro_N, truth_N == guess_N], 1))
-    return Tally(confusion_CC.reshape(classes, classes).astype(np.int64), bins_B3)
+    np.add.at(bins_B3, bin_N, np.stack([np.ones_like(micro_N), micro_N, right_N], 1))
+    return bins_B3
 
 
-def summarise(tally: Tally, scheme: Scheme) -> dict[str, Any]:
+def _tempered(probs_NC: NDArray[np.floating[Any]], temperature: float) -> Floats:
+    """The probabilities of logits divided by ``temperature``."""
+    logits_NC = np.log(np.maximum(probs_NC.astype(np.float64), _LEAST)) / temperature
+    powers_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True, initial=-np.inf))
+    return cast(Floats, powers_NC / powers_NC.sum(axis=1, keepdims=True))
+
+
+def summarise(tally: Tally, scheme: Scheme, temperature: float | None = None) -> dict[str, Any]:
     """The object ``global`` of summary.json; values are Python numbers, ready for JSON.
+
+    ``temperature``: what the released model's logits were divided by. Then ``ece``,
+    ``reliability`` and ``accuracy_coverage`` are of that model, and ``calibration`` says what the
+    error was without.
 
     Beyond the contract: ``images``; ``macro_f1_without_tiny`` (classes with fewer than 10 test
     images left out; None when none remains); ``tolerant.per_class``; ``differential_error``
     (mean over classes of |predicted - true share|, in percentage points, as labs report
-    differential counts); ``reliability`` and ``accuracy_coverage`` (lists of points).
+    differential counts); ``blasts`` (recall of blasts, which no lab may miss, with its Wilson
+    interval at 95 %; None without any); ``reliability`` and ``accuracy_coverage`` (lists of
+    points).
 
     Errors: InputError for a tally without images or of another number of classes.
     """
@@ -158,14 +237,19 @@ def summarise(tally: Tally, scheme: Scheme) -> dict[str, Any]:
     present_C = support_C > 0
     sturdy_C = support_C >= TINY_SUPPORT
     share_C = confusion_CC.sum(axis=0) / images - support_C / images
-    reliability = _reliability(tally)
-    error = sum(p["images"] * abs(p["accuracy"] - p["confidence"]) for p in reliability)
+    released = tally.at(temperature)
+    reliability = _reliability(released)
+    calibration = None
+    if temperature is not None:
+        before = _calibration_error(_reliability(tally))
+        calibration = {"temperature": temperature, "ece_before": before}
     return {
         "macro_f1": float(strict.f1_C[present_C].mean()),
         "balanced_accuracy": float(strict.recall_C[present_C].mean()),
         "accuracy": float(np.trace(confusion_CC) / images),
         "weighted_f1": float((strict.f1_C * support_C).sum() / images),
-        "ece": float(error / max(1, sum(p["images"] for p in reliability))),
+        "ece": _calibration_error(reliability),
+        "calibration": calibration,
         "per_class": _per_class(strict, support_C, scheme),
         "tolerant": {
             "macro_precision": float(loose.precision_C[present_C].mean()),
@@ -177,13 +261,16 @@ def summarise(tally: Tally, scheme: Scheme) -> dict[str, Any]:
         "images": images,
         "differential_error": float(100 * np.abs(share_C)[present_C].mean()),
         "reliability": reliability,
-        "accuracy_coverage": _accuracy_coverage(tally),
+        "accuracy_coverage": _accuracy_coverage(released),
+        "blasts": _blasts(confusion_CC, scheme),
     }
 
 
-def summarise_labs(tallies: Mapping[str, Tally], scheme: Scheme) -> dict[str, dict[str, Any]]:
+def summarise_labs(
+    tallies: Mapping[str, Tally], scheme: Scheme, temperature: float | None = None
+) -> dict[str, dict[str, Any]]:
     """``summarise`` of each lab; labs without exactly labelled test images are left out."""
-    return {lab: summarise(t, scheme) for lab, t in tallies.items() if _counted(t)}
+    return {lab: summarise(t, scheme, temperature) for lab, t in tallies.items() if _counted(t)}
 
 
 @dataclass(frozen=True)
@@ -228,13 +315,6 @@ def absent_recall(tally: Tally, train_counts_C: Counts, scheme: Scheme) -> dict[
         for c, code in enumerate(scheme.codes)
         if train_counts_C[c] == 0 and support_C[c] > 0
     }
-
-
-def recall_per_lab(tallies: Mapping[str, Tally], scheme: Scheme, code: str) -> dict[str, float]:
-    """Recall of one class (blasts: ``BLA``) at each lab that has test images of it."""
-    row = scheme.index(code)
-    counts = {lab: np.maximum(t.confusion_CC[row], 0) for lab, t in tallies.items()}
-    return {lab: float(c[row] / c.sum()) for lab, c in counts.items() if c.sum() > 0}
 
 
 def interval(
@@ -339,6 +419,26 @@ def _reliability(tally: Tally) -> list[dict[str, Any]]:
         for count, micro, right in bins_B3
         if count > 0
     ]
+
+
+def _calibration_error(reliability: list[dict[str, Any]]) -> float:
+    error = sum(p["images"] * abs(p["accuracy"] - p["confidence"]) for p in reliability)
+    return float(error / max(1, sum(p["images"] for p in reliability)))
+
+
+def _blasts(confusion_CC: Counts, scheme: Scheme) -> dict[str, Any] | None:
+    """Recall of blasts with its interval (Wilson 1927: sound for few images and near 0 or 1)."""
+    if "BLA" not in scheme.codes:
+        return None
+    row_C = confusion_CC[scheme.index("BLA")]
+    images, right = int(row_C.sum()), int(row_C[scheme.index("BLA")])
+    if images == 0:
+        return None
+    z, share = 1.959964, right / images
+    middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
+    deviation = math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    half = z * deviation / (1 + z**2 / images)
+    return {"recall": share, "low": middle - half, "high": middle + half, "images": images}
 
 
 def _accuracy_coverage(tally: Tally) -> list[dict[str, float]]:

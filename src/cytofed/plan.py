@@ -158,6 +158,8 @@ class Evaluation:
     fraction: float = 0.2
     fold: int = 0
     """which of the 1/fraction disjoint parts is held out, from 0: for cross-validation"""
+    calibration: float = 0.0
+    """fraction of what is not held out that is kept for the temperature of the released model"""
     every: int = 1
     per_lab: bool | None = None
     sigma: float | None = None
@@ -223,9 +225,11 @@ class Plan:
 
 PRIVATE_DEFAULTS: Mapping[str, Any] = {
     "train": {"rounds": 10, "local_epochs": 0.5, "optimizer": "sgd", "lr": 0.3, "warmup": 0.0},
+    "evaluation": {"calibration": 0.0},
 }
 """what ``load_plan`` takes under differential privacy where the user names nothing else: few
-steps, since each costs noise on all, and SGD, since Adam scales noise up to full steps"""
+steps, since each costs noise on all, SGD, since Adam scales noise up to full steps, and no
+temperature, which would be fitted to private images"""
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
@@ -392,6 +396,7 @@ def _check_values(plan: Plan) -> None:
     _above_zero("cohort.wait_s", plan.cohort.wait_s)
     _above_zero("cohort.round_timeout_s", plan.cohort.round_timeout_s)
     _bound("evaluation.fraction", plan.evaluation.fraction, 0, 0.9)
+    _bound("evaluation.calibration", plan.evaluation.calibration, 0, 0.5)
     folds = int(1 / plan.evaluation.fraction + 1e-9) if plan.evaluation.fraction else 1
     _bound("evaluation.fold", plan.evaluation.fold, 0, folds - 1)
     _bound("evaluation.every", plan.evaluation.every, 1)

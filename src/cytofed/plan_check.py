@@ -91,6 +91,12 @@ def _check_private(plan: Plan) -> list[str]:
             "one patient's gradient would depend on another",
             hint="set train.balance=none",
         )
+    if plan.evaluation.calibration > 0:
+        raise InputError(
+            f"evaluation.calibration is {plan.evaluation.calibration:g}: a temperature is fitted "
+            "to private images, and no noise covers that",
+            hint="set evaluation.calibration=0",
+        )
     if plan.evaluation.per_lab:
         raise InputError(
             "evaluation.per_lab tells scores of single labs, which differential privacy does not "

@@ -48,8 +48,10 @@ class Start:
         """All tensors, the trained ones taken from ``weights_P``."""
         return {**self.tensors, **self.manifest.split(weights_P)}
 
-    def released(self, weights_P: Float32) -> Float32:
+    def released(self, weights_P: Float32, temperature: float | None = None) -> Float32:
         """``weights_P`` as a model that is used: classes that no lab had are never predicted.
+
+        ``temperature``: the logits are divided by it, through the head's weights.
 
         A class without an image at any lab is masked everywhere, so its row of a fresh head is
         still all zeros. Left open it would take probability from the others, which masked losses
@@ -61,6 +63,9 @@ class Start:
             return weights_P
         rows_CF, bias_C = tensors["head.weight"], tensors["head.bias"]
         untrained_C = (bias_C == 0) & (rows_CF == 0).all(axis=1)
+        if temperature is not None:
+            rows_CF /= np.float32(temperature)
+            bias_C /= np.float32(temperature)
         if not untrained_C.all():
             bias_C[untrained_C] = _CLOSED
         return weights_P

@@ -74,6 +74,20 @@ def test_classes_without_a_training_image_are_masked_at_their_lab_only(small: Sm
     assert not unmasked.lab(0).absent_C.any()
 
 
+def test_calibration_images_are_kept_out_of_training_and_test(small: Small) -> None:
+    plain = cut(small(out=small().out.with_name("plain")))
+    labs = cut(small("evaluation.calibration=0.25"))
+    for number in range(4):  # three labs and central
+        lab = labs.lab(number)
+        assert lab.calibration is not None
+        kept, train, test = (set(c.paths()) for c in (lab.calibration, lab.train, lab.test))
+        assert kept
+        assert not kept & (train | test)
+        assert kept | train == set(plain.lab(number).train.paths())
+        assert test == set(plain.lab(number).test.paths())
+    assert not (plain.side_N == 3).any()
+
+
 def test_saved_labs_open_as_they_were(small: Small) -> None:
     labs = cut(small("simulation.partition=dirichlet:0.5+stain:0.5+missing:1", "simulation.labs=3"))
     found = VirtualLabs.load(labs.folder)
