@@ -165,7 +165,7 @@ def change(folder: Path, **keys: Any) -> Path:
     return folder
 
 
-class _Page(HTMLParser):
+class StrictPage(HTMLParser):
     """Reads a page strictly: tags must nest; notes what it holds."""
 
     def __init__(self, page: str) -> None:
@@ -215,19 +215,19 @@ def folder_of_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(folder_of_a_run: Path) -> _Page:
+def page(folder_of_a_run: Path) -> StrictPage:
     """The report of an ordinary run."""
-    return _Page((folder_of_a_run / "report.html").read_text(encoding="utf-8"))
+    return StrictPage((folder_of_a_run / "report.html").read_text(encoding="utf-8"))
 
 
-def test_report_loads_nothing_and_runs_nothing(page: _Page) -> None:
+def test_report_loads_nothing_and_runs_nothing(page: StrictPage) -> None:
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "form"}
     assert not page.handlers
     assert all(link.startswith(("#", "data:image/")) for link in page.links)
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_report_shows_every_part_of_a_run(page: _Page) -> None:
+def test_report_shows_every_part_of_a_run(page: StrictPage) -> None:
     for title in (
         "Who holds what",
         "Learning",
@@ -246,7 +246,7 @@ def test_report_shows_every_part_of_a_run(page: _Page) -> None:
     assert "5f" * 32 in page.text
 
 
-def test_report_of_a_run_without_privacy_says_so(page: _Page) -> None:
+def test_report_of_a_run_without_privacy_says_so(page: StrictPage) -> None:
     assert "Not differentially private." in page.text
     assert "not anonymous by itself" in page.text
 
@@ -257,7 +257,7 @@ def test_names_and_reasons_from_labs_cannot_inject_markup(tmp_path: Path) -> Non
     change(folder, warnings=[HOSTILE], plan_name=HOSTILE, versions={HOSTILE: HOSTILE})
     raw = write_report(folder).read_text(encoding="utf-8")
     assert "<script" not in raw
-    shown = _Page(raw)
+    shown = StrictPage(raw)
     assert HOSTILE in shown.text
     assert "script" not in shown.tags
 
@@ -282,7 +282,7 @@ def test_run_that_failed_before_its_first_round_has_a_report(tmp_path: Path) -> 
     (folder / "plan.yaml").write_text("name: small\n")
     failed = {"status": "failed", "error": "no lab came within 600 s", "global": None, "labs": None}
     (folder / "summary.json").write_text(json.dumps(failed))
-    text = _Page(write_report(folder).read_text()).text
+    text = StrictPage(write_report(folder).read_text()).text
     assert "no lab came within 600 s" in text
     assert "left no model" in text
 
@@ -291,13 +291,13 @@ def test_incomplete_run_names_the_labs_that_never_contributed(tmp_path: Path) ->
     folder = made_run(tmp_path / "run", rounds=2, drawn=False)
     entry = {"expected": ["lab-1", "lab-9"], "received": ["lab-1"], "absent": {"lab-9": "late"}}
     change(folder, status="incomplete", rounds=1, participation=[{"round": 1, **entry}])
-    text = _Page(write_report(folder).read_text()).text
+    text = StrictPage(write_report(folder).read_text()).text
     assert "1 of 2 rounds were applied; never contributed: lab-9" in text
 
 
 def test_epsilon_is_never_shown_without_delta_and_unit(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run", unit="patient", pseudo=True, drawn=False)
-    text = _Page(write_report(folder).read_text()).text
+    text = StrictPage(write_report(folder).read_text()).text
     assert "epsilon 7.96 at delta 0.001, per pseudo-patient, add-or-remove" in text
     assert "protects no real person" in text
     assert "Not differentially private" not in text
@@ -313,7 +313,7 @@ def test_scores_that_were_paid_for_are_shown_as_released_and_part_of_epsilon(
         "noise": "seeded: this run can be repeated, so it protects nobody",
     }
     told = {"labs": 4, "noise_sd": 81.5, "macro_f1": 0.4321, "accuracy": 0.5}
-    page = _Page(write_report(change(folder, privacy=privacy, released=told)).read_text())
+    page = StrictPage(write_report(change(folder, privacy=privacy, released=told)).read_text())
     for words in (
         "epsilon 8.42 at delta 0.001, per patient, add-or-remove",
         "training alone costs 7.96, the 3 releases of noised scores alone 1.20",
@@ -327,7 +327,7 @@ def test_scores_that_were_paid_for_are_shown_as_released_and_part_of_epsilon(
         in printed(json.loads((folder / "summary.json").read_text()))
     )
     deployed = change(folder, released=None, scores={"noised": True})
-    assert "All scores are released scores" in _Page(write_report(deployed).read_text()).text
+    assert "All scores are released scores" in StrictPage(write_report(deployed).read_text()).text
 
 
 def private_run(folder: Path, **privacy: Any) -> Path:
@@ -341,13 +341,13 @@ def private_run(folder: Path, **privacy: Any) -> Path:
 
 def test_accuracy_is_shown_against_epsilon_with_the_runs_beside_it(tmp_path: Path) -> None:
     folder = private_run(tmp_path / "eight", epsilon=8)
-    alone = _Page(write_report(folder).read_text())
+    alone = StrictPage(write_report(folder).read_text())
     assert "epsilon of training, delta 0.001, per patient, add-or-remove" in alone.text
     assert "other runs" not in alone.text
     for number, name in enumerate(("one", HOSTILE.replace("/", "")), start=1):
         private_run(tmp_path / name, epsilon=number)
     change(made_run(tmp_path / "open", rounds=3, drawn=False), data_sha256="ab" * 32)
-    beside = _Page(write_report(folder).read_text())
+    beside = StrictPage(write_report(folder).read_text())
     assert "other runs, at their end" in beside.text
     assert "without privacy 0." in beside.text
     for name in ("one", "open", "this run", HOSTILE.replace("/", "")):
@@ -374,14 +374,14 @@ def test_run_of_anything_else_is_not_compared_with(tmp_path: Path, difference: s
 
 def test_image_unit_is_labelled_as_weaker_than_patient(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run", unit="image", drawn=False)
-    text = _Page(write_report(folder).read_text()).text
+    text = StrictPage(write_report(folder).read_text()).text
     assert "per image, add-or-remove" in text
     assert "protected much less than epsilon says" in text
 
 
 def test_scores_per_lab_may_be_off(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run", unit="patient", drawn=False)
-    assert "Scores per lab are off" in _Page(write_report(folder).read_text()).text
+    assert "Scores per lab are off" in StrictPage(write_report(folder).read_text()).text
 
 
 def test_round_run_again_after_a_crash_counts_once_and_a_torn_line_is_skipped(
