@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cytofed.errors import InputError
 from cytofed.plan import (
     PRIVATE_DEFAULTS,
+    PRIVATE_HEAD,
     Plan,
     builtin_plans,
     dump_plan,
@@ -200,18 +201,31 @@ def test_later_set_wins_over_earlier_and_over_the_file() -> None:
 
 
 def test_privacy_changes_the_defaults_and_nothing_that_the_user_names(tmp_path: Path) -> None:
-    private = load_plan("marrow", ["privacy.unit=patient"])
+    private = load_plan("marrow", ["privacy.unit=patient", "model.arch=cytonet"])
     for key, value in PRIVATE_DEFAULTS["train"].items():
         assert value_of(private, f"train.{key}") == value
     assert private.train != load_plan("marrow").train
     assert load_plan("marrow", ["train.lr=0.1", "privacy.unit=patient"]).train.lr == 0.1
     file = tmp_path / "plan.yaml"
-    file.write_text("train: {optimizer: adamw}\nprivacy: {unit: patient}\n")
+    file.write_text("model: {width: 8}\ntrain: {optimizer: adamw}\nprivacy: {unit: patient}\n")
     assert load_plan(file).train.optimizer == "adamw", "the user's own file"
     assert load_plan(file).train.lr == PRIVATE_DEFAULTS["train"]["lr"]
     file.write_text(dump_plan(private))
     assert load_plan(file) == private
     assert load_plan(file, ["privacy.unit=none"]).train == private.train, "all is named there"
+
+
+def test_privacy_alone_trains_a_head_on_frozen_public_features(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("privacy: {unit: patient}\n")
+    for private in (load_plan("demo", ["privacy.unit=patient"]), load_plan(file)):
+        assert (private.model.arch, private.model.start) == ("encoder+head", "blood")
+        assert private.labels.scale.size_px == PRIVATE_HEAD["labels"]["scale"]["size_px"]
+        assert private.train.lr == PRIVATE_HEAD["train"]["lr"]
+    file.write_text("model: {width: 8}\nlabels: {scale: {size_px: 32}}\nprivacy: {unit: patient}\n")
+    own = load_plan(file)
+    assert (own.model.arch, own.labels.scale.size_px) == ("cytonet", 32), "all as the user's"
+    assert own.train.lr == PRIVATE_DEFAULTS["train"]["lr"]
 
 
 @pytest.mark.parametrize("override", ["train.rounds", "=3", "train.rounds.x=3", "x y", "", "."])
