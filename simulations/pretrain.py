@@ -55,6 +55,9 @@ Objective = Literal["supervised", "contrastive", "both"]
 _FRAME = 5 / 3
 """field of a frame over field of a view: room to turn, shift and zoom out"""
 _CLIP = 5.0
+_DEVIATION = 0.25
+"""of a feature: some hundred of them have a norm of 4 to 7 then, which suits both a learning rate
+of .01 to .1 for net and head together and a private head's max_norm of 1"""
 _EMBEDDING = 128
 
 
@@ -345,8 +348,8 @@ def whiten(encoder: nn.Module, cells: Cells, recipe: Recipe, *, images: int = 40
     """Set ``encoder.project`` to the whitening of its statistics over ``cells``, in place.
 
     Statistics are means over the views that a frozen encoder sees. Features are their F strongest
-    principal directions, each scaled to a variance of about 1 over these images; a ridge keeps
-    directions in which they hardly differ from being blown up.
+    principal directions, each scaled to a deviation of about a quarter over these images; a ridge
+    keeps directions in which they hardly differ from being blown up.
     """
     rng = np.random.default_rng((recipe.seed, 1))
     chosen = np.sort(rng.permutation(len(cells))[:images])
@@ -364,7 +367,7 @@ def whiten(encoder: nn.Module, cells: Cells, recipe: Recipe, *, images: int = 40
     assert isinstance(project, nn.Linear)
     strongest = torch.arange(len(mean_S) - 1, len(mean_S) - 1 - project.out_features, -1)
     variance_F = variance_S[strongest].clamp(min=0)
-    scale_F = (variance_F + recipe.ridge * variance_F.mean() + 1e-12).rsqrt()
+    scale_F = _DEVIATION * (variance_F + recipe.ridge * variance_F.mean() + 1e-12).rsqrt()
     weight_FS = scale_F[:, None] * directions_SS[:, strongest].T
     with torch.no_grad():
         project.weight.copy_(weight_FS)

@@ -16,7 +16,14 @@ from cytofed.encoder import card_of, sha256_of
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Model, load_plan
-from cytofed.simulations.pretrain import Recipe, Request, contrastive_loss, pretrain, whiten
+from cytofed.simulations.pretrain import (
+    _DEVIATION,
+    Recipe,
+    Request,
+    contrastive_loss,
+    pretrain,
+    whiten,
+)
 from cytofed.simulations.simulate import Request as SimulationRequest
 from cytofed.simulations.simulate import simulate
 
@@ -125,7 +132,7 @@ def test_an_encoder_alone_predicts_nothing(encoder: Path) -> None:
         models.load_model(encoder)
 
 
-def test_whitened_features_are_uncorrelated_with_variance_one(
+def test_whitened_features_are_uncorrelated_and_of_one_deviation(
     request_: Request, encoder: Path
 ) -> None:
     net = models.build(Model(arch="encoder+head", start=str(encoder)), 7, seed=0)
@@ -135,7 +142,10 @@ def test_whitened_features_are_uncorrelated_with_variance_one(
     covariance_FF = torch.cov(features_NF.double().T)
     strong = slice(0, 48)  # float32 statistics blur the weakest directions
     torch.testing.assert_close(
-        covariance_FF[strong, strong], torch.eye(48, dtype=torch.double), atol=0.02, rtol=0
+        covariance_FF[strong, strong] / _DEVIATION**2,
+        torch.eye(48, dtype=torch.double),
+        atol=0.02,
+        rtol=0,
     )
     assert features_NF.mean(dim=0).abs().max() < 0.05
 
