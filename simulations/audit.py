@@ -35,6 +35,10 @@ from cytofed.privacy.accounting import shown
 from cytofed.privacy.losses import Steps, loss_law
 from cytofed.privacy.terms import Terms, terms_of
 from cytofed.simulations.attacks import attack
+from cytofed.simulations.attacks import lines as attack_lines
+from cytofed.simulations.audit_report import VERSION, write_figures
+from cytofed.simulations.membership import infer_members
+from cytofed.simulations.membership import lines as membership_lines
 from cytofed.simulations.report import Run, read_run, write_report
 
 if TYPE_CHECKING:
@@ -84,7 +88,7 @@ def audit(
     run = read_run(run_dir)
     terms = terms_of(run.plan)
     found: dict[str, Any] = {
-        "version": 1,
+        "version": VERSION,
         "plan_sha256": run.plan.sha256,
         "unit": run.plan.privacy.unit,
         "claim": None if terms is None else str(terms.guarantee),
@@ -110,14 +114,17 @@ def audit(
     if controls:
         found["controls"] = _controls(run, tell)
     if attacks:
-        tell("attacks")
-        found["attacks"] = attack(run.plan)
+        found["attacks"] = {
+            **attack(run.plan, tell),
+            "membership": infer_members(run_dir, tell),
+        }
     leaves = _leaves(run)
     found["checks"] = [asdict(finding) for finding in checks]
     found["leaves"] = [asdict(finding) for finding in leaves]
     found["violations"] = sum(f.verdict == "VIOLATION" for f in (*checks, *leaves))
     found["seconds"] = round(time.monotonic() - started_s, 1)
     write_atomically(run_dir / "audit.json", json.dumps(found, indent=1) + "\n")
+    write_figures(found, run_dir / "figures")
     write_report(run_dir)
     return found
 
@@ -470,9 +477,13 @@ def render_audit(found: Json, console: Console, *, run_dir: Path) -> None:
         console.print(Text(false_alarms_line(alarms)), soft_wrap=True)
     if found["controls"]:
         _print_controls(found["controls"], console)
-    for way in (found["attacks"] or {}).get("inversion", {}).get("ways", ()):
-        line = f"image rebuilt from {way['way']}: likeness {way['likeness']:.2f} of 1"
-        console.print(Text(line), soft_wrap=True)
+    if found["attacks"]:
+        private = found["unit"] != "none"
+        for line in (
+            *attack_lines(found["attacks"]),
+            *membership_lines(found["attacks"]["membership"], private=private),
+        ):
+            console.print(Text(line), soft_wrap=True)
     lines = [f"{found['violations']} violations, in {found['seconds']:.0f} s"]
     lines.append(f"report   {run_dir / 'report.html'}")
     for line in lines:

@@ -238,7 +238,7 @@ class _Bench:
         """A frozen encoder's features of all images; None where it is trained."""
         import torch
 
-        from cytofed.client.private import frozen_features
+        from cytofed.client.features import frozen_features
 
         if not self.recipe.on_features:
             return None
@@ -263,7 +263,8 @@ class _Bench:
         seed = derive(recipe.plan.train.seed, "shadow", number)
         if recipe.terms is not None:
             unit = recipe.plan.privacy.unit
-            declared = len(np.unique(cells.patients_N)) if unit == "patient" else len(cells)
+            patients = len(np.unique(subjects.patient_N[mine]))
+            declared = patients if unit == "patient" else len(cells)
             private.train_privately(
                 net,
                 cells,

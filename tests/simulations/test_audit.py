@@ -124,9 +124,19 @@ def test_every_control_is_caught_and_shown(private_run: Path) -> None:
     assert found["controls"]["all_caught"]
     assert len(found["controls"]["faults"]) == 8
     assert "8 of 8 planted faults caught" in lines(found)
+    assert "membership inference, pseudo-patients | AUC" in lines(found)
     report = write_report(private_run).read_text()
     assert "8 of 8 planted faults caught" in report
-    assert report.count("data:image/png;base64,") >= 20
+    assert report.count("data:image/png;base64,") >= 40
+    for name in ("membership", "inversion", "seat", "collusion"):
+        for ending in ("svg", "pdf"):
+            assert (private_run / "figures" / f"{name}.{ending}").stat().st_size > 1000
+
+
+def test_an_audit_of_an_older_version_is_not_shown(private_run: Path) -> None:
+    found = audit(private_run)
+    (private_run / "audit.json").write_text(json.dumps({**found, "version": 1}))
+    assert "<h2>Audit</h2>" not in write_report(private_run).read_text()
 
 
 def test_a_control_that_is_missed_fails_the_audit() -> None:

@@ -1,0 +1,250 @@
+"""The audit's part of a run's report, and its figures as files of their own.
+
+All text and pictures come from ``audit.json``, which others may have written: text is escaped, and
+a picture is shown only where it is a PNG in the page itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cytofed import figures
+from cytofed.simulations import membership
+from cytofed.simulations.attacks import matches, recognised
+from cytofed.simulations.parts import drawing, number, scroll, section, table_of, warning_box
+
+Json = Mapping[str, Any]
+
+VERSION = 2
+"""of audit.json; an older one is not shown"""
+
+_DATA_URI = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
+
+
+def audit_section(found: Json | None) -> str:
+    """The section of an audit; empty where there is none."""
+    if not found:
+        return ""
+    violations = int(found.get("violations") or 0)
+    if violations:
+        lead = warning_box(f"{violations} violations: do not rely on this run's epsilon.")
+    else:
+        lead = (
+            "<p>No violation found. That is not a proof of privacy: an audit can refute a claim, "
+            "and each lower bound says how much it could have refuted.</p>"
+        )
+    parts = [lead, _checks(found), _leaves(found), _controls(found.get("controls"))]
+    attacks = found.get("attacks")
+    if attacks:
+        drawn = figures_of(found)
+        parts += [
+            _membership(attacks["membership"], drawn, private=found.get("unit") != "none"),
+            _inversion(attacks["inversion"]),
+            _seat(attacks["seat"]),
+            _collusion(attacks["collusion"], drawn),
+        ]
+    return section("Audit", "".join(parts))
+
+
+def figures_of(found: Json) -> dict[str, Figure]:
+    """The figures of an audit by name; none without attacks."""
+    attacks = found.get("attacks")
+    if not attacks:
+        return {}
+    drawn = {}
+    told = attacks["membership"]
+    if "missing" not in told:
+        levels = {"image": "images", "patient": _patients(told)}
+        drawn["membership"] = figures.membership_figure(
+            {
+                f"{name}, AUC {told[level]['auc']:.2f}": told[level]["curve"]
+                for level, name in levels.items()
+            },
+            mark=told["false_alarms"],
+        )
+    collusion = attacks["collusion"]
+    drawn["collusion"] = figures.collusion_figure(
+        {
+            "one image" if curve["cells"] == 1 else f"{curve['cells']} images": [
+                (row["colluding"], row["likeness"]) for row in curve["rows"]
+            ]
+            for curve in collusion["curves"]
+        },
+        labs=collusion["labs"],
+        threshold=collusion["threshold"],
+        lying_from=collusion["lying_from"],
+    )
+    inversion, seat = attacks["inversion"], attacks["seat"]
+    drawn["inversion"] = figures.pictures_figure(
+        {"the image": inversion["images"]} | {w["way"]: w["pictures"] for w in inversion["ways"]}
+    )
+    drawn["seat"] = figures.pictures_figure(
+        {"the image": seat["images"]} | {_place(row): row["pictures"] for row in seat["rows"]}
+    )
+    return drawn
+
+
+def write_figures(found: Json, folder: Path) -> None:
+    """Each figure of an audit as SVG and PDF in ``folder``."""
+    for name, figure in figures_of(found).items():
+        folder.mkdir(exist_ok=True)
+        for ending in ("svg", "pdf"):
+            figures.save(figure, folder / f"{name}.{ending}")
+
+
+def _checks(found: Json) -> str:
+    columns = ("claimed", "found", "verdict", "remark")
+    rows = [[str(f.get(key) or "") for key in ("what", *columns)] for f in found["checks"]]
+    table = scroll(table_of(["check", *columns], rows, texts=5, wrap=True))
+    alarms = found.get("false_alarms")
+    if not alarms:
+        return table
+    told = (
+        f"<p>Of {number(alarms['audits'])} audits of a correct mechanism, "
+        f"{number(alarms['steinke'])} (Steinke) and {number(alarms['gaussian'])} (Gaussian) "
+        f"found a violation; at most {1 - alarms['confidence']:.0%} are promised.</p>"
+    )
+    return table + told
+
+
+def _leaves(found: Json) -> str:
+    if not found.get("leaves"):
+        return ""
+    columns = ("what", "found", "verdict", "remark")
+    rows = [[str(f[key]) for key in columns] for f in found["leaves"]]
+    head = ["besides weights", "told", "verdict", "what a reader learns"]
+    return scroll(table_of(head, rows, texts=4, wrap=True))
+
+
+def _controls(controls: Json | None) -> str:
+    """Planted faults by checks; the reason of each catch in words below."""
+    if not controls:
+        return ""
+    checks = [str(check) for check in controls["checks"]]
+    rows, reasons = [], []
+    for row in (controls["shipped"], *controls["faults"]):
+        said = {check: str(row["checks"].get(check) or "") for check in checks}
+        marks = ["caught" if said[check] else "–" for check in checks]
+        rows.append([str(row["fault"]), *marks])
+        first = next((text for text in said.values() if text), "")
+        reasons.append([str(row["fault"]), first or "nothing found"])
+    caught = sum(bool(row["caught"]) for row in controls["faults"])
+    lead = f"Controls: {caught} of {len(controls['faults'])} planted faults caught."
+    table = scroll(table_of(["planted fault", *checks], rows, texts=1 + len(checks)))
+    why = scroll(table_of(["", "the first check that catches it"], reasons, texts=2, wrap=True))
+    details = f"<details><summary>What the checks say</summary>{why}</details>"
+    return f"<p>{escape(lead)}</p>{table}{details}"
+
+
+# --- attacks
+
+
+def _membership(found: Json, drawn: Mapping[str, Figure], *, private: bool) -> str:
+    title = "<h3>Who was trained on?</h3>"
+    if "missing" in found:
+        return f"{title}<p>{escape(str(found['missing']))}</p>"
+    lead = (
+        f"{found['attack']} on the released model, with {found['shadows']} shadow models that are "
+        f"cheaper than the run: {'; '.join(map(str, found['reduced']))}. Members are images that "
+        "labs trained on, the others held-out images. A weak attack is no evidence of privacy."
+    )
+    rows = []
+    for level, name in (("image", "images"), ("patient", _patients(found))):
+        part = found[level]
+        low, high = part["interval"]
+        verdict = membership.verdict(part, private=private)
+        figures_ = (f"{part['auc']:.3f}", f"{low:.2f} to {high:.2f}", f"{part['found']:.1%}")
+        rows.append([name, verdict, *figures_, number(part["members"]), number(part["others"])])
+    at = f"found at {found['false_alarms']:.0%} false alarms"
+    head = ["", "", "AUC", f"{found['confidence']:.0%}", at, "members", "others"]
+    caption = "Share of members found against false alarms; on the diagonal there is nothing."
+    curve = drawing(drawn["membership"], "membership", "ROC of membership inference", caption)
+    return f"{title}<p>{escape(lead)}</p>{scroll(table_of(head, rows, texts=2, wrap=True))}{curve}"
+
+
+def _patients(found: Json) -> str:
+    return "pseudo-patients" if found["pseudo_patients"] else "patients"
+
+
+def _inversion(found: Json) -> str:
+    """Images before and after: what each way of sending lets an attacker rebuild."""
+    rows = [("the image", ["", ""], found["images"])]
+    for way in found["ways"]:
+        name = way["way"] + (" (this plan)" if way["of_plan"] else "")
+        rows.append((name, [f"{way['likeness']:.2f}", f"{way['mixture']:.2f}"], way["pictures"]))
+    lead = (
+        "Rebuilt from one step's update of a small net whose first layer sees pixels, at max_norm "
+        f"{number(found['max_norm'])} and sigma {number(found['sigma'])}; the secure sums are over "
+        f"{number(found['in_sum'])} images. Likeness is the correlation of what sets an image "
+        "apart from the mean of all, of the best picture that an attacker gets and of the one that "
+        f"needs no choice; from {number(found['recognisable'])} on a cell is recognised. Clipping "
+        "hides nothing, a sum shows mixtures, noise hides. A demonstration, not evidence."
+    )
+    table = _pictures(["", "best", "mixture", ""], rows)
+    return f"<h3>Images from updates</h3><p>{escape(lead)}</p>{table}"
+
+
+def _seat(found: Json) -> str:
+    rows = [("the image", ["", "", ""], found["images"])]
+    for row in found["rows"]:
+        shares = [f"{row[key]:.0%}" for key in ("matched", "took_part")]
+        rows.append((_place(row), [f"{row['likeness']:.2f}", *shares], row["pictures"]))
+    lead = (
+        "The worst case for a lab: an update of one step on one image, sent by the code that "
+        f"ships. Matched: how often the lab's image is first of {number(found['candidates'])} "
+        "that the attacker has already; took part: how often the first is of any lab in what is "
+        "held. Secure aggregation hides whose an image is, and a sum of few single images does not "
+        "hide the images: that takes noise, or many images behind each update."
+    )
+    table = _pictures(["the coordinator holds", "likeness", "matched", "took part", ""], rows)
+    return f"<h3>What the coordinator's seat shows</h3><p>{escape(lead)}</p>{table}"
+
+
+def _place(row: Json) -> str:
+    return f"{row['way']}: {row['holds']}"
+
+
+def _collusion(found: Json, drawn: Mapping[str, Figure]) -> str:
+    one, several = found["curves"]
+    rows = []
+    for row, other in zip(one["rows"], several["rows"], strict=True):
+        left = "its own update" if row["opened"] else f"the sum of {row['left']} labs"
+        likeness = [f"{row['likeness']:.2f}", f"{other['likeness']:.2f}"]
+        told = [matches(row), recognised(row["likeness"])]
+        rows.append([str(row["colluding"]), left, *told, f"{row['cosine']:.2f}", *likeness])
+    head = ["labs that collude", "left of a lab", "", "one image", "cosine", "likeness"]
+    head.append(f"with {several['cells']} images")
+    lead = (
+        f"Of {found['labs']} labs some tell the coordinator their own updates and the shares that "
+        f"they keep: what is left hides among the others until {found['threshold']} labs' shares "
+        f"open a lab's upload. A coordinator that also lies about who is alive needs "
+        f"{found['lying_from']}; that is not played here."
+    )
+    caption = "Likeness of the best picture of a lab's image against the labs that collude."
+    curve = drawing(drawn["collusion"], "collusion", "likeness against colluding labs", caption)
+    table = scroll(table_of(head, rows, texts=4, wrap=True))
+    return f"<h3>Collusion</h3><p>{escape(lead)}</p>{curve}{table}"
+
+
+def _pictures(head: Sequence[str], rows: Sequence[tuple[str, list[str], Sequence[str]]]) -> str:
+    """A table whose last column shows pictures."""
+    top = "".join(f"<th scope=col>{escape(text)}</th>" for text in head)
+    body = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>"
+        + "".join(f"<td class=num>{escape(value)}</td>" for value in values)
+        + "<td>"
+        + "".join(
+            f'<img src="{uri}" alt="" width="72" height="72">'
+            for uri in map(str, pictures)
+            if _DATA_URI.fullmatch(uri)
+        )
+        + "</td></tr>"
+        for name, values, pictures in rows
+    )
+    return scroll(f'<table class="examples"><thead><tr>{top}</tr></thead>{body}</table>')
