@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     import torch
 
     from cytofed.client.training import Progress
+    from cytofed.models import Classifier
     from cytofed.privacy.selfcheck import SelfCheck
 
 _KEPT_FEATURES = 64
@@ -276,7 +277,7 @@ def self_check(new_randomness: Callable[[], Randomness]) -> SelfCheck:
 class _Net:
     """A built net, kept warm between orders, and what of it is exchanged."""
 
-    net: torch.nn.Module
+    net: Classifier
     manifest: Manifest
     strategy: Strategy
     device: torch.device
@@ -299,7 +300,7 @@ class _Net:
 
     def features(self, lab: Lab, part: _Part) -> Float32 | None:
         """The frozen encoder's features of a lab's images, computed once; None where it trains."""
-        from cytofed.client import private
+        from cytofed.client.features import frozen_features
 
         if any(tensor.role != "head" for tensor in self.manifest.tensors):
             return None
@@ -308,9 +309,7 @@ class _Net:
             while len(self.known_features) >= _KEPT_FEATURES:
                 del self.known_features[next(iter(self.known_features))]
             cells = _cells(lab, part)
-            self.known_features[key] = private.frozen_features(
-                self.net, cells, self.device, lab.plan.train
-            )
+            self.known_features[key] = frozen_features(self.net, cells, self.device, lab.plan.train)
         return self.known_features[key]
 
 

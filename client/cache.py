@@ -593,7 +593,7 @@ def _prune(cache_dir: Path, *, keep: set[Path]) -> None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: somebody builds
                     path.unlink()
             old = time.time() - path.stat().st_mtime > _KEEP_S
-            if path.suffix in (".cells", ".memo") and path not in keep and old:
+            if path.suffix in (".cells", ".memo", ".features") and path not in keep and old:
                 path.unlink()
 
 

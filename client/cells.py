@@ -49,6 +49,11 @@ class Cells:
     def __len__(self) -> int:
         return len(self.row_N)
 
+    @property
+    def as_cached(self) -> bool:
+        """Whether ``images`` are those of the cache files, unchanged."""
+        return True
+
     def take(self, index: np.ndarray) -> Cells:
         """The images at ``index`` (positions or a bool mask), in that order."""
         return Cells(

@@ -28,7 +28,7 @@ from cytofed.client.augment import augment
 from cytofed.client.cells import Cells
 from cytofed.client.training import Bools, Objective, Progress
 from cytofed.errors import InputError, VerificationError
-from cytofed.plan import Plan, Train, from_dict
+from cytofed.plan import Plan, from_dict
 from cytofed.privacy.accounting import Guarantee, SubsampledGaussian
 from cytofed.privacy.gradients import (
     Mechanism,
@@ -216,20 +216,6 @@ def count_units(plan: Plan, cells: Cells) -> int:
     """Patients (or images) of a simulated lab: what it declares. A deployment never counts."""
     found: Units = units_of(plan.privacy.unit, len(cells), cells.patients_N)
     return len(found)
-
-
-def frozen_features(
-    net: nn.Module, cells: Cells, device: torch.device, settings: Train, *, batch: int = 256
-) -> Float32:
-    """The encoder's features of all cells, (N, F) float32, without augmentation."""
-    parts = []
-    with training.steady(settings.threads):
-        net.to(device)
-        for start in range(0, max(1, len(cells)), batch):  # of no cells the shape is known too
-            index = np.arange(start, min(start + batch, len(cells)))
-            images = models.images_of(torch.from_numpy(cells.images(index)).to(device))
-            parts.append(models.features(net, images).float().cpu().numpy())
-    return np.concatenate(parts)
 
 
 # --- self-check

@@ -47,6 +47,10 @@ class StainedCells(Cells):
     lab_N: npt.NDArray[np.int64]
     stains: tuple[Stain | None, ...]
 
+    @property
+    def as_cached(self) -> bool:
+        return all(self.stains[lab] is None for lab in np.unique(self.lab_N).tolist())
+
     def take(self, index: npt.NDArray[Any]) -> StainedCells:
         return stained(super().take(index), self.lab_N[index], self.stains)
 
