@@ -34,6 +34,7 @@ from cytofed.metrics import spread
 from cytofed.page import page
 from cytofed.plan import Plan, dump_plan, load_plan
 from cytofed.privacy.accounting import SubsampledGaussian, price
+from cytofed.simulations.audit_report import VERSION, audit_section
 from cytofed.simulations.parts import (
     CSS,
     drawing,
@@ -163,7 +164,7 @@ def _read_audit(run_dir: Path, plan: Plan) -> Json | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        ours = found["plan_sha256"] == plan.sha256
+        ours = found["plan_sha256"] == plan.sha256 and found["version"] == VERSION
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{path} is not what an audit writes", hint="remove it, and audit again"
@@ -226,7 +227,7 @@ def render_page(run: Run) -> str:
         _participation(run),
         _cost(run),
         _privacy(run),
-        _audit(run),
+        audit_section(run.audit),
         _plan(run),
         _references(run),
     ]
@@ -787,89 +788,6 @@ def _accuracy_against_epsilon(run: Run) -> str:
         table += "<p>A dash: without differential privacy.</p>" if levels else ""
     picture = drawing(figure, "epsilon", "macro F1 against epsilon", caption)
     return f'<div class="grid">{picture}<div>{table}</div></div>'
-
-
-def _audit(run: Run) -> str:
-    found = run.audit
-    if not found:
-        return ""
-    violations = int(found.get("violations") or 0)
-    if violations:
-        lead = warning_box(f"{violations} violations: do not rely on this run's epsilon.")
-    else:
-        lead = (
-            "<p>No violation found. That is not a proof of privacy: an audit can refute a claim, "
-            "and each lower bound says how much it could have refuted.</p>"
-        )
-    columns = ("claimed", "found", "verdict", "remark")
-    rows = [[str(f.get(key) or "") for key in ("what", *columns)] for f in found["checks"]]
-    table = scroll(table_of(["check", *columns], rows, texts=5, wrap=True))
-    alarms = found.get("false_alarms")
-    told = ""
-    if alarms:
-        told = (
-            f"<p>Of {number(alarms['audits'])} audits of a correct mechanism, "
-            f"{number(alarms['steinke'])} (Steinke) and {number(alarms['gaussian'])} (Gaussian) "
-            f"found a violation; at most {1 - alarms['confidence']:.0%} are promised.</p>"
-        )
-    leaves = ""
-    if found.get("leaves"):
-        rows = [
-            [str(f[key]) for key in ("what", "found", "verdict", "remark")] for f in found["leaves"]
-        ]
-        head = ["besides weights", "told", "verdict", "what a reader learns"]
-        leaves = scroll(table_of(head, rows, texts=4, wrap=True))
-    return section(
-        "Audit",
-        f"{lead}{table}{told}{leaves}{_controls(found.get('controls'))}{_inversion(found.get('attacks'))}",
-    )
-
-
-def _inversion(attacks: Json | None) -> str:
-    """Images before and after: what each way of sending lets an attacker rebuild."""
-    if not attacks:
-        return ""
-    found = attacks["inversion"]
-    rows = [["the image", "", *found["images"]]]
-    rows += [[w["way"], f"{w['likeness']:.2f}", *w["pictures"]] for w in found["ways"]]
-    body = "".join(
-        f"<tr><th scope=row>{escape(str(way))}</th><td class=num>{escape(str(likeness))}</td><td>"
-        + "".join(
-            f'<img src="{uri}" alt="" width="72" height="72">'
-            for uri in pictures
-            if _DATA_URI.fullmatch(str(uri))
-        )
-        + "</td></tr>"
-        for way, likeness, *pictures in rows
-    )
-    lead = (
-        "Images rebuilt from one step's update of a small net whose first layer sees pixels, at "
-        f"this plan's max_norm {number(found['max_norm'])} and sigma {number(found['sigma'])}; "
-        f"the secure sum is over {number(found['in_sum'])} images, without noise. The number is "
-        "the correlation of what sets an image apart from the mean of all: clipping alone hides "
-        "nothing, and a secure sum shows a mixture. A demonstration, not evidence."
-    )
-    return f"<p>{escape(lead)}</p>" + scroll(f'<table class="examples">{body}</table>')
-
-
-def _controls(controls: Json | None) -> str:
-    """Planted faults by checks; the reason of each catch in words below."""
-    if not controls:
-        return ""
-    checks = [str(check) for check in controls["checks"]]
-    rows, reasons = [], []
-    for row in (controls["shipped"], *controls["faults"]):
-        said = {check: str(row["checks"].get(check) or "") for check in checks}
-        marks = ["caught" if said[check] else "–" for check in checks]
-        rows.append([str(row["fault"]), *marks])
-        first = next((text for text in said.values() if text), "")
-        reasons.append([str(row["fault"]), first or "nothing found"])
-    caught = sum(bool(row["caught"]) for row in controls["faults"])
-    lead = f"Controls: {caught} of {len(controls['faults'])} planted faults caught."
-    table = scroll(table_of(["planted fault", *checks], rows, texts=1 + len(checks)))
-    why = scroll(table_of(["", "the first check that catches it"], reasons, texts=2, wrap=True))
-    details = f"<details><summary>What the checks say</summary>{why}</details>"
-    return f"<p>{escape(lead)}</p>{table}{details}"
 
 
 def _plan(run: Run) -> str:

@@ -10,10 +10,13 @@ Shapes: K labs, C classes, R rounds.
 
 from __future__ import annotations
 
+import base64
 import functools
 import html
 import io
+import itertools
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import image as mpl_image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -33,6 +37,7 @@ from cytofed.page import FIRST, GRID, INK, MUTED, PAPER, SECOND, THIRD
 
 MANY_LABS = 30
 MANY_ROUNDS = 60
+_PNG_URI = "data:image/png;base64,"
 MANY_SERIES = 6
 
 VARIABLES = {
@@ -721,3 +726,83 @@ def _short(count: int) -> str:
         if count < 9950
         else (f"{count / 1000:.0f}k")
     )
+
+
+@_styled
+def membership_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, mark: float) -> Figure:
+    """ROC curves of membership inference on logarithmic axes, where few false alarms count.
+
+    ``curves``: (false alarms, members found) by name. ``mark``: the share of false alarms at which
+    an attack is read off.
+    """
+    figure = Figure(figsize=(4.4, 3.9))
+    axes = figure.subplots()
+    least = 1e-3
+    axes.plot([least, 1], [least, 1], color=MUTED, linewidth=1, dashes=(3, 3), label="chance")
+    for colour, (name, curve) in zip((FIRST, SECOND, THIRD), curves.items(), strict=False):
+        x, y = zip(*((max(a, least), max(b, least)) for a, b in curve), strict=True)
+        axes.step(x, y, where="post", color=colour, linewidth=1.4, label=_clip(name, 40))
+    axes.axvline(mark, color=GRID, linewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axes.set_xlim(least, 1)
+    axes.set_ylim(least, 1.05)
+    axes.set_xlabel("false alarms")
+    axes.set_ylabel("members found")
+    axes.grid()
+    return _legend_below(figure, axes)
+
+
+@_styled
+def collusion_figure(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    *,
+    labs: int,
+    threshold: int,
+    lying_from: int,
+) -> Figure:
+    """Likeness of a rebuilt image against how many of ``labs`` labs collude, by what is sent."""
+    figure = Figure(figsize=(5.2, 3.1))
+    axes = figure.subplots()
+    for colour, (name, points) in zip((FIRST, THIRD, SECOND), curves.items(), strict=False):
+        label = f"a lab's update is of {name}"
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label)
+    axes.axvline(threshold, color=SECOND, linewidth=1.2, label=f"{threshold} labs' shares open all")
+    axes.axvline(
+        lying_from,
+        color=SECOND,
+        linewidth=1.2,
+        dashes=(4, 2),
+        label=f"{lying_from}, where the coordinator lies",
+    )
+    axes.set_xlim(-0.2, labs - 0.8)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel(f"labs of {labs} that collude with the coordinator")
+    axes.set_ylabel("likeness")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    return _legend_below(figure, axes)
+
+
+@_styled
+def pictures_figure(rows: Mapping[str, Sequence[str]]) -> Figure:
+    """Rows of small pictures, each a PNG as data URI; what is none stays empty."""
+    most = max(map(len, rows.values()))
+    figure = Figure(figsize=(3.0 + 0.9 * most, 0.95 * len(rows)))
+    grid = figure.subplots(len(rows), most, squeeze=False)
+    for axes_M, (name, pictures) in zip(grid, rows.items(), strict=True):
+        axes_M[0].set_ylabel(
+            textwrap.fill(name, 34), rotation=0, ha="right", va="center", color=INK, fontsize=8
+        )
+        for axes, uri in itertools.zip_longest(axes_M, pictures):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if uri is not None and uri.startswith(_PNG_URI):
+                png = io.BytesIO(base64.b64decode(uri[len(_PNG_URI) :]))
+                axes.imshow(mpl_image.imread(png), interpolation="nearest")
+    return figure
