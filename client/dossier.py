@@ -516,7 +516,11 @@ def _keys(facts: Facts) -> str:
 def _retention(facts: Facts) -> str:
     rows = [
         ("images", "where they were; only read", "the lab's own rules"),
-        ("cache of decoded images and their features", "the user's cache folder of this machine", "delete at will"),
+        (
+            "cache of decoded images and their features",
+            "the user's cache folder of this machine",
+            "delete at will",
+        ),
         ("kept update", "encrypted, for retries", "until the next round or the run's end"),
         (
             "egress log",
