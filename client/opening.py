@@ -39,12 +39,12 @@ from cytofed.start import START_FILE, read_start, write_start
 def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.bool_]:
     """Classes masked in a lab's loss, (C,).
 
-    Without differential privacy those without a training image; with it only what the label maps
-    declare, because the data itself must not decide.
+    ``missing``: without differential privacy those without a training image; with it, as with
+    ``declared``, only what the label maps declare, because the data itself must not decide.
     """
-    if not plan.train.mask_absent:
+    if plan.train.mask_absent == "none":
         return np.zeros(len(scheme.codes), dtype=bool)
-    if plan.privacy.unit == "none":
+    if plan.train.mask_absent == "missing" and plan.privacy.unit == "none":
         return np.asarray(~train.targets_NC.any(axis=0))
     used = [train.sources[number].listing.absent for number in np.unique(train.source_N)]
     declared = frozenset.intersection(*used) if used else frozenset()

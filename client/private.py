@@ -148,6 +148,8 @@ def _make_step(
 ) -> Callable[[Draw], Step]:
     settings = plan.train
     present_C = torch.from_numpy(~absent_C).to(place)
+    prior_C = training.public_prior(plan)
+    prior_C = None if prior_C is None else prior_C.to(place)
     if features_NF is not None:
         features = torch.from_numpy(features_NF).to(place)
         targets_NC = torch.from_numpy(cells.targets_NC).to(place)
@@ -156,12 +158,19 @@ def _make_step(
 
         def head_step(drawn: Draw) -> Step:
             return private_head_step(
-                optimizer, drawn, head, features, targets_NC, present_C=masked_C, correction=pull
+                optimizer,
+                drawn,
+                head,
+                features,
+                targets_NC,
+                present_C=masked_C,
+                prior_C=prior_C,
+                correction=pull,
             )
 
         return head_step
 
-    objective = Objective(present_C, settings.label_smoothing)
+    objective = Objective(present_C, settings.label_smoothing, prior_C)
     precision = training.choose_precision(settings.precision, place)
     copies = plan.privacy.multiplicity
     step_seed = 0

@@ -30,6 +30,7 @@ from cytofed.arrays import Float32, Manifest
 from cytofed.client.augment import augment
 from cytofed.client.cells import Cells
 from cytofed.errors import CytofedError, InputError
+from cytofed.labels import load_scheme
 from cytofed.plan import Plan, Train
 from cytofed.strategies.strategy import Correction
 
@@ -94,8 +95,8 @@ def train(
     precision = choose_precision(settings.precision, place)
     if len(cells) == 0:
         raise InputError("there are no cells to train on", hint="see `cytofed data check DIR`")
-    absent_C = absent_C if settings.mask_absent else None
-    objective = make_objective(settings, cells, absent_C, place)
+    absent_C = None if settings.mask_absent == "none" else absent_C
+    objective = make_objective(settings, cells, absent_C, place, public_prior(plan))
     steps = count_steps(settings, len(cells))
     batches = draw_batches(settings, cells.targets_NC, steps, seed)
     generator = torch.Generator().manual_seed(_seeds(seed)[1])
@@ -138,7 +139,8 @@ def train(
             if on_step is not None:
                 on_step(Progress(step + 1, steps, loss, lr))
         average.finish()
-        level.restore()
+        if correction is None or correction.offset_P is None:
+            level.restore()
         optimizer.zero_grad(set_to_none=True)
     return Trained(
         loss=loss_sum / steps,
@@ -190,8 +192,9 @@ def predict(
 class Objective:
     """The loss of a lab: which classes take part, and what it does against imbalance.
 
-    ``prior_C``: log prior added to the logits; ``weight_C``: loss weight per class. Both come
-    from the lab's own class counts: under differential privacy they stay ``None``.
+    ``prior_C``: log prior added to the logits; ``weight_C``: loss weight per class. Where they come
+    from the lab's own class counts, they are no matter for differential privacy: there the prior is
+    the plan's or ``None``.
     """
 
     present_C: Tensor
@@ -244,9 +247,13 @@ def loss_on_sets(
 
 
 def make_objective(
-    settings: Train, cells: Cells, absent_C: Bools | None, device: torch.device
+    settings: Train,
+    cells: Cells,
+    absent_C: Bools | None,
+    device: torch.device,
+    prior_C: Tensor | None = None,
 ) -> Objective:
-    """The loss of a lab's own cells.
+    """The loss of a lab's own cells. ``prior_C``: of the plan, instead of the lab's own counts.
 
     Errors: InputError naming the first image all of whose classes are absent at this lab.
     """
@@ -261,15 +268,29 @@ def make_objective(
             hint="take the class out of `absent` of the label map, or exclude its label",
         )
     counts_C = class_counts(targets_NC & present_C)
-    prior_C = weight_C = None
-    if settings.balance == "logits":
+    weight_C = None
+    if settings.balance == "logits" and prior_C is None:
         # Half an image for a class without any: its log prior must be finite.
         share_C = np.maximum(counts_C, 0.5) / counts_C.sum()
-        prior_C = torch.from_numpy(np.log(share_C).astype(np.float32)).to(device)
+        prior_C = torch.from_numpy(np.log(share_C).astype(np.float32))
     elif settings.balance == "weights":
         weight_C = torch.from_numpy(_inverse(counts_C)).to(device)
     present = torch.from_numpy(present_C).to(device)
+    prior_C = None if prior_C is None else prior_C.to(device)
     return Objective(present, settings.label_smoothing, prior_C, weight_C)
+
+
+def public_prior(plan: Plan) -> Tensor | None:
+    """The plan's log prior (C,), None where it has none. It depends on nobody's images.
+
+    A class that the plan does not name counts as the rarest one.
+    """
+    named = plan.train.class_prior
+    if plan.train.balance != "logits" or not named:
+        return None
+    codes = load_scheme(plan.labels.scheme).codes
+    share_C = np.array([named.get(code, min(named.values())) for code in codes])
+    return torch.from_numpy(np.log(share_C / share_C.sum()).astype(np.float32))
 
 
 def class_counts(targets_NC: Bools) -> npt.NDArray[np.float64]:
@@ -484,7 +505,8 @@ class HeadLevel:
     A softmax over the present classes does not see a shift that all of them share, but an
     optimizer drifts along it: AdamW pushes all of them down, since each is wrong more often than
     right. After the round the masked classes, which never moved, would win. Taking the shared
-    part of the change out again leaves the lab's own loss as it is.
+    part of the change out again leaves the lab's own loss as it is. Not where a strategy adds an
+    offset: what that moves is meant (SCAFFOLD moves masked classes as the other labs do).
     """
 
     def __init__(self, net: nn.Module, present_C: Tensor) -> None:

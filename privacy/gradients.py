@@ -240,10 +240,12 @@ def private_head_step(
     targets_NC: Tensor,
     *,
     present_C: Tensor | None = None,
+    prior_C: Tensor | None = None,
     correction: Correction | None = None,
 ) -> Step:
     """``private_step`` for a linear head on frozen features, all patients at once, closed form.
 
+    ``prior_C``: a public log prior, added to the logits.
     Guarantees and sensitivity: as ``private_step``; the same sum to rounding.
     """
     if len(draw):
@@ -253,6 +255,7 @@ def private_head_step(
             features_NF,
             targets_NC,
             present_C=present_C,
+            prior_C=prior_C,
             max_norm=optimizer.mechanism.max_norm,
         )
         optimizer.add_patients(draw.units, clipped)
@@ -266,14 +269,16 @@ def clipped_head_sum(
     targets_NC: Tensor,
     *,
     present_C: Tensor | None,
+    prior_C: Tensor | None = None,
     max_norm: float,
 ) -> ClippedSum:
     """Sum over patients of the clipped gradient of their mean loss, -log sum of softmax on a set.
 
     ``targets_NC`` are boolean sets of allowed classes; logits of classes not in ``present_C`` take
-    no part. With residuals r = softmax - softmax on the set, a patient's gradient is the mean of
-    r x^T over his cells: one batched matrix product gives it for all patients. (The norms alone
-    would follow from Gram matrices, but lose digits where the cells' gradients cancel.)
+    no part; the public ``prior_C`` is added to the others. With residuals r = softmax - softmax on
+    the set, a patient's gradient is the mean of r x^T over his cells: one batched matrix product
+    gives it for all patients. (The norms alone would follow from Gram matrices, but lose digits
+    where the cells' gradients cancel.)
 
     Guarantees: finite; a patient with a non-finite cell adds zero and is counted.
     Sensitivity: max_norm (add or remove one patient).
@@ -287,6 +292,8 @@ def clipped_head_sum(
         logits_CM = head.weight @ features_MF.T
         if head.bias is not None:
             logits_CM += head.bias[:, None]
+        if prior_C is not None:
+            logits_CM += prior_C[:, None]
         if present_C is not None:
             logits_CM.masked_fill_(~present_C[:, None], -math.inf)
         residual_CM = torch.softmax(logits_CM, dim=0)

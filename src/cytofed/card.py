@@ -118,13 +118,17 @@ def _training(summary: Mapping[str, Any], plan: Plan) -> str:
     )
     start = "random weights" if plan.model.start == "random" else _text(plan.model.start)
     seed = summary.get("seed", train.seed)
+    absent = {
+        "missing": "classes it has no image of",
+        "declared": "classes its label map declares absent",
+        "none": "no class",
+    }[train.mask_absent]
     return (
         "## Training\n\n"
         f"- {summary.get('rounds', 0)} of {train.rounds} rounds, {per_round}, batch "
         f"{train.batch}, {train.optimizer}, learning rate {train.lr:g}, seed {seed}\n"
         f"- Start: {start}; trained part: {plan.model.trainable}\n"
-        f"- Class imbalance: {train.balance}; classes a lab lacks are "
-        f"{'left out of' if train.mask_absent else 'part of'} its loss"
+        f"- Class imbalance: {train.balance}; left out of a lab's loss: {absent}"
     )
 
 

@@ -87,8 +87,12 @@ class Train:
     """fraction of all training during which the rate rises from 0"""
     balance: Literal["none", "sampler", "weights", "logits"] = "none"
     """against class imbalance: balanced draws, loss weights, or logits adjusted by the prior"""
-    mask_absent: bool = True
-    """classes that a lab does not have take no part in its loss"""
+    class_prior: Mapping[str, float] | None = None
+    """public frequency of classes by code, in any unit, for ``balance: logits``; left out: each
+    lab's own counts, which differential privacy forbids"""
+    mask_absent: Literal["missing", "declared", "none"] = "missing"
+    """what takes no part in a lab's loss: classes it has no training image of, or those that its
+    label map declares absent (under differential privacy never more), or none"""
     label_smoothing: float = 0.0
     ema: float = 0.0
     """decay per step of an average of the local weights; 0 sends the last weights"""
@@ -390,6 +394,8 @@ def _check_values(plan: Plan) -> None:
     _bound("train.momentum", train.momentum, 0, 0.9999)
     _bound("train.weight_decay", train.weight_decay, 0)
     _bound("train.warmup", train.warmup, 0, 1)
+    for code, share in (train.class_prior or {}).items():
+        _above_zero(f"train.class_prior.{code}", share)
     _bound("train.label_smoothing", train.label_smoothing, 0, 0.9)
     _bound("train.ema", train.ema, 0, 0.99999)
     _bound("train.augment.shift", train.augment.shift, 0, 0.5)

@@ -26,7 +26,7 @@ def check_plan(plan: Plan) -> list[str]:
     Errors: InputError for parts that do not fit together or are not offered.
     """
     strategy = make_strategy(plan.strategy)
-    load_scheme(plan.labels.scheme)
+    _check_prior(plan)
     if plan.secure_aggregation.enabled and strategy.needs_single_updates:
         raise InputError(
             f"strategy {strategy.name} needs single updates, and secure aggregation hides them",
@@ -52,6 +52,26 @@ def check_plan(plan: Plan) -> list[str]:
         told = "privacy.unit is none: not differentially private, the model may reveal a patient"
         return [*warnings, told]
     return [*warnings, *_check_private(plan)]
+
+
+def _check_prior(plan: Plan) -> None:
+    """A prior names classes of the scheme, and is used."""
+    codes, prior = load_scheme(plan.labels.scheme).codes, plan.train.class_prior
+    if not prior:
+        return
+    unknown = sorted(set(prior) - set(codes))
+    if unknown:
+        raise InputError(
+            f"train.class_prior names {unknown[0]!r}, which label scheme {plan.labels.scheme} "
+            "does not have",
+            hint=f"its codes: {', '.join(codes)}",
+        )
+    if plan.train.balance != "logits":
+        raise InputError(
+            f"train.class_prior is given, and train.balance is {plan.train.balance}: nothing "
+            "would use it",
+            hint="set train.balance=logits, or leave train.class_prior out",
+        )
 
 
 def _check_scores(plan: Plan) -> None:
@@ -85,11 +105,12 @@ def _refuse_noise_for_nobody(plan: Plan) -> None:
 
 def _check_private(plan: Plan) -> list[str]:
     """What must not depend on data under differential privacy (design: privacy)."""
-    if plan.train.balance != "none":
+    public = plan.train.balance == "logits" and plan.train.class_prior
+    if plan.train.balance != "none" and not public:
         raise InputError(
             f"train.balance is {plan.train.balance}: it takes class counts from private images, so "
             "one patient's gradient would depend on another",
-            hint="set train.balance=none",
+            hint="set train.balance=none, or train.balance=logits with a public train.class_prior",
         )
     if plan.evaluation.calibration > 0:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -359,6 +360,18 @@ class TestHeadInClosedForm:
         together = torch.cat([tensor.flatten() for tensor in closed.tensors])
         assert torch.allclose(together, optimizer.summed_P, atol=1e-5)
         assert closed.non_finite == 0
+
+    def test_a_public_prior_is_a_shift_of_the_bias(self) -> None:
+        head, prior = self.head(), torch.linspace(-4, 1, 6)
+        shifted = copy.deepcopy(head)
+        with torch.no_grad():
+            shifted.bias += prior
+        given = self.features, self.targets
+        settings = {"present_C": self.present, "max_norm": 1.0}
+        with_prior = clipped_head_sum(head, self.draw, *given, prior_C=prior, **settings)
+        expected = clipped_head_sum(shifted, self.draw, *given, **settings)
+        for ours, theirs in zip(with_prior.tensors, expected.tensors, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
     def test_step_equals_the_general_one(self) -> None:
         head = self.head()

@@ -77,6 +77,24 @@ def test_class_counts_of_private_images_are_refused(balance: str) -> None:
         check_plan(private(f"train.balance={balance}"))
 
 
+def test_a_public_prior_of_the_plan_is_no_class_count() -> None:
+    prior = "train.class_prior={BLA: 0.2, LYT: 0.8}"
+    check_plan(private("train.balance=logits", prior))
+    with pytest.raises(InputError, match="weights"):
+        check_plan(private("train.balance=weights", prior))
+    with pytest.raises(InputError, match="nothing would use it"):
+        check_plan(private(prior))
+    with pytest.raises(InputError, match="'XYZ'"):
+        check_plan(private("train.balance=logits", "train.class_prior={XYZ: 1.0}"))
+
+
+def test_built_in_plans_keep_no_images_for_calibration_under_privacy() -> None:
+    assert load_plan("demo").evaluation.calibration > 0
+    assert private().evaluation.calibration == 0
+    with pytest.raises(InputError, match=r"evaluation\.calibration"):
+        check_plan(private("evaluation.calibration=0.1"))
+
+
 def test_scores_of_single_labs_are_refused_and_off_by_default() -> None:
     with pytest.raises(InputError, match="per_lab"):
         check_plan(private("evaluation.per_lab=true"))

@@ -11,18 +11,13 @@ import pytest
 
 from cytofed import models
 from cytofed.client import training
-from cytofed.errors import InputError
 from cytofed.metrics import summarise, tally
-from cytofed.plan import load_plan
-from cytofed.plan_check import check_plan
 from cytofed.server.checkpoints import load_progress
 from cytofed.simulations.simulate import Request
 from cytofed.simulations.virtual import VirtualLabs
 
-
 Small = Callable[..., Request]
 KEPT = "evaluation.calibration=0.25"
-SMALL = Path(__file__).with_name("small.yaml")
 LONGER = ("train.rounds=4", "train.steps_per_round=12", "train.lr=0.01")
 
 
@@ -64,12 +59,6 @@ def test_a_temperature_changes_nothing_but_the_heads_scale(
     assert (released_P[~head_P] == trained_P[~head_P]).all()
     moved_P = head_P & (trained_P != 0)  # rows of classes that nobody has are closed
     np.testing.assert_allclose(released_P[moved_P], trained_P[moved_P] / temperature, rtol=1e-6)
-
-
-def test_a_calibration_part_is_refused_under_differential_privacy() -> None:
-    plan = load_plan(SMALL, (KEPT, "privacy.unit=patient"))
-    with pytest.raises(InputError, match="evaluation.calibration"):
-        check_plan(plan)
 
 
 def test_a_run_that_is_resumed_after_its_last_round_has_the_same_temperature(

@@ -310,7 +310,7 @@ def test_class_absent_at_one_lab_is_recalled_with_masking_and_not_without(
                 for image in part:
                     shutil.copy(image, tmp_path / lab / code)
     recall = {}
-    for mask in ("true", "false"):
+    for mask in ("missing", "none"):
         flags = (
             "labels.scale.size_px=24",
             "train.rounds=8",
@@ -328,4 +328,4 @@ def test_class_absent_at_one_lab_is_recalled_with_masking_and_not_without(
             small(*flags, data=(tmp_path / "a", tmp_path / "b"), out=tmp_path / mask)
         )
         recall[mask] = summary["global"]["per_class"]["NGS"]["recall"]
-    assert recall["true"] > recall["false"] + 0.25
+    assert recall["missing"] > recall["none"] + 0.25

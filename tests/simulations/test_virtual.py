@@ -70,8 +70,10 @@ def test_classes_without_a_training_image_are_masked_at_their_lab_only(small: Sm
         assert (lab.absent_C == ~held_C).all()
     everything = labs.lab(2)
     assert (~everything.absent_C).sum() == 4
-    unmasked = replace(labs, plan=cut(small("train.mask_absent=false")).plan)
+    unmasked = replace(labs, plan=cut(small("train.mask_absent=none")).plan)
     assert not unmasked.lab(0).absent_C.any()
+    declared = replace(labs, plan=cut(small("train.mask_absent=declared")).plan)
+    assert not declared.lab(0).absent_C.any(), "the map of these folders declares nothing absent"
 
 
 def test_calibration_images_are_kept_out_of_training_and_test(small: Small) -> None:
