@@ -11,7 +11,7 @@ import pytest
 from cytofed.cli import cli
 
 REPO = Path(__file__).resolve().parent.parent
-GUIDES = sorted((REPO / "docs").glob("*.md"))
+GUIDES = sorted((REPO / "docs").rglob("*.md"))
 COMMAND = re.compile(r"cytofed ((?:server|client|plan|data) [a-z-]+|[a-z]+)\b([^\n;&`|#]*)")
 
 
