@@ -36,7 +36,13 @@ from cytofed.sections import read_tree, shown, unknown_key
 from cytofed.simulations.partitions import parse_partition
 from cytofed.simulations.simulate import Request, make_request
 from cytofed.simulations.sweep_job import to_line
-from cytofed.simulations.sweep_table import failed_row, row_of, summarised, write_tables
+from cytofed.simulations.sweep_table import (
+    failed_row,
+    key_text,
+    row_of,
+    summarised,
+    write_tables,
+)
 
 _FILE_KEYS = ("name", "plan", "data", "labels", "patients", "set", "grid", "list", "seeds")
 _SHORT = ("plan", "data", "labels", "patients", "labs", "partition", "seed")
@@ -261,7 +267,7 @@ def _name(values: Mapping[str, Any], request: Request) -> str:
         request.patients,
     ]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    told = "-".join(f"{key.rpartition('.')[2]}-{_text(value)}" for key, value in values.items())
+    told = "-".join(f"{key_text(key)}-{_text(value)}" for key, value in values.items())
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', told)[:60] or 'run'}-{digest}"
 
 
@@ -345,7 +351,7 @@ def _prepare_folder(sweep: Sweep, out: Path, *, resume: bool) -> None:
             f"{out} already holds a sweep",
             hint="add --resume to go on with it, or choose another --out",
         )
-    if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not begun and out.exists() and not (out.is_dir() and _only_begun(out)):
         raise InputError(f"{out} is not empty and holds no sweep", hint="choose another --out")
     names = {run.name for run in sweep.runs}
     strangers = []
@@ -358,10 +364,16 @@ def _prepare_folder(sweep: Sweep, out: Path, *, resume: bool) -> None:
             "seeds), or choose another --out",
         )
     try:
-        (out / _RUNS).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make sweep directory {out}: {error.strerror}") from None
-    write_atomically(out / "sweep.yaml", sweep.text)
+    write_atomically(out / "sweep.yaml", sweep.text)  # first: says that the folder is a sweep's
+    (out / _RUNS).mkdir(exist_ok=True)
+
+
+def _only_begun(out: Path) -> bool:
+    """An empty folder, or what a sweep leaves that was killed before its file was written."""
+    return all(path.suffix == ".part" for path in out.iterdir())
 
 
 _LOCK_WAIT_S = 20.0

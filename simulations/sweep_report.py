@@ -30,6 +30,7 @@ from cytofed.simulations.parts import (
 from cytofed.simulations.sweep_table import (
     caption,
     front,
+    key_text,
     settings_table,
     spread_text,
     value_text,
@@ -124,7 +125,8 @@ def _bytes(found: Json) -> Trade | None:
         return float(setting["bytes_per_lab"]) / 1e6
 
     told = [s for s in found["settings"] if s["macro_f1"]]
-    if len({round(cost(s), 6) for s in told}) < 2:
+    costs = [cost(s) for s in told]
+    if not costs or max(costs) < 1.01 * min(costs):  # lengths of names and of their signatures
         return None
     few = len(told) <= figures.MANY_SERIES
     series = _series(found, found["keys"] if few else [], cost)
@@ -165,7 +167,7 @@ def _series(
 
 def _told(setting: Json, keys: list[str]) -> str:
     parts = [
-        f"{key.rpartition('.')[2]} {value_text(setting['values'][key])}"
+        f"{key_text(key)} {value_text(setting['values'][key])}"
         for key in keys
         if setting["values"][key] is not None
     ]

@@ -295,6 +295,13 @@ def spread_text(score: Json | None) -> str:
     return f"{score['mean']:.3f} ± {score['mean'] - score['low']:.3f}"
 
 
+def key_text(key: str) -> str:
+    """The part of a key that tells what it is: ``privacy.epsilon`` is epsilon, and
+    ``strategy.name`` is strategy."""
+    *sections, last = key.split(".")
+    return sections[-1] if sections and last in ("name", "enabled", "unit") else last
+
+
 def value_text(value: Any) -> str:
     """A swept value as text; of a path its last part."""
     if value is None:
