@@ -266,7 +266,7 @@ def _name(values: Mapping[str, Any], request: Request) -> str:
         list(request.labels),
         request.patients,
     ]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     told = "-".join(f"{key_text(key)}-{_text(value)}" for key, value in values.items())
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', told)[:60] or 'run'}-{digest}"
 
@@ -280,7 +280,7 @@ def _text(value: Any) -> str:
 def _refuse_twins(runs: Sequence[SweptRun], source: str) -> None:
     seen: dict[str, SweptRun] = {}
     for run in runs:
-        digest = run.name[-8:]
+        digest = run.name[-12:]
         if digest in seen:
             raise InputError(
                 f"{source}: two runs are the same: {run.name} and {seen[digest].name}",

@@ -189,6 +189,9 @@ def test_folder_of_another_sweep_is_refused_and_a_grown_one_is_gone_on_with(
     sweeping._prepare_folder(read("grid: {labs: [3, 2]}"), out, resume=True)
     with pytest.raises(InputError, match="holds another sweep"):
         sweeping._prepare_folder(read("grid: {labs: [3]}"), out, resume=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".sweep.yaml.1234.part").touch()  # while its file was written
+    sweeping._prepare_folder(first, tmp_path / "killed", resume=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match="is not empty"):
