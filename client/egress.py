@@ -90,7 +90,7 @@ _OF_TYPE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "train_s": (_NUMBER,),
     },
     "masked": {"words": ("uint32", "uint16"), "train_s": (_NUMBER,)},
-    "evaluation": {"confusion": ("int64",), "bins": ("int64",)},
+    "evaluation": {"confusion": ("int64",), "bins": ("int64",), "tempered": ("int64",)},
     "hello": {"images": (_NUMBER,)},
     "secagg": {"step": (_TEXT,), "body": (_BYTES,)},
     "refusal": {"reason": (_REASON,)},
@@ -345,7 +345,7 @@ def _check_private(message: Outgoing) -> None:
     unit = message.protection.unit
     for item in message.fields:
         where = f"{message.type}.{item.name}"
-        exact = item.name in ("confusion", "bins") and message.protection.sigma is None
+        exact = item.name in _OF_TYPE["evaluation"] and message.protection.sigma is None
         tells = (
             item.name == "images"
             or exact

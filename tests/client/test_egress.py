@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,8 @@ from cytofed.client.egress import (
     verify,
 )
 from cytofed.errors import CytofedError, InputError, RefusedError
+from cytofed.messages import Evaluation, pack_evaluation
+from cytofed.metrics import Tally
 from cytofed.privacy.accounting import PlanCost, SubsampledGaussian
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.ledger import Ledger, LedgerRolledBack, Order
@@ -109,6 +112,17 @@ def test_no_type_takes_an_image_a_path_or_an_unlisted_field(kind: str) -> None:
                 check_outgoing(replace(UPDATE, type=kind, fields=fields))
     with pytest.raises(EgressRefused, match="twice"):
         check_outgoing(replace(UPDATE, fields=(*UPDATE.fields, UPDATE.fields[0])))
+
+
+def test_every_array_of_an_evaluation_may_leave_and_is_exact_without_noise() -> None:
+    content = pack_evaluation(Evaluation("leeds", "r1", 1, Tally.empty(3)))
+    arrays = content["parts"]
+    assert isinstance(arrays, ArrayRecord)
+    for name, array in arrays.items():
+        message = replace(UPDATE, type="evaluation", fields=(Field(name, array.dtype),))
+        check_outgoing(message)
+        with pytest.raises(EgressRefused, match="patient"):
+            check_outgoing(replace(message, protection=Protection("patient")))
 
 
 def test_an_unknown_type_is_refused_and_nothing_is_written(path: Path) -> None:
