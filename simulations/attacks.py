@@ -99,7 +99,8 @@ def attack(plan: Plan, tell: Callable[[str], None] = lambda _: None) -> dict[str
 def invert_images(plan: Plan, images_ND: Floats, gradients: Sequence[Sent]) -> dict[str, Any]:
     """Rebuild the first ``SHOWN`` images from what is sent; pictures as data URIs.
 
-    ``likeness``: of the best picture (``best_of``); ``mixture``: of the one that needs no choice.
+    ``likeness``: of the best picture (``best_of``); ``mixture``: of the one that needs no choice;
+    ``recognised``: share of images whose best picture is at least ``RECOGNISABLE``.
     ``of_plan`` marks what a lab of this plan sends, or its coordinator gets.
     """
     own = _way_of(plan)
@@ -134,6 +135,7 @@ def invert_images(plan: Plan, images_ND: Floats, gradients: Sequence[Sent]) -> d
                 "of_plan": way == own,
                 "pictures": [picture_of(found_D) for found_D, _ in best],
                 "likeness": float(np.mean([score for _, score in best])),
+                "recognised": float(np.mean([score >= RECOGNISABLE for _, score in best])),
                 "mixture": float(np.mean(mixed)),
             }
         )
@@ -236,13 +238,13 @@ def lines(found: Json) -> list[str]:
         mark = " (this plan)" if way["of_plan"] else ""
         told.append(
             f"image rebuilt from {way['way']}{mark} | likeness {way['likeness']:.2f} of 1 | "
-            + recognised(way["likeness"])
+            + recognised(way)
         )
     seat = found["seat"]
     for row in seat["rows"]:
         told.append(
             f"coordinator's seat, {row['way']}: {row['holds']} | likeness {row['likeness']:.2f}, "
-            f"{matches(row)} | {recognised(row['likeness'])}"
+            f"{matches(row)} | {recognised(row)}"
         )
     collusion = found["collusion"]
     one, several = collusion["curves"]
@@ -251,7 +253,7 @@ def lines(found: Json) -> list[str]:
         told.append(
             f"{row['colluding']} of {collusion['labs']} labs collude: {left} | likeness "
             f"{row['likeness']:.2f} ({other['likeness']:.2f} for {several['cells']} images a "
-            f"lab), {matches(row)} | {recognised(row['likeness'])}"
+            f"lab), {matches(row)} | {recognised(row)}"
         )
     told.append(
         f"shares of {collusion['threshold']} of {collusion['labs']} labs open a lab's upload; a "
@@ -260,9 +262,9 @@ def lines(found: Json) -> list[str]:
     return told
 
 
-def recognised(likeness: float) -> str:
-    """What a likeness means."""
-    return "a recognisable cell" if likeness >= RECOGNISABLE else "no recognisable cell"
+def recognised(row: Json) -> str:
+    """How many of the images are recognised in the best picture of each."""
+    return f"{row['recognised']:.0%} of cells recognisable"
 
 
 def matches(row: Json) -> str:

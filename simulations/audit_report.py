@@ -174,10 +174,11 @@ def _patients(found: Json) -> str:
 
 def _inversion(found: Json) -> str:
     """Images before and after: what each way of sending lets an attacker rebuild."""
-    rows = [("the image", ["", ""], found["images"])]
+    rows = [("the image", ["", "", ""], found["images"])]
     for way in found["ways"]:
         name = way["way"] + (" (this plan)" if way["of_plan"] else "")
-        rows.append((name, [f"{way['likeness']:.2f}", f"{way['mixture']:.2f}"], way["pictures"]))
+        values = [f"{way['likeness']:.2f}", f"{way['recognised']:.0%}", f"{way['mixture']:.2f}"]
+        rows.append((name, values, way["pictures"]))
     lead = (
         "Rebuilt from one step's update of a small net whose first layer sees pixels, at max_norm "
         f"{number(found['max_norm'])} and sigma {number(found['sigma'])}; the secure sums are over "
@@ -186,14 +187,14 @@ def _inversion(found: Json) -> str:
         f"needs no choice; from {number(found['recognisable'])} on a cell is recognised. Clipping "
         "hides nothing, a sum shows mixtures, noise hides. A demonstration, not evidence."
     )
-    table = _pictures(["", "best", "mixture", ""], rows)
+    table = _pictures(["", "best", "recognised", "mixture", ""], rows)
     return f"<h3>Images from updates</h3><p>{escape(lead)}</p>{table}"
 
 
 def _seat(found: Json) -> str:
-    rows = [("the image", ["", "", ""], found["images"])]
+    rows = [("the image", ["", "", "", ""], found["images"])]
     for row in found["rows"]:
-        shares = [f"{row[key]:.0%}" for key in ("matched", "took_part")]
+        shares = [f"{row[key]:.0%}" for key in ("recognised", "matched", "took_part")]
         rows.append((_place(row), [f"{row['likeness']:.2f}", *shares], row["pictures"]))
     lead = (
         "The worst case for a lab: an update of one step on one image, sent by the code that "
@@ -202,7 +203,8 @@ def _seat(found: Json) -> str:
         "held. Secure aggregation hides whose an image is, and a sum of few single images does not "
         "hide the images: that takes noise, or many images behind each update."
     )
-    table = _pictures(["the coordinator holds", "likeness", "matched", "took part", ""], rows)
+    head = ["the coordinator holds", "likeness", "recognised", "matched", "took part", ""]
+    table = _pictures(head, rows)
     return f"<h3>What the coordinator's seat shows</h3><p>{escape(lead)}</p>{table}"
 
 
@@ -216,7 +218,7 @@ def _collusion(found: Json, drawn: Mapping[str, Figure]) -> str:
     for row, other in zip(one["rows"], several["rows"], strict=True):
         left = "its own update" if row["opened"] else f"the sum of {row['left']} labs"
         likeness = [f"{row['likeness']:.2f}", f"{other['likeness']:.2f}"]
-        told = [matches(row), recognised(row["likeness"])]
+        told = [matches(row), recognised(row)]
         rows.append([str(row["colluding"]), left, *told, f"{row['cosine']:.2f}", *likeness])
     head = ["labs that collude", "left of a lab", "", "one image", "cosine", "likeness"]
     head.append(f"with {several['cells']} images")

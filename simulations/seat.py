@@ -40,7 +40,7 @@ from cytofed.privacy.secagg import (
     public_key,
     seed_commitment,
 )
-from cytofed.simulations.attacks import SHOWN, Floats, Sent, add, best_of, picture_of
+from cytofed.simulations.attacks import RECOGNISABLE, SHOWN, Floats, Sent, add, best_of, picture_of
 
 LABS = 8
 CELLS = 6
@@ -95,6 +95,7 @@ class Victim:
         return {
             "picture": picture_of(picture_D),
             "likeness": likeness,
+            "recognised": likeness >= RECOGNISABLE,
             "matched": first == 0,
             "took_part": first < held.labs,
         }
