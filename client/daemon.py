@@ -256,6 +256,7 @@ class Daemon:
             sender=self._coordinator,
             receiver=self._identity,
             max_bytes=_MAX_PAYLOAD_BYTES,
+            in_place=not parcel.sealed.body.readonly,
         )
         content = unpack_content(opened.manifest, opened.payload)
         # From here on the coordinator has asked this: whatever goes wrong is answered in its place.
@@ -330,7 +331,6 @@ class Daemon:
             receiver=self._coordinator,
             manifest=manifest,
         )
-        data = sealed.to_bytes()
         secure = offer.plan.secure_aggregation.enabled
         type_ = {"train": "masked" if secure else "update",
                  "evaluate": "masked" if secure else "evaluation",
@@ -339,8 +339,8 @@ class Daemon:
             type=type_,
             destination=self._membership.address,
             fields=_fields(content),
-            nbytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
+            nbytes=sealed.nbytes,
+            sha256=sealed.sha256,
             run=offer.run,
             round=parcel.round,
             slot=parcel.slot,
@@ -353,7 +353,7 @@ class Daemon:
             self._egress.check(outgoing)  # what may not leave becomes a refusal here
             return Answer(outgoing, travelling)
         mine, order = kept
-        self._outbox.put(mine, data, outgoing)
+        self._outbox.put(mine, sealed, outgoing)
         return Answer(outgoing, travelling, sent=self._settling(offer, order))
 
     def _refusal(self, offer: Offer, parcel: Parcel, error: Exception) -> Answer:
@@ -388,13 +388,12 @@ class Daemon:
             receiver=self._coordinator,
             manifest=manifest,
         )
-        data = sealed.to_bytes()
         outgoing = Outgoing(
             type="status",
             destination=self._membership.address,
             fields=_fields(content),
-            nbytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
+            nbytes=sealed.nbytes,
+            sha256=sealed.sha256,
             run=offer.run,
         )
         return Answer(outgoing, self._parcel(parcel, "query.result", sealed))

@@ -203,22 +203,29 @@ class FleetLink:
         wanted = dict.fromkeys(item.object_id for item in iterate_object_tree(tree))
         if len(wanted) > _MAX_OBJECTS:
             raise _Withdrawn
-        contents = {}
-        for number in wanted:
+
+        def fetched(number: str) -> bytes:
+            if number not in wanted:
+                raise ValueError("an object that belongs to another message")
             request = PullObjectRequest(node=self._node, run_id=run_id, object_id=number)
             got = self._call("pull_object", request)
             if not got.object_found or not got.object_available:
                 raise _Withdrawn
-            contents[number] = got.object_content
+            content: bytes = got.object_content
+            return content
+
+        message = None
+        try:  # each piece goes to its place in an array as it comes
+            message = inflate(tree.object_id, fetched, max_bytes=_MAX_BYTES)
+        except (_Again, _Withdrawn, CytofedError, OSError):
+            raise
+        except Exception as error:
+            self._say(f"a message could not be read: {type(error).__name__}", True)
         confirm = ConfirmMessageReceivedRequest(
             node=self._node, run_id=run_id, message_object_id=tree.object_id
         )
         self._call("confirm_message_received", confirm)
-        try:
-            return inflate(tree.object_id, contents.__getitem__, max_bytes=_MAX_BYTES)
-        except Exception as error:
-            self._say(f"a message could not be read: {type(error).__name__}", True)
-            return None
+        return message
 
     def _push(self, message: Message, answer: Answer) -> None:
         if answer.content is None:

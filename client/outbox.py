@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from cytofed.errors import CytofedError, InputError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.privacy import wire
 from cytofed.privacy.ledger import AlreadyAnswered, Order
+from cytofed.privacy.sealing import TAG_BYTES as _TAG_BYTES
+from cytofed.privacy.sealing import Sealed
 
 KEY_BYTES = 32
 _NONCE_BYTES = 12
@@ -141,10 +143,11 @@ class Outbox:
                     f"round {order.round} of run {order.run} has another update already"
                 )
             return
-        manifest, flat = wire.pack(parts)
+        pieces = wire.pieces(parts)
+        flat = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         head: dict[str, wire.Value] = {
             "header": json.dumps(dict(header)).encode(),
-            "manifest": manifest.to_bytes(),
+            "manifest": wire.manifest_of(parts).to_bytes(),
             "plan_sha256": order.plan_sha256,
             "weights_sha256": order.weights_sha256,
         }
@@ -153,18 +156,19 @@ class Outbox:
         small = self._cipher.encrypt(nonce, wire.encode(head), place + b" head")
         # A nonce of its own: the same one under one key would give both plaintexts away.
         body_nonce = os.urandom(_NONCE_BYTES)
-        body = self._cipher.encrypt(body_nonce, flat.data, place + hashlib.sha256(small).digest())
+        body = np.empty(len(flat) + _TAG_BYTES, np.uint8).data
+        self._cipher.encrypt_into(body_nonce, flat, place + hashlib.sha256(small).digest(), body)
         size = len(small).to_bytes(8, "big")
-        self._write(path, b"".join((_MAGIC, size, nonce, small, body_nonce, body)))
+        self._write(path, (_MAGIC, size, nonce, small, body_nonce, body))
         self._forget_before(order)
 
-    def put(self, order: Order, sealed: bytes, outgoing: Outgoing) -> None:
+    def put(self, order: Order, sealed: Sealed, outgoing: Outgoing) -> None:
         """Keep a sealed answer with its egress record, which is written down when it is sent.
 
         Errors: EgressRefused for what may not leave (nothing is kept then); AlreadyAnswered where
         the order has an answer; CytofedError when the disk is full.
         """
-        if (len(sealed), hashlib.sha256(sealed).hexdigest()) != (outgoing.nbytes, outgoing.sha256):
+        if (sealed.nbytes, sealed.sha256) != (outgoing.nbytes, outgoing.sha256):
             raise InputError("the egress record is not of these bytes")
         self._log.check(outgoing)
         found = self.take(order)
@@ -174,7 +178,8 @@ class Outbox:
         tree = {"order": vars(order), "outgoing": outgoing.to_dict()}
         nonce = os.urandom(_NONCE_BYTES)
         head = nonce + self._cipher.encrypt(nonce, json.dumps(tree).encode(), path.name.encode())
-        self._write(path, b"".join((_MAGIC, len(head).to_bytes(8, "big"), head, sealed)))
+        size = len(head).to_bytes(8, "big")
+        self._write(path, (_MAGIC, size, head, sealed.prefix, sealed.body))
         self._forget_before(order)
 
     def end_run(self, run: str, federation: str) -> None:
@@ -259,7 +264,7 @@ class Outbox:
         found = [_UPDATE.fullmatch(name) for name in names]
         return [int(match[2]) for match in found if match and match[1] == task]
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: Sequence[bytes | memoryview]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(path, data, mode=0o600)

@@ -46,6 +46,8 @@ from cytofed.privacy.masks import Words, check_words
 MAX_COHORT = 40
 _CHUNK = 1 << 16  # coordinates at a time: the float64 temporaries stay in the cache
 _MAX_WEIGHT_BITS = 24
+_INSIDE = 1 - 1e-9
+"""of a range: what is within that needs no clamp, however its multiple is rounded"""
 
 
 class SumError(VerificationError):
@@ -155,6 +157,8 @@ def encode(
         raise InputError(f"update of shape {values_P.shape}, expected ({encoding.parameters},)")
     share = _share(encoding, weight)
     words_W = np.empty(encoding.words, encoding.dtype)
+    signed_W = words_W.view(np.int32 if encoding.bits == 32 else np.int16)
+    scratch = np.empty((2, _CHUNK))
     clamped = 0
     for part, start, end in _chunks(encoding):
         values = values_P[start:end]
@@ -165,24 +169,34 @@ def encode(
                 f"update has non-finite values in part {part.name!r}",
                 hint="training diverged: lower train.lr",
             )
-        if low < -part.range_ or high > part.range_:
+        steps, drawn = scratch[0, : end - start], scratch[1, : end - start]
+        np.multiply(values, np.float64(share / encoding.step(part)), out=steps)
+        near = max(-low, high) > part.range_ * _INSIDE
+        if near:
+            limit = share * encoding.top
             clamped += int(np.count_nonzero(np.abs(values) > part.range_))
-        steps = values * np.float64(share / encoding.step(part))
-        limit = share * encoding.top
-        np.clip(steps, -limit, limit, out=steps)
-        steps += rng.random(end - start)
+            np.clip(steps, -limit, limit, out=steps)
+        steps += rng.random(out=drawn)
         np.floor(steps, out=steps)
-        # limit + .999… may round up to the next integer: the sum must not leave the ring for that.
-        np.minimum(steps, encoding.top, out=steps)
-        words_W[start:end] = steps.astype(np.int64).astype(encoding.dtype)
+        if near:
+            # limit + .999… may round up to the next integer: the sum must not leave the ring.
+            np.minimum(steps, encoding.top, out=steps)
+        signed_W[start:end] = steps  # within a word: top is below 2^31, or 2^15
     _write_tail(words_W, encoding, share)
     return Encoded(words_W, clamped / max(1, encoding.parameters))
 
 
 def decode(
-    sum_W: Words, encoding: Encoding, *, count: int, dtype: type[np.floating] = np.float64
+    sum_W: Words,
+    encoding: Encoding,
+    *,
+    count: int,
+    dtype: type[np.floating] = np.float64,
+    in_place: bool = False,
 ) -> Decoded:
     """The mean of ``count`` labs from the ring sum of their words, rounded once to ``dtype``.
+
+    ``in_place``: written over the sum, where a word is as wide as ``dtype``; the sum is lost.
 
     Raises :class:`SumError` when the guard word, a weight or a coordinate is out of what ``count``
     labs can produce.
@@ -209,7 +223,10 @@ def decode(
             raise SumError(f"weights sum to {units} units, expected 1 to {count * whole}")
         divisor = units / whole
         weight = divisor * encoding.max_weight
-    mean_P = np.empty(encoding.parameters, dtype)
+    if in_place and sum_W.itemsize == np.dtype(dtype).itemsize:
+        mean_P = sum_W.view(dtype)[: encoding.parameters]
+    else:
+        mean_P = np.empty(encoding.parameters, dtype)
     signed_W = sum_W.view(np.int32 if encoding.bits == 32 else np.int16)
     for part, start, end in _chunks(encoding):
         chunk = signed_W[start:end]

@@ -36,9 +36,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -70,6 +71,10 @@ _WRAP_LABEL = b"cytofed/1/seal/wrap"
 _CHUNK_LABEL = b"cytofed/1/seal/chunk"
 _SIGN_LABEL = b"cytofed/1/seal/signature"
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+Payload = bytes | memoryview | Sequence[memoryview]
+"""What is sealed: bytes in one piece or in several, one after the other."""
 
 
 class SealError(VerificationError):
@@ -137,6 +142,13 @@ class Sealed:
     @property
     def nbytes(self) -> int:
         return len(self.prefix) + len(self.body)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the message in one piece, found once."""
+        digest = hashlib.sha256(self.prefix)
+        digest.update(self.body)
+        return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
         """Prefix and body in one piece (copies)."""
@@ -210,7 +222,7 @@ def check_sha256(name: str, value: str) -> None:
 
 
 def seal(
-    payload: bytes | memoryview,
+    payload: Payload,
     context: Context,
     *,
     sender: Identity,
@@ -221,14 +233,15 @@ def seal(
 
     ``manifest`` is signed with it but readable by anyone: names, shapes, dtypes, hashes.
     """
-    header = _Header(context, len(memoryview(payload).cast("B")), manifest, "")
+    pieces = _pieces(payload)
+    header = _Header(context, sum(map(len, pieces)), manifest, "")
     key = os.urandom(KEY_BYTES)
-    body = _encrypt(payload, key, header)
+    body = _encrypt(pieces, key, header)
     return Sealed(_prefix(header, key, body, sender, receiver), body)
 
 
 def seal_for_all(
-    payload: bytes | memoryview,
+    payload: Payload,
     context: Context,
     *,
     sender: Identity,
@@ -239,10 +252,13 @@ def seal_for_all(
 
     ``context.receiver`` is replaced by each receiver's name.
     """
-    digest = hashlib.sha256(payload).hexdigest()
-    header = _Header(context, len(memoryview(payload).cast("B")), manifest, digest)
+    pieces = _pieces(payload)
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    header = _Header(context, sum(map(len, pieces)), manifest, digest.hexdigest())
     key = os.urandom(KEY_BYTES)
-    body = _encrypt(payload, key, header)
+    body = _encrypt(pieces, key, header)
     sealed = {}
     for receiver in receivers:
         own = replace(header, context=replace(context, receiver=receiver.name))
@@ -307,15 +323,35 @@ def unseal(
     return Unsealed(payload, header.manifest, header.payload_sha256)
 
 
-def _encrypt(payload: bytes | memoryview, key: bytes, header: _Header) -> memoryview:
-    plain = memoryview(payload).cast("B")
+def _pieces(payload: Payload) -> list[memoryview]:
+    several = [payload] if isinstance(payload, bytes | memoryview) else payload
+    return [memoryview(piece).cast("B") for piece in several if len(piece)]
+
+
+def _in_chunks(pieces: list[memoryview], size: int) -> Iterator[memoryview]:
+    """The chunks of a payload in pieces; only a chunk that lies in several is copied."""
+    left = list(reversed(pieces))
+    for _, start, end, _ in _chunks(size):
+        found = []
+        need = end - start
+        while need:
+            piece = left.pop()
+            found.append(piece[:need])
+            if len(piece) > need:
+                left.append(piece[need:])
+            need -= len(found[-1])
+        yield found[0] if len(found) == 1 else memoryview(b"".join(found))
+
+
+def _encrypt(pieces: list[memoryview], key: bytes, header: _Header) -> memoryview:
     body = np.empty(_body_bytes(header.size), np.uint8).data
     cipher = AESGCM(key)
     data = _chunk_data(header)
-    for index, start, end, last in _chunks(header.size):
+    chunks = zip(_chunks(header.size), _in_chunks(pieces, header.size), strict=True)
+    for (index, start, end, last), plain in chunks:
         at = start + index * TAG_BYTES
         out = body[at : at + end - start + TAG_BYTES]
-        cipher.encrypt_into(_nonce(index, last), plain[start:end], data, out)
+        cipher.encrypt_into(_nonce(index, last), plain, data, out)
     return body.toreadonly()
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cytofed.errors import InputError
 from cytofed.privacy import shares, wire
@@ -227,6 +227,12 @@ def deliver(announcement: Announcement, identity: Identity, dealt: Mapping[str, 
         requests[peer] = sign(identity, LABEL_DELIVER, body)
     view = view_digest(announcement.transcript, members)
     return Setup(announcement, members, view, dict(dealt), requests)
+
+
+def delivered(setup: Setup) -> Setup:
+    """The set-up without the shares that its members have got: they grow with its square."""
+    kept = {lab: replace(dealt, bundles={}) for lab, dealt in setup.dealt.items()}
+    return replace(setup, dealt=kept, requests={})
 
 
 def check_ready(setup: Setup, lab: str, reply: bytes) -> None:

@@ -295,11 +295,7 @@ class Manifest:
 
 def pack(arrays: Mapping[str, NDArray[Any]]) -> tuple[Manifest, NDArray[np.uint8]]:
     """All arrays as one flat run of bytes, and the manifest that reads it back."""
-    entries = []
-    for name, array in arrays.items():
-        little = array.dtype.newbyteorder("<")
-        entries.append(Entry(name, tuple(array.shape), little.str))
-    manifest = Manifest(tuple(entries))
+    manifest = manifest_of(arrays)
     flat = np.empty(manifest.nbytes, np.uint8)
     at = 0
     for entry, array in zip(manifest.entries, arrays.values(), strict=True):
@@ -307,6 +303,25 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> tuple[Manifest, NDArray[np.uint8
             flat[at : at + entry.nbytes].view(entry.dtype)[:] = array.reshape(-1)
         at += entry.nbytes
     return manifest, flat
+
+
+def manifest_of(arrays: Mapping[str, NDArray[Any]]) -> Manifest:
+    """What the arrays are, in their order, little-endian."""
+    entries = []
+    for name, array in arrays.items():
+        little = array.dtype.newbyteorder("<")
+        entries.append(Entry(name, tuple(array.shape), little.str))
+    return Manifest(tuple(entries))
+
+
+def pieces(arrays: Mapping[str, NDArray[Any]]) -> list[memoryview]:
+    """The bytes that ``pack`` makes one run of, array by array where they lie (no copy, where
+    they lie in order)."""
+    found = []
+    for array in arrays.values():
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        found.append(little.reshape(-1).view(np.uint8).data)
+    return found
 
 
 def unpack(manifest: Manifest, payload: bytes | memoryview) -> dict[str, NDArray[Any]]:

@@ -40,7 +40,10 @@ def ask_each(
     *,
     timeout_s: float,
 ) -> Iterator[tuple[str, Message | None]]:
-    """As ``ask``, each lab with a content of its own: lab -> (node id, content)."""
+    """As ``ask``, each lab with a content of its own: lab -> (node id, content).
+
+    All is sent when this returns. A reply that was yielded is not kept: there is memory for one.
+    """
     waiting: dict[str, str] = {}
     unsent = []
     for lab, (node, content) in contents.items():
@@ -50,17 +53,24 @@ def ask_each(
             waiting[ids[0]] = lab
         else:
             unsent.append(lab)
-    deadline = time.monotonic() + timeout_s
+    return _replies(grid, waiting, unsent, time.monotonic() + timeout_s)
+
+
+def _replies(
+    grid: Grid, waiting: dict[str, str], unsent: list[str], deadline: float
+) -> Iterator[tuple[str, Message | None]]:
     pause_s = 0.001
     while waiting and time.monotonic() < deadline:
         replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            lab = waiting.pop(reply.metadata.reply_to_message_id, "")
-            if lab:
-                yield lab, reply
         pause_s = 0.001 if replies else min(pause_s * 2, 0.05)
         if waiting and not replies:
             time.sleep(pause_s)
+        while replies:
+            lab = waiting.pop(replies[0].metadata.reply_to_message_id, "")
+            if lab:
+                yield lab, replies.pop(0)
+            else:
+                del replies[0]
     for lab in [*waiting.values(), *unsent]:
         yield lab, None
 

@@ -16,6 +16,7 @@ What Flower leaves open and is added here:
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import os
@@ -51,6 +52,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     PullObjectRequest,
+    PullObjectResponse,
     PushObjectRequest,
 )
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
@@ -77,12 +79,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, content_bytes
-from cytofed.objects import deflate, inflate
+from cytofed.objects import Objects, deflate, inflate, is_piece
 from cytofed.server.gate import FLEET_BODIES, Gate, Rate
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+Parts = tuple[bytes | memoryview, ...]
+"""bytes one after the other"""
 
 _SPOOL_FROM_BYTES = 1 << 18
 _SEND_AGAIN = 5
@@ -90,6 +94,13 @@ _SEND_AGAIN = 5
 
 _PUSHES = 20
 """times that a lab may start to upload the reply to one message"""
+
+_SEND_BYTES = 1 << 19
+"""of an answer at a time: what waits to be sent is in memory once more"""
+
+_CONTENT_OF_PULL = bytes([PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2])
+_CONTENT_OF_PUSH = PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2
+"""tags of the fields in which objects travel"""
 
 _OBJECTS = 4096
 """most objects in one reply"""
@@ -143,12 +154,13 @@ class _Upload:
 
 
 class _SpooledStore(InMemoryObjectStore):
-    """Flower's object store; large objects, which are sealed, lie in files until they are read."""
+    """Flower's object store; what is large is sealed, and lies in files until it is read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder = folder
         self._spooled: set[str] = set()
+        self._own: dict[str, Objects] = {}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
 
@@ -158,37 +170,51 @@ class _SpooledStore(InMemoryObjectStore):
             entry = self.store.get(object_id)
             return entry is not None and entry.is_available
 
-    def put(self, object_id: str, object_content: bytes) -> None:
-        super().put(object_id, object_content)
-        self._move_out(object_id, object_content)
-
-    def put_own(self, object_id: str, object_content: bytes) -> None:
-        """As ``put``, for an object that this process made and named: it is not hashed again."""
-        with self.lock_store:
-            entry = self.store[object_id]
-            entry.content, entry.is_available = object_content, True
-        self._move_out(object_id, object_content)
-
-    def _move_out(self, object_id: str, object_content: bytes) -> None:
+    def put(self, object_id: str, object_content: bytes | memoryview) -> None:
+        """Errors: ValueError for an object of another name, or a large one that is no piece."""
         if len(object_content) < _SPOOL_FROM_BYTES:
+            super().put(object_id, bytes(object_content))
             return
+        if hashlib.sha256(object_content).hexdigest() != object_id or not is_piece(object_content):
+            raise ValueError("not the object of that name, or too large for its kind")
         with self.lock_store:
             entry = self.store.get(object_id)
-            if entry is not None and object_id not in self._spooled:
+            if entry is None:
+                raise NoObjectInStoreError("not announced")
+            if not entry.is_available:
                 (self._folder / object_id).write_bytes(object_content)
                 self._spooled.add(object_id)
-                entry.content = b""
+                entry.is_available = True
+
+    def put_own(self, object_id: str, objects: Objects) -> None:
+        """Have an object of this process: its bytes are made when they are asked for."""
+        with self.lock_store:
+            self._own[object_id] = objects
+            self.store[object_id].is_available = True
 
     def get(self, object_id: str) -> bytes | None:
         with self.lock_store:
+            if object_id in self._own:
+                return self._own[object_id].content(object_id)
             if object_id in self._spooled:
                 return (self._folder / object_id).read_bytes()
             return super().get(object_id)
 
+    def parts(self, object_id: str) -> tuple[bytes | memoryview, ...] | None:
+        """As ``get``, in parts that need not be joined; None for what has not arrived."""
+        with self.lock_store:
+            if not self.has(object_id):
+                return None
+            own = self._own.get(object_id)
+        return (self.get(object_id) or b"",) if own is None else own.parts(object_id)
+
     def delete(self, object_id: str) -> None:
         with self.lock_store:
             super().delete(object_id)
-            if object_id in self._spooled and object_id not in self.store:
+            if object_id in self.store:
+                return
+            self._own.pop(object_id, None)
+            if object_id in self._spooled:
                 self._spooled.remove(object_id)
                 (self._folder / object_id).unlink(missing_ok=True)
 
@@ -250,9 +276,11 @@ class _Link(InMemoryLinkState):
         return stored
 
     def store_object(
-        self, run_id: int, session_id: str, object_id: str, object_content: bytes
+        self, run_id: int, session_id: str, object_id: str, object_content: bytes | memoryview
     ) -> bool:
-        stored: bool = super().store_object(run_id, session_id, object_id, object_content)
+        stored: bool = super().store_object(
+            run_id, session_id, object_id, cast(bytes, object_content)
+        )
         self.wake.set()
         # Two labs may send an equal object, and both are asked for it: the second copy may come
         # when the reply it belongs to is already collected. That is no error.
@@ -341,32 +369,40 @@ class _Calls:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request({**scope, "app": self}, receive)
         try:
-            status, body = 200, await self._answer(request)
+            status, parts = 200, await self._answer(request)
         except HTTPException as error:
-            status, body = error.status_code, b""
+            status, parts = error.status_code, ()
         except FlowerError as error:
-            status, body = API_ERROR_MAP[error.code].http_status_code, b""
+            status, parts = API_ERROR_MAP[error.code].http_status_code, ()
         except ClientDisconnect:
             return
         except Exception as error:
             _log.error("%s: %s: %s", scope["path"], type(error).__name__, error)
-            status, body = 500, b""
+            status, parts = 500, ()
         finally:
             request.scope["state"].clear()  # it holds the body
         headers = [
             (b"content-type", PROTOBUF_MEDIA_TYPE.encode()),
-            (b"content-length", str(len(body)).encode()),
+            (b"content-length", str(sum(map(len, parts))).encode()),
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        for part in parts:
+            for at in range(0, len(part), _SEND_BYTES):
+                piece = part[at : at + _SEND_BYTES]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
-    async def _answer(self, request: Request) -> bytes:
+    async def _answer(self, request: Request) -> Parts:
         if request.headers.get("content-type") != PROTOBUF_MEDIA_TYPE:
             raise HTTPException(415)
         call = request.url.path.rpartition("/")[2]
         asked = _CALLS[call].request()
+        body = memoryview(await _body_of(request))
         try:
-            asked.ParseFromString(await _body_of(request))
+            if call == "push-object":
+                asked = _Push.read(body)
+            else:
+                asked.ParseFromString(body)
         except DecodeError:
             raise HTTPException(400, "no request of this call") from None
         request.state.protobuf_request = asked
@@ -376,7 +412,7 @@ class _Calls:
             return await run_in_threadpool(self._handle, call, asked, node)
         return await run_in_threadpool(self._let_in_and_handle, request, call, asked)
 
-    def _let_in_and_handle(self, request: Request, call: str, asked: Any) -> bytes:
+    def _let_in_and_handle(self, request: Request, call: str, asked: Any) -> Parts:
         return self._handle(call, asked, self._let_in(request, call, asked))
 
     def _let_in(self, request: Request, call: str, asked: Any) -> int:
@@ -394,8 +430,10 @@ class _Calls:
             self._check(call, node, asked)
         return node
 
-    def _handle(self, call: str, asked: Any, node: int) -> bytes:
+    def _handle(self, call: str, asked: Any, node: int) -> Parts:
         link = self._link
+        if call == "pull-object":
+            return _pulled(link.objects.parts(asked.object_id))
         stores = {"store": link.object_store} if _CALLS[call].takes_store else {}
         try:
             found = _CALLS[call].handler(request=asked, state=link, **stores)
@@ -408,8 +446,7 @@ class _Calls:
                 link.uploads[found.session_id] = _Upload(
                     node, metadata.reply_to_message_id, metadata.message_id, delivery.room
                 )
-        answer: bytes = found.SerializeToString()
-        return answer
+        return (found.SerializeToString(),)
 
     def _check(self, call: str, node: int, asked: Any) -> None:
         """Raise 403 for what is not this node's, 413 for more than its reply may have."""
@@ -470,8 +507,79 @@ _CALLS: Mapping[str, _Call] = {
 }
 
 
-async def _body_of(request: Request) -> bytes:
-    return b"".join([chunk async for chunk in request.stream()])
+async def _body_of(request: Request) -> bytearray:
+    """The body, which the gate knows to be small, in memory that is taken once."""
+    body = bytearray(int(request.headers["content-length"]))
+    at = 0
+    async for chunk in request.stream():
+        body[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    del body[at:]
+    return body
+
+
+def _pulled(content: Parts | None) -> Parts:
+    """Flower's PullObjectResponse, whose last field is sent from where it lies."""
+    found = content is not None
+    head: bytes = PullObjectResponse(object_found=found, object_available=found).SerializeToString()
+    if content is None:
+        return (head,)
+    return (head + _CONTENT_OF_PULL + _varint(sum(map(len, content))), *content)
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A number and where it ends. Errors: DecodeError."""
+    number = 0
+    for place, byte in enumerate(data[at : at + 10]):
+        number |= (byte & 127) << 7 * place
+        if byte < 128:
+            return number, at + place + 1
+    raise DecodeError("a number without an end")
+
+
+@dataclass(frozen=True)
+class _Push:
+    """Flower's PushObjectRequest, its content where it lies in the body: it is read by others than
+    protobuf, which copies it twice."""
+
+    node: Any
+    run_id: int
+    object_id: str
+    session_id: str
+    object_content: memoryview = field(repr=False)
+
+    @staticmethod
+    def read(body: memoryview) -> _Push:
+        """Errors: DecodeError."""
+        rest, content, at = bytearray(), body[:0], 0
+        while at < len(body):
+            start = at
+            tag, at = _read_varint(body, at)
+            wire_type = tag & 7
+            if wire_type == 2:
+                size, at = _read_varint(body, at)
+                at += size
+            elif wire_type == 0:
+                _, at = _read_varint(body, at)
+            else:
+                raise DecodeError("a kind of field that this request has not")
+            if at > len(body):
+                raise DecodeError("a field beyond the end")
+            if tag == _CONTENT_OF_PUSH:
+                content = body[at - size : at]
+            else:
+                rest += body[start:at]
+        told = PushObjectRequest()
+        told.ParseFromString(bytes(rest))
+        return _Push(told.node, told.run_id, told.object_id, told.session_id, content)
 
 
 def _count(tree: Any) -> int:
@@ -736,7 +844,7 @@ class FleetGrid(Grid):
         # Labs share objects: one lab's confirmation must not drop what another is about to get.
         with store.lock_store:
             for missing in store.preregister(self._run.run_id, objects.tree):
-                store.put_own(missing, objects.content(missing))
+                store.put_own(missing, objects)
         self._link.deliveries[objects.number] = _Delivery(
             old.metadata.dst_node_id, self._reply_bytes, objects.numbers
         )

@@ -242,6 +242,7 @@ def _collect_updates(
         got.train_s += _seconds(update.train_s)
         got.up_bytes += content_bytes(content_of(message).content)
         watch.reply(run.name, "train", number, lab, update.loss)
+        del update, message  # before the next is opened: there is memory for one
     need = max(run.plan.cohort.min_labs, run.strategy.min_updates)
     if len(got.received) < need:
         got.failed = f"{len(got.received)} labs answered, {need} are needed"

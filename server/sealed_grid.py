@@ -6,7 +6,6 @@ place that the order had; what does not hold becomes that lab's failure.
 
 from __future__ import annotations
 
-import mmap
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from flwr.supercore.run import Run
 from cytofed.documents import LedgerHead, Roster
 from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, BadMessage
+from cytofed.objects import cut_to_file
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.sealing import Context, Direction, Sealed, seal, seal_for_all, unseal
 from cytofed.sealed_message import (
@@ -31,6 +31,7 @@ from cytofed.sealed_message import (
     pack_content,
     pack_parcel,
     text_of,
+    travels_inside,
     unpack_content,
     unpack_parcel,
 )
@@ -81,22 +82,19 @@ class _Shared:
 
     content: RecordDict = field(repr=False)
     sealed: Mapping[str, Sealed] = field(repr=False)
-    body: mmap.mmap
-    record: ArrayRecord = field(repr=False)
+    record: ArrayRecord | None = field(repr=False)
+    """the body, as it travels with every parcel that is too large to hold it"""
 
     @staticmethod
     def make(content: RecordDict, sealed: Mapping[str, Sealed], spool: Path) -> _Shared:
-        with tempfile.TemporaryFile(dir=spool) as file:
-            file.write(next(iter(sealed.values())).body)
-            file.flush()
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        body = memoryview(mapped)
-        moved = {lab: Sealed(found.prefix, body) for lab, found in sealed.items()}
-        return _Shared(content, moved, mapped, pack_body(body))
-
-    def forget(self) -> None:
-        """Take the body out of this process's memory, until it is read again."""
-        self.body.madvise(mmap.MADV_DONTNEED)
+        body = next(iter(sealed.values())).body
+        if travels_inside(body):
+            return _Shared(content, sealed, None)
+        record = pack_body(body)
+        # Its pieces keep the file, which has no name, for as long as one may be sent again.
+        cut_to_file(record["body"], tempfile.TemporaryFile(dir=spool))  # noqa: SIM115
+        bare = {lab: Sealed(found.prefix, memoryview(b"")) for lab, found in sealed.items()}
+        return _Shared(content, bare, record)
 
 
 class Heads(Protocol):
@@ -168,8 +166,6 @@ class SealedGrid(Grid):
                 metadata.ttl,
             )
             [number] = self._inner.push_messages([outer])
-            if self._shared is not None:
-                self._shared.forget()
             message.metadata.__dict__["_message_id"] = number
             self._places[number] = (place, message)
             ids.append(number)

@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from cytofed.arrays import Float32, Parts, parts_sha256
+from cytofed.arrays import Float32, Parts
 from cytofed.errors import InputError
 from cytofed.files import write_atomically
 from cytofed.messages import (
@@ -132,7 +132,8 @@ class SecureRun:
         need = max(self.cohort.threshold, self.cohort.min_cohort, self.plan.cohort.min_labs)
         wanted = _Collection("train", number, down, self.encoding, need)
         total_W, survivors = self._sum(grid, wanted, absent, received)
-        decoded = decode(total_W, wanted.encoding, count=len(survivors), dtype=np.float32)
+        count = len(survivors)
+        decoded = decode(total_W, wanted.encoding, count=count, dtype=np.float32, in_place=True)
         split = np.split(decoded.mean_P, len(self.strategy.lab.up))
         mean: dict[str, Float32] = dict(zip(self.strategy.lab.up, split, strict=True))
         return SecureSum(mean, survivors)
@@ -169,16 +170,22 @@ class SecureRun:
         for attempt in range(_ATTEMPTS):
             setup = self._ready(grid, absent)
             slot = self._take_slot()
+            order = self._order(wanted, slot)
+            replies = self._sent(grid, setup, order)
+            model_sha256 = order.weights_sha256  # while the labs work
             total_W = np.zeros(wanted.encoding.words, wanted.encoding.dtype)
             survivors, failed, silent = [], dict[str, str](), 0
-            for lab, message, masked in self._vectors(grid, setup, wanted, slot):
+            for lab, message in replies:
                 silent += message is None
-                if isinstance(masked, BadMessage):
-                    failed[lab] = masked.message
+                try:
+                    masked = _masked(lab, order, wanted.encoding, message)
+                except BadMessage as problem:
+                    failed[lab] = problem.message
                     continue
                 add_words(total_W, masked.words_W)
                 survivors.append(lab)
                 received(masked, content_bytes(content_of(message).content))
+                del masked, message  # before the next is opened: there is memory for one
             possible = len(setup.members) - silent >= wanted.need
             if len(survivors) >= wanted.need or not possible or attempt + 1 == _ATTEMPTS:
                 break
@@ -190,7 +197,7 @@ class SecureRun:
             self.identity,
             round=wanted.protocol_round,
             slot=slot,
-            model_sha256=parts_sha256(wanted.parts),
+            model_sha256=model_sha256,
             survivors=survivors,
         )
         agreed = self._ask(
@@ -205,11 +212,8 @@ class SecureRun:
         protocol.unmask(poll, total_W, revealed)
         return total_W, tuple(sorted(survivors))
 
-    def _vectors(
-        self, grid: Grid, setup: Setup, wanted: _Collection, slot: int
-    ) -> Iterator[tuple[str, Message | None, Masked | BadMessage]]:
-        """Each member's reply, None for silence, and its masked vector or why there is none."""
-        order = Order(
+    def _order(self, wanted: _Collection, slot: int) -> Order:
+        return Order(
             wanted.kind,
             self.cohort.run,
             wanted.number,
@@ -219,15 +223,12 @@ class SecureRun:
             labs=len(self.cohort.labs),
             max_weight=self.max_weight,
         )
+
+    def _sent(self, grid: Grid, setup: Setup, order: Order) -> Iterator[tuple[str, Message | None]]:
+        """Each member's reply to the order, None for silence."""
         members = {lab: self.nodes[lab] for lab in setup.members}
         timeout_s = self.plan.cohort.round_timeout_s
-        for lab, message in ask(
-            grid, members, wanted.kind, wanted.number, pack_order(order), timeout_s=timeout_s
-        ):
-            try:
-                yield lab, message, _masked(lab, order, wanted.encoding, message)
-            except BadMessage as reason:
-                yield lab, message, reason
+        return ask(grid, members, order.kind, order.round, pack_order(order), timeout_s=timeout_s)
 
     def _ready(self, grid: Grid, absent: Absent) -> Setup:
         """The set-up in use, or a new one: keys, shares, and everyone's word for the same view."""
@@ -255,8 +256,9 @@ class SecureRun:
             grid, "accept", setup.requests, 0, absent,
             lambda lab, reply: protocol.check_ready(setup, lab, reply),
         )  # fmt: skip
-        self._setup, self._next_slot = setup, first
-        return setup
+        # What was dealt is not needed once it is delivered, and grows with the cohort's square.
+        self._setup, self._next_slot = protocol.delivered(setup), first
+        return self._setup
 
     def _take_slot(self) -> int:
         slot = self._next_slot

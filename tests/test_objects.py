@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cytofed.messages import RAW, array_of, new_message
-from cytofed.objects import PIECE_BYTES, deflate, inflate
+from cytofed.objects import PIECE_BYTES, cut_to_file, deflate, inflate, is_piece
 
 ROOM = 1 << 25
 
@@ -82,6 +83,32 @@ def test_an_array_in_two_messages_is_cut_once() -> None:
     )  # fmt: skip
     shared = one.numbers & two.numbers
     assert len(shared) == 3  # the piece, its array, its record
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_an_array_that_lies_in_a_file_travels_as_if_it_did_not(size: int, tmp_path: Path) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    plain, moved = message_of(data), message_of(data)
+    record = moved.content["parts"]
+    assert isinstance(record, ArrayRecord)
+    with (tmp_path / "file").open("w+b") as file:
+        cut_to_file(record["body"], file)
+        found, expected = deflate(moved), deflate(plain)
+        assert found.number == expected.number
+        assert found.sizes() == expected.sizes()
+        assert {name: found.content(name) for name in found.numbers} == {
+            name: expected.content(name) for name in expected.numbers
+        }
+        assert deflate(moved).sizes() == found.sizes()  # sent again
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"ArrayChunk", b"ArrayChunk  2\0ab", b"ArrayChunk  3\0ab", b"Array  2\0ab",
+     b"ArrayChunk a 2\0ab", b"ArrayChunk  02\0ab"],
+)  # fmt: skip
+def test_a_piece_is_told_by_its_head_and_length(content: bytes) -> None:
+    assert is_piece(content) == (content == b"ArrayChunk  2\0ab")
 
 
 def test_a_message_that_was_read_is_freed_with_its_last_reference() -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
+def write_atomically(
+    path: Path, data: bytes | str | Sequence[bytes | memoryview], *, mode: int = 0o644
+) -> None:
     """Write ``data`` so that after a crash ``path`` has either its old or its new content.
 
-    The data is on the disk (fsync) before the name points to it.
+    The data, in one piece or in several, is on the disk (fsync) before the name points to it.
     """
     raw = data.encode() if isinstance(data, str) else data
-    with atomically(path, mode=mode) as part:
-        part.write_bytes(raw)
+    with atomically(path, mode=mode) as part, part.open("wb") as file:
+        file.writelines([raw] if isinstance(raw, bytes) else raw)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
@@ -28,10 +31,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
-from cytofed.messages import array_of
+from cytofed.messages import RAW, array_of
 
 PIECE_BYTES: int = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 """at which arrays are cut"""
+
+_HEAD_BYTES = 64
+"""more than the head of a piece has"""
 
 _CHUNK, _ARRAY, _RECORD = (kind.__qualname__ for kind in (ArrayChunk, Array, ArrayRecord))
 
@@ -46,6 +52,9 @@ class _Piece(ArrayChunk):
         digest = hashlib.sha256(self._head)
         digest.update(data)
         self.__dict__["_object_id"] = digest.hexdigest()
+        self._size = len(data)
+        self._file: BinaryIO | None = None
+        self._at = 0
 
     @property
     def is_dirty(self) -> bool:
@@ -53,10 +62,20 @@ class _Piece(ArrayChunk):
 
     @property
     def nbytes(self) -> int:
-        return len(self._head) + len(self.data)
+        return len(self._head) + self._size
+
+    def lie_in(self, file: BinaryIO, at: int) -> None:
+        """Take the bytes from this place of a file from now on, and no memory."""
+        self._file, self._at, self.data = file, at, memoryview(b"")
+
+    def parts(self) -> tuple[bytes, bytes | memoryview]:
+        """Head and body."""
+        if self._file is None:
+            return self._head, self.data
+        return self._head, os.pread(self._file.fileno(), self._size, self._at)
 
     def deflate(self) -> bytes:
-        return b"".join((self._head, self.data))
+        return b"".join(self.parts())
 
 
 @dataclass(frozen=True)
@@ -78,8 +97,12 @@ class Objects:
 
     def content(self, number: str) -> bytes:
         """An object's bytes, made anew at each call."""
-        found: bytes = self._nested[number].deflate()
-        return found
+        return b"".join(self.parts(number))
+
+    def parts(self, number: str) -> tuple[bytes | memoryview, ...]:
+        """The same in parts, which need not be joined to be sent."""
+        item = self._nested[number]
+        return item.parts() if isinstance(item, _Piece) else (item.deflate(),)
 
     def __contains__(self, number: str) -> bool:
         return number in self._nested
@@ -106,6 +129,20 @@ def deflate(message: Message) -> Objects:
         nested, tree = get_all_nested_objects(message), get_object_tree(message)
         head = remove_content_from_message(message) if message.has_content() else message
     return Objects(number, tree, head, nested)
+
+
+def cut_to_file(array: Array, file: BinaryIO) -> None:
+    """Cut an array into pieces and move its bytes to a file, from where they will be sent."""
+    pieces = _cut(memoryview(array.data))
+    for piece in pieces:
+        at = file.tell()
+        file.write(piece.data)
+        piece.lie_in(file, at)
+    file.flush()
+    cast(Any, array).data = memoryview(b"")  # first: it clears the pieces
+    array.__dict__["_chunks"] = [
+        (piece.object_id, piece) for piece in pieces
+    ]
 
 
 def _cut(data: memoryview) -> list[_Piece]:
@@ -162,18 +199,30 @@ def _join(
 ) -> tuple[Any, int]:
     """An array from its pieces, one of them in memory at a time, and its bytes."""
     told = json.loads(bytes(_body(content)))
-    joined = bytearray()
-    if len(told["arraychunk_ids"]) > 1 + room // PIECE_BYTES:
+    shape, pieces = tuple(told["shape"]), told["arraychunk_ids"]
+    size = math.prod(shape) * np.dtype(told["dtype"]).itemsize
+    if told["stype"] != RAW or min(shape, default=0) < 0:
+        raise ValueError("an array that is not raw bytes of its shape")
+    if size > room or len(pieces) > 1 + room // PIECE_BYTES:
         raise ValueError(f"arrays of more than {room} bytes, or in too many pieces")
-    for index in told["arraychunk_ids"]:
+    joined, at = np.empty(size, np.uint8).data, 0
+    for index in pieces:
         piece = read(children[index])
-        if not piece.startswith(_CHUNK.encode() + HEAD_VALUE_DIVIDER.encode()):
+        if not is_piece(piece):
             raise ValueError("a piece of an array is something else")
-        joined += _body(piece)
-        if len(joined) > room:
-            raise ValueError(f"arrays of more than {room} bytes")
-    shape = tuple(told["shape"])
-    return array_of(told["dtype"], shape, told["stype"], memoryview(joined)), len(joined)
+        body = _body(piece)
+        joined[at : at + len(body)] = body  # raises where it is too long
+        at += len(body)
+    if at != size:
+        raise ValueError(f"an array of {at} bytes whose shape takes {size}")
+    return array_of(told["dtype"], shape, told["stype"], joined), size
+
+
+def is_piece(content: bytes | memoryview) -> bool:
+    """Whether this is a piece of an array, with a body of the length that its head says."""
+    head, found, _ = bytes(content[:_HEAD_BYTES]).partition(HEAD_BODY_DIVIDER)
+    size = len(content) - len(head) - len(HEAD_BODY_DIVIDER)
+    return bool(found) and head == HEAD_VALUE_DIVIDER.join((_CHUNK, "", str(size))).encode()
 
 
 def _body(content: bytes) -> memoryview:

@@ -8,7 +8,6 @@ it expects from them and from what it has pinned; only if the seal holds are the
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,8 +46,8 @@ class Parcel:
     papers: bytes = field(default=b"", repr=False)
 
 
-def pack_content(content: RecordDict) -> tuple[bytes, memoryview]:
-    """Manifest and payload of a content made by ``cytofed.messages`` or ``new_content``."""
+def pack_content(content: RecordDict) -> tuple[bytes, list[memoryview]]:
+    """Manifest and payload (in pieces) of a content of ``cytofed.messages`` or ``new_content``."""
     header, record = content["header"], content["parts"]
     assert isinstance(header, ConfigRecord)
     assert isinstance(record, ArrayRecord)
@@ -59,8 +58,7 @@ def pack_content(content: RecordDict) -> tuple[bytes, memoryview]:
     if _HEADER in arrays:
         raise ValueError("a part may not be named header")
     arrays[_HEADER] = np.frombuffer(_header_bytes(header), np.uint8)  # last: arrays stay aligned
-    manifest, payload = wire.pack(arrays)
-    return manifest.to_bytes(), payload.data
+    return wire.manifest_of(arrays).to_bytes(), wire.pieces(arrays)
 
 
 def new_content(
@@ -106,13 +104,6 @@ def unpack_content(manifest: bytes, payload: memoryview) -> RecordDict:
     return RecordDict({"header": ConfigRecord(dict(header)), "parts": record})
 
 
-def content_sha256(manifest: bytes, payload: memoryview) -> str:
-    """Hex SHA-256 of a content: equal contents, sealed anew, have the same."""
-    digest = hashlib.sha256(len(manifest).to_bytes(8, "big") + manifest)
-    digest.update(payload)
-    return digest.hexdigest()
-
-
 def pack_body(body: memoryview) -> ArrayRecord:
     """A sealed body as it travels; one record serves all who get the same body."""
     record = ArrayRecord()
@@ -120,8 +111,14 @@ def pack_body(body: memoryview) -> ArrayRecord:
     return record
 
 
+def travels_inside(body: memoryview) -> bool:
+    """Whether a body is small enough to be in the parcel's own record."""
+    return len(body) <= _INLINE_BYTES
+
+
 def pack_parcel(parcel: Parcel, record: ArrayRecord | None = None) -> RecordDict:
-    """As it travels. ``record``: ``pack_body`` of its body, where that was made before."""
+    """As it travels. ``record``: ``pack_body`` of its body, where that was made before; the
+    parcel's own is not looked at then."""
     body = parcel.sealed.body
     seal: dict[str, str | int | bytes] = {
         "run": parcel.run,
@@ -131,7 +128,7 @@ def pack_parcel(parcel: Parcel, record: ArrayRecord | None = None) -> RecordDict
         "prefix": parcel.sealed.prefix,
         "papers": parcel.papers,
     }
-    if len(body) <= _INLINE_BYTES:
+    if record is None and travels_inside(body):
         return RecordDict({"seal": ConfigRecord({**seal, "body": bytes(body)})})
     return RecordDict({"seal": ConfigRecord(dict(seal)), "body": record or pack_body(body)})
 

@@ -25,6 +25,7 @@ from cytofed.client.outbox import (
 from cytofed.errors import CytofedError, InputError, VerificationError
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.ledger import AlreadyAnswered, Order
+from cytofed.privacy.sealing import Sealed
 
 LEEDS = Identity.generate("leeds")
 KEY = os.urandom(32)
@@ -80,7 +81,11 @@ def reopened(box: Outbox, log: EgressLog) -> Outbox:
 
 
 def put(box: Outbox, order: Order, sealed: bytes = b"sealed") -> None:
-    box.put(order, sealed, outgoing_of(sealed, order))
+    box.put(order, sealed_of(sealed), outgoing_of(sealed, order))
+
+
+def sealed_of(data: bytes) -> Sealed:
+    return Sealed(data[:3], memoryview(data)[3:])
 
 
 def test_the_same_order_gets_the_same_bytes_after_a_restart(box: Outbox, log: EgressLog) -> None:
@@ -171,10 +176,10 @@ def test_a_kept_answer_has_its_egress_record(box: Outbox, log: EgressLog) -> Non
 def test_what_may_not_leave_is_not_kept(box: Outbox, log: EgressLog) -> None:
     bad = replace(outgoing_of(b"x", order_of()), type="pixels")
     with pytest.raises(EgressRefused):
-        box.put(order_of(), b"x", bad)
+        box.put(order_of(), sealed_of(b"x"), bad)
     assert isinstance(box.take(order_of()), Fresh)
     with pytest.raises(InputError, match="not of these bytes"):
-        box.put(order_of(), b"y", outgoing_of(b"x", order_of()))
+        box.put(order_of(), sealed_of(b"y"), outgoing_of(b"x", order_of()))
     assert verify(log.path, LEEDS.public).messages == ()
 
 

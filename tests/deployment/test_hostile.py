@@ -16,7 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.app import Error, Message
 from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
@@ -25,6 +27,7 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesResponse,
     PushMessagesRequest,
 )
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     PullObjectRequest,
@@ -38,6 +41,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cytofed.client.directory import ClientDirectory, pinned_context
+from cytofed.objects import deflate
 from cytofed.server.gate import FLEET_BODIES, LEAVE, RENEW
 
 from .conftest import PLAN, Federation, deal, free_port
@@ -50,13 +54,13 @@ class Caller:
     http: httpx.Client
     directory: ClientDirectory | None = None
 
-    def headers(self, age_s: float = 0.0) -> dict[str, str]:
-        """Flower's signed headers, made ``age_s`` ago."""
+    def headers(self, age_s: float = 0.0, stamp: str = "") -> dict[str, str]:
+        """Flower's signed headers, made ``age_s`` ago, or with the time as ``stamp`` says it."""
         found = {"content-type": PROTOBUF_MEDIA_TYPE}
         if self.directory is None:
             return found
         key = self.directory.node_key()
-        stamp = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
+        stamp = stamp or (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
         public = public_key_to_bytes(key.public_key())
         signature = sign_message(key, stamp.encode())
         return found | {
@@ -179,11 +183,62 @@ def test_lab_cannot_act_as_another_node(port: Port) -> None:
     asked: dict[str, Any] = {
         "pull-messages": PullMessagesRequest(node=Node(node_id=victim)),
         "deactivate-node": DeactivateNodeRequest(node_id=victim),
+        "send-node-heartbeat": SendNodeHeartbeatRequest(
+            node=Node(node_id=victim), heartbeat_interval=30
+        ),
+        "pull-object": PullObjectRequest(node=Node(node_id=victim), object_id="a" * 64),
+        "confirm-message-received": ConfirmMessageReceivedRequest(
+            node=Node(node_id=victim), message_object_id="a" * 64
+        ),
         "push-messages": PushMessagesRequest(node=Node(node_id=victim)),
         "push-object": PushObjectRequest(node=Node(node_id=victim), object_id="a" * 64),
     }
     for call, request in asked.items():
         assert two.post(call, request.SerializeToString()).status_code == 401, call
+
+
+def test_session_of_another_lab_is_not_taken_over(port: Port) -> None:
+    one, two = port.caller("lab-1"), port.caller("lab-2")
+    victim = one.activate()
+    assert one.activate() == victim  # the lab itself may: it was restarted
+    assert one.directory is not None
+    key = public_key_to_bytes(one.directory.node_key().public_key())
+    request = ActivateNodeRequest(public_key=key, heartbeat_interval=30).SerializeToString()
+    assert two.post("activate-node", request).status_code == 401
+
+
+def test_recorded_headers_are_of_no_use_on_another_connection(port: Port) -> None:
+    one, two = port.caller("lab-1"), port.caller("lab-2")
+    body = PullObjectRequest(node=Node(node_id=one.activate()), object_id="a" * 64)
+    recorded = one.headers()
+    assert one.post("pull-object", body.SerializeToString(), recorded).status_code == 403  # unknown
+    for thief in (two, port.caller()):
+        answer = thief.post("pull-object", body.SerializeToString(), recorded)
+        assert answer.status_code == 403
+        assert answer.content == b""
+
+
+def test_time_without_a_zone_and_other_content_types_are_refused(port: Port) -> None:
+    lab = port.caller("lab-1")
+    body = PullMessagesRequest(node=Node(node_id=lab.activate())).SerializeToString()
+    naive = lab.headers(stamp=datetime.now().isoformat())
+    assert lab.post("pull-messages", body, naive).status_code == 401
+    other = lab.headers() | {"content-type": "application/json"}
+    assert lab.post("pull-messages", b"{}", other).status_code == 415
+    chunked = lab.http.post("/v1/fleet/pull-messages", content=iter([body]), headers=lab.headers())
+    assert chunked.status_code == 411
+
+
+def test_requests_for_what_is_not_there_are_refused(port: Port) -> None:
+    lab = port.caller("lab-1")
+    node = Node(node_id=lab.activate())
+    asked: dict[str, tuple[Any, int]] = {
+        "push-messages": (PushMessagesRequest(node=node), 400),
+        "pull-object": (PullObjectRequest(node=node, run_id=77, object_id="a" * 64), 403),
+        "push-object": (PushObjectRequest(node=node, run_id=77, object_id="a" * 64), 403),
+    }
+    for call, (request, status) in asked.items():
+        assert lab.post(call, request.SerializeToString()).status_code == status, call
 
 
 def test_bodies_are_limited_before_anyone_is_authenticated(port: Port) -> None:
@@ -223,6 +278,12 @@ def test_another_labs_objects_and_replies_are_out_of_reach(port: Port) -> None:
                 object_content=b"x", session_id="guess",
             ),
         }  # fmt: skip
+        reply = Message(Error(100, "forged"), reply_to=message_from_proto(head))
+        objects = deflate(reply)
+        thefts["push-messages"] = PushMessagesRequest(
+            node=Node(node_id=other), messages_list=[message_to_proto(objects.head)],
+            message_object_trees=[objects.tree],
+        )  # fmt: skip
         for call, theft in thefts.items():
             assert two.post(call, theft.SerializeToString()).status_code == 403, call
         own = PullObjectRequest(node=Node(node_id=mine), run_id=run_id, object_id=tree.object_id)
@@ -230,6 +291,7 @@ def test_another_labs_objects_and_replies_are_out_of_reach(port: Port) -> None:
     finally:
         federation.run("coordinator", "server", "stop-run", federation.coordinator, run)
         assert federation.summary(run)["status"] == "failed"
+    assert one.post("pull-object", own.SerializeToString()).status_code == 403  # withdrawn
 
 
 @settings(
