@@ -110,7 +110,8 @@ svg{display:block;width:100%;height:auto;font-family:inherit}
 thead th{vertical-align:bottom}
 tbody th{white-space:nowrap}
 .num{text-align:right;font-variant-numeric:tabular-nums}
-.wrap td{overflow-wrap:anywhere}
+.wrap td{overflow-wrap:anywhere;min-width:15ch}
+.wrap tbody th{white-space:normal;min-width:12ch}
 .examples img{border-radius:4px;margin:0 3px 0 0}
 .examples td{white-space:nowrap}
 summary{cursor:pointer;color:var(--first)}
