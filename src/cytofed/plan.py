@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
+from cytofed.encoder import is_shipped, sha256_of, start_file
 from cytofed.errors import InputError
 from cytofed.sections import build, convert, read_tree, shown
 
@@ -221,8 +222,13 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex SHA-256 of the canonical JSON of all but ``simulation``, defaults included."""
+        """Hex SHA-256 of the canonical JSON of all but ``simulation``, defaults included.
+
+        Of a start encoder that ships it has the content too: a name says not which version.
+        """
         shared = {k: v for k, v in to_dict(self).items() if k != "simulation"}
+        if is_shipped(self.model.start):
+            shared["start_sha256"] = sha256_of(start_file(self.model.start))
         canonical = json.dumps(shared, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -238,7 +244,7 @@ temperature, which would be fitted to private images"""
 PRIVATE_HEAD: Mapping[str, Any] = {
     "labels": {"scale": {"size_px": 64, "field_um": 21.6}},
     "model": {"arch": "encoder+head", "start": "blood", "trainable": "all"},
-    "train": {"rounds": 20, "local_epochs": 2.0, "optimizer": "sgd", "lr": 0.03, "momentum": 0.0},
+    "train": {"rounds": 20, "local_epochs": 2.0, "optimizer": "sgd", "lr": 0.3, "momentum": 0.0},
 }
 """the same where no key of the model is named: a last layer on frozen features of public images
 (Mehta et al. 2022, arXiv:2205.02973). A hundredth of the weights get noise, so more steps pay"""
