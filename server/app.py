@@ -276,7 +276,7 @@ class Coordinator:
         offer = folder.offer(self._identity)
         start = self._start(folder, offer)
         plan = offer.plan
-        model = _start_model(folder).bare
+        model = _start_model(folder, trained=False).bare
         strategy = make_strategy(plan.strategy)
         size = model.manifest.size
         reply_bytes = 8 * size * len(strategy.lab.up) + _SPARE_BYTES
@@ -322,7 +322,9 @@ class Coordinator:
                 raise
             reason = stopped.message
         scores = read_scores(folder, latest.round, classes) or Scores()
-        summary = write_results(folder, run, offer, latest, scores, _start_model(folder))
+        summary = write_results(
+            folder, run, offer, latest, scores, _start_model(folder, trained=False)
+        )
         write_report(folder)
         ended = cast(Phase, status(run, latest))
         folder.end(ended, reason=reason, absent=_absent(latest.records))
@@ -565,11 +567,11 @@ def _absent(records: tuple[Record, ...]) -> dict[str, str]:
     return found
 
 
-def _start_model(folder: RunFolder) -> StartModel:
-    found = read_start(folder.private)
+def _start_model(folder: RunFolder, *, trained: bool = True) -> StartModel:
+    found = read_start(folder.private, trained=trained)
     if found is None:
         _make_start_model(folder)
-        found = read_start(folder.private)
+        found = read_start(folder.private, trained=trained)
         assert found is not None
     return found
 

@@ -229,6 +229,8 @@ class _Link(InMemoryLinkState):
         self.deliveries: dict[str, _Delivery] = {}
         self.uploads: dict[str, _Upload] = {}
         self.seen: dict[int, Presence] = {}
+        self.sessions: dict[int, int] = {}
+        """how often a node went online: who asked for work before has hung up"""
         self._mail: dict[int, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.closed = False
@@ -242,6 +244,7 @@ class _Link(InMemoryLinkState):
         if not done and super().deactivate_node(node_id):  # the same key, still "online"
             done = super().activate_node(node_id, heartbeat_interval)
         if done:
+            self.sessions[node_id] = self.sessions.get(node_id, 0) + 1
             self._lose(node_id)
             self.wake.set()
         return done
@@ -288,7 +291,11 @@ class _Link(InMemoryLinkState):
         return stored or upload is None or upload.message not in self.deliveries
 
     async def wait_for_message(self, node_id: int, timeout_s: float) -> None:
-        """Return when there is a message for the node, after the timeout, or at the end."""
+        """Return when there is a message for the node, after the timeout, or at the end.
+
+        Who asks for work has nothing in hand: what was delivered and not answered is lost.
+        """
+        self._lose(node_id)
         self._loop = asyncio.get_running_loop()
         event = self._mail.setdefault(node_id, asyncio.Event())
         event.clear()
@@ -408,7 +415,10 @@ class _Calls:
         request.state.protobuf_request = asked
         if call == "pull-messages":
             node = await run_in_threadpool(self._let_in, request, call, asked)
+            session = self._link.sessions.get(node)
             await self._link.wait_for_message(node, self._poll_s)
+            if session != self._link.sessions.get(node) or await request.is_disconnected():
+                return ()  # no message: the lab asks on another connection, and gets it there
             return await run_in_threadpool(self._handle, call, asked, node)
         return await run_in_threadpool(self._let_in_and_handle, request, call, asked)
 

@@ -6,7 +6,7 @@ alone is enough for ``cytofed evaluate`` and ``cytofed predict``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,15 +86,16 @@ def write_model(path: Path, arrays: Mapping[str, Float32], info: ModelInfo) -> N
     write_tensors(path, float32, info.to_metadata())
 
 
-def read_model(path: Path) -> tuple[dict[str, Float32], ModelInfo]:
-    """The float32 tensors and the facts of a model file.
+def read_model(path: Path, *, skip: Container[str] = ()) -> tuple[dict[str, Float32], ModelInfo]:
+    """The float32 tensors (but for those to ``skip``) and the facts of a model file.
 
     Errors: InputError when it is missing, damaged, not a cytofed model, or not finite.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if name not in skip]  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise InputError(f"no model file {path}") from None
     except (OSError, safetensors.SafetensorError, TypeError) as error:

@@ -93,13 +93,17 @@ def write_start(plan: Plan, folder: Path) -> None:
     write_atomically(folder / _MANIFEST_FILE, manifest.to_json())  # last: says that both are there
 
 
-def read_start(folder: Path) -> Start | None:
-    """What ``write_start`` wrote, or None where it has not (yet)."""
+def read_start(folder: Path, *, trained: bool = True) -> Start | None:
+    """What ``write_start`` wrote, or None where it has not (yet).
+
+    ``trained`` off: without the tensors that are trained, where their start is of no use any more.
+    """
     manifest_file = folder / _MANIFEST_FILE
     if not manifest_file.is_file():
         return None
     manifest = Manifest.from_json(manifest_file.read_text())
-    tensors, info = read_model(folder / START_FILE)
+    skip = () if trained else manifest.names
+    tensors, info = read_model(folder / START_FILE, skip=skip)
     return Start(manifest, tensors, info)
 
 

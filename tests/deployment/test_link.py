@@ -18,6 +18,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import load_pem_x509_certificate
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -167,6 +169,18 @@ def test_message_and_reply_come_whole_through_both_adapters(line: Line, size: in
     assert not list(line.fleet.spool.iterdir()), "what was collected is gone from the spool"
     assert line.fleet.presence("leeds").online
     assert line.fleet.presence("leeds").version
+
+
+def test_message_is_not_given_to_a_connection_whose_lab_asks_on_another(line: Line) -> None:
+    """A lab that was restarted gets it at once, not after the old connection's waiting time."""
+    line.fleet._poll_s = 60.0
+    stale = PullMessagesRequest(node=Node(node_id=line.fleet.nodes["leeds"]))
+    link = line.link
+    link._activate()
+    asked = threading.Thread(target=lambda: link._client.PullMessages(stale), daemon=True)
+    asked.start()
+    line.work(lambda _message: Answer(LOGGED, content_of(b"back")))
+    assert bytes_of(line.ask(content_of(b"x"))) == b"back"
 
 
 def test_reason_why_there_is_no_answer_reaches_the_round_loop(line: Line) -> None:
