@@ -133,6 +133,22 @@ def test_offer_comes_back_with_its_plan_and_roster() -> None:
     assert found.federation == "fed"
 
 
+def test_plan_that_another_version_reads_as_another_is_not_offered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = from_dict(
+        {"model": {"arch": "encoder+head", "start": "blood"}, "cohort": {"min_labs": 2}},
+        source="x",
+    )
+    document = Offer("run-1", plan, OFFER.roster).signed(CHIEF)
+    assert Offer.verified(document, CHIEF.public).plan.sha256 == plan.sha256
+    monkeypatch.setattr(
+        "cytofed.plan.sha256_of", lambda _path: "0" * 64
+    )  # another blood.safetensors
+    with pytest.raises(InputError, match="blood is another encoder"):
+        Offer.verified(document, CHIEF.public)
+
+
 def test_decision_comes_back_as_the_lab_made_it() -> None:
     for verdict in ("approved", "rejected"):
         made = decision_of("leeds", verdict=verdict, reason="r" * 200)

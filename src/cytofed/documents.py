@@ -188,6 +188,7 @@ class Offer:
         body = wire.encode(
             {
                 "plan": json.dumps(to_dict(self.plan)).encode(),
+                "plan_sha256": self.plan.sha256,
                 "roster": self.roster.to_bytes(),
                 "run": self.run,
             }
@@ -196,15 +197,24 @@ class Offer:
 
     @staticmethod
     def verified(document: bytes, coordinator: PublicIdentity) -> Offer:
-        """Errors: VerificationError, InputError for a plan that this version does not know."""
+        """Errors: VerificationError, InputError for a plan that this version does not know, or
+        knows as another one."""
         fields = wire.Fields.of(verify(document, label=LABEL_OFFER, signer=coordinator), "offer")
         run, plan, roster = fields.text("run"), fields.raw("plan"), fields.raw("roster")
+        sha256 = fields.text("plan_sha256")
         fields.end()
         try:
             tree = json.loads(plan)
         except ValueError:
             raise wire.MalformedMessage("the plan of an offer is not JSON") from None
-        return Offer(run, from_dict(tree, source="offered plan"), Roster.from_bytes(roster))
+        found = from_dict(tree, source="offered plan")
+        if found.sha256 != sha256:
+            raise InputError(
+                f"the offered plan is {sha256[:12]} at the coordinator and {found.sha256[:12]} "
+                f"here, where {found.model.start} is another encoder or plans mean something else",
+                hint="install the coordinator's version of cytofed",
+            )
+        return Offer(run, found, Roster.from_bytes(roster))
 
 
 @dataclass(frozen=True)
