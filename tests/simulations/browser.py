@@ -23,7 +23,9 @@ _MEASURE = """
   const page = document.documentElement;
   const heading = [...document.querySelectorAll("h2")].find(h => h.textContent == TITLE);
   const top = heading ? heading.closest("section").getBoundingClientRect().top - 16 : 0;
-  return JSON.stringify([page.scrollWidth, page.scrollHeight, Math.max(0, top)]);
+  const cells = [...document.querySelectorAll("table.wrap td")];
+  const narrowest = Math.min(9999, ...cells.map(c => c.getBoundingClientRect().width));
+  return JSON.stringify([page.scrollWidth, page.scrollHeight, narrowest, Math.max(0, top)]);
 })()
 """
 
@@ -35,12 +37,14 @@ def find_browser() -> str | None:
 
 @dataclass
 class Shown:
-    """What a browser made of a page: complaints, what it asked the network for, and its size."""
+    """What a browser made of a page: complaints, what it asked the network for, its sizes."""
 
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     width_px: int = 0
     height_px: int = 0
+    narrowest_px: float = 0.0
+    """the narrowest cell of running text"""
     png: bytes = field(default=b"", repr=False)
 
 
@@ -113,7 +117,8 @@ class Browser:
         measure = _MEASURE.replace("TITLE", json.dumps(section))
         found = self._call("Runtime.evaluate", {"expression": measure}, session)
         shown = Shown()
-        shown.width_px, shown.height_px, top = json.loads(found["result"]["value"])
+        measured = json.loads(found["result"]["value"])
+        shown.width_px, shown.height_px, shown.narrowest_px, top = measured
         clip = {"x": 0, "y": top, "width": width_px, "scale": scale}
         clip["height"] = min(height_px or shown.height_px, shown.height_px - top)
         asked = {"format": "png", "captureBeyondViewport": True, "clip": clip}

@@ -94,6 +94,7 @@ def test_browser_has_nothing_to_complain_about_and_nothing_runs_off_the_side(
         ]
     assert desk.width_px == 1200
     assert phone.width_px == 390
+    assert phone.narrowest_px > 60
     assert brightness(desk.png) > 200
     assert brightness(phone.png) < 80
     assert brightness(paper.png) > 200

@@ -1,0 +1,41 @@
+"""The pictures in docs/screenshots: ``take_screenshots.py RUN SWEEP AUDITED``.
+
+Takes three directories, each with its report.html. Whatever the browser complains about is printed.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import Browser
+
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "screenshots"
+VIEWS: dict[str, dict[str, Any]] = {
+    "": {"width_px": 1200, "height_px": 1500, "scale": 0.75},
+    "-phone": {"width_px": 390, "height_px": 1400, "dark": True},
+}
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as profile:
+        browser = Browser(Path(profile))
+        for kind, folder in zip(("run", "sweep", "audit"), sys.argv[1:], strict=True):
+            for name, view in VIEWS.items():
+                section = "Audit" if kind == "audit" else ""
+                shown = browser.show(Path(folder) / "report.html", section=section, **view)
+                file = FOLDER / f"{kind}{name}.png"
+                Image.open(io.BytesIO(shown.png)).convert("RGB").save(file, optimize=True)
+                print(f"{file.name}, {file.stat().st_size:,} bytes", *shown.complaints)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
