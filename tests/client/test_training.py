@@ -476,7 +476,7 @@ def test_adjusted_logits_give_the_balanced_posterior_of_a_known_problem() -> Non
             value.backward()  # type: ignore[no-untyped-call]
             return float(value)
 
-        solver.step(loss)
+        solver.step(loss)  # type: ignore[no-untyped-call]
         slope, shift = (head.weight[1] - head.weight[0]), (head.bias[1] - head.bias[0])
         boundary[name] = float((-shift / slope).detach())
     assert boundary["none"] == pytest.approx(math.log(9) / 2, abs=0.03)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -366,10 +367,15 @@ class TestHeadInClosedForm:
         shifted = copy.deepcopy(head)
         with torch.no_grad():
             shifted.bias += prior
-        given = self.features, self.targets
-        settings = {"present_C": self.present, "max_norm": 1.0}
-        with_prior = clipped_head_sum(head, self.draw, *given, prior_C=prior, **settings)
-        expected = clipped_head_sum(shifted, self.draw, *given, **settings)
+        summed = functools.partial(
+            clipped_head_sum,
+            draw=self.draw,
+            features_NF=self.features,
+            targets_NC=self.targets,
+            present_C=self.present,
+            max_norm=1.0,
+        )
+        with_prior, expected = summed(head, prior_C=prior), summed(shifted)
         for ours, theirs in zip(with_prior.tensors, expected.tensors, strict=True):
             torch.testing.assert_close(ours, theirs)
 

@@ -138,7 +138,7 @@ def cells(patients: tuple[int, ...], *, cells_each: int = 3, field: int = 16) ->
     return Cells((source,), *where, targets_NC, patients_N, field)
 
 
-def net() -> nn.Module:
+def net() -> models.Classifier:
     return models.build(PLAN.model, CLASSES, seed=0)
 
 
