@@ -366,7 +366,7 @@ class TestHeadInClosedForm:
         head, prior = self.head(), torch.linspace(-4, 1, 6)
         shifted = copy.deepcopy(head)
         with torch.no_grad():
-            shifted.bias += prior
+            shifted.bias.add_(prior)
         summed = functools.partial(
             clipped_head_sum,
             draw=self.draw,

@@ -488,8 +488,8 @@ def weighted_by_private_data(patch: pytest.MonkeyPatch) -> None:
     def make_step(model: nn.Module, held: Cells, *others: Any) -> Any:
         counts_C = torch.from_numpy(held.targets_NC.sum(0)).float()
 
-        def weighted(present_C: Tensor, smoothing: float) -> Any:
-            return real_objective(present_C, smoothing, weight_C=1 / (1 + counts_C))
+        def weighted(*settings: Any) -> Any:
+            return real_objective(*settings, weight_C=1 / (1 + counts_C))
 
         patch.setattr(private, "Objective", weighted)
         return real_step(model, held, *others)
