@@ -489,7 +489,7 @@ def weighted_by_private_data(patch: pytest.MonkeyPatch) -> None:
         counts_C = torch.from_numpy(held.targets_NC.sum(0)).float()
 
         def weighted(*settings: Any) -> Any:
-            return real_objective(*settings, weight_C=1 / (1 + counts_C))
+            return replace(real_objective(*settings), weight_C=1 / (1 + counts_C))
 
         patch.setattr(private, "Objective", weighted)
         return real_step(model, held, *others)
