@@ -40,11 +40,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from cytofed.arrays import in_shares
 from cytofed.errors import InputError, VerificationError
 from cytofed.privacy.masks import Words, check_words
 
 MAX_COHORT = 40
 _CHUNK = 1 << 16  # coordinates at a time: the float64 temporaries stay in the cache
+_CHUNKS_A_SHARE = 16
 _MAX_WEIGHT_BITS = 24
 _INSIDE = 1 - 1e-9
 """of a range: what is within that needs no clamp, however its multiple is rounded"""
@@ -228,15 +230,20 @@ def decode(
     else:
         mean_P = np.empty(encoding.parameters, dtype)
     signed_W = sum_W.view(np.int32 if encoding.bits == 32 else np.int16)
-    for part, start, end in _chunks(encoding):
-        chunk = signed_W[start:end]
-        limit = count * encoding.top
-        if int(chunk.min()) < -limit or int(chunk.max()) > limit:  # guard: sum-range
-            raise SumError(
-                f"part {part.name!r}: a sum of {count} labs lies outside +-{limit} steps"
-            )
-        scale = np.float64(encoding.step(part) / divisor)
-        np.multiply(chunk, scale, out=mean_P[start:end], dtype=np.float64, casting="same_kind")
+    limit = count * encoding.top
+    chunks = list(_chunks(encoding))
+
+    def decode_some(share: slice) -> None:
+        for part, start, end in chunks[share]:
+            chunk = signed_W[start:end]
+            if int(chunk.min()) < -limit or int(chunk.max()) > limit:  # guard: sum-range
+                raise SumError(
+                    f"part {part.name!r}: a sum of {count} labs lies outside +-{limit} steps"
+                )
+            scale = np.float64(encoding.step(part) / divisor)
+            np.multiply(chunk, scale, out=mean_P[start:end], dtype=np.float64, casting="same_kind")
+
+    in_shares(decode_some, len(chunks), share=_CHUNKS_A_SHARE)
     return Decoded(mean_P, weight)
 
 

@@ -31,6 +31,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
+from cytofed.arrays import in_shares
 from cytofed.messages import RAW, array_of
 
 PIECE_BYTES: int = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
@@ -140,13 +141,11 @@ def cut_to_file(array: Array, file: BinaryIO) -> None:
         piece.lie_in(file, at)
     file.flush()
     cast(Any, array).data = memoryview(b"")  # first: it clears the pieces
-    array.__dict__["_chunks"] = [
-        (piece.object_id, piece) for piece in pieces
-    ]
+    array.__dict__["_chunks"] = [(piece.object_id, piece) for piece in pieces]
 
 
 def _cut(data: memoryview) -> list[_Piece]:
-    return [_Piece(data[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)]
+    return in_shares(lambda share: _Piece(data[share]), len(data), share=PIECE_BYTES)
 
 
 def inflate(number: str, read: Callable[[str], bytes], *, max_bytes: int) -> Message:

@@ -35,7 +35,7 @@ from cytofed.messages import (
 from cytofed.metrics import Tally
 from cytofed.plan import Plan, from_dict
 from cytofed.server.checkpoints import Progress
-from cytofed.server.rounds import Run, final_weights, run_rounds, status
+from cytofed.server.rounds import Run, Scores, final_weights, run_rounds, status
 from cytofed.strategies import make_strategy
 
 SIZE = 3
@@ -409,3 +409,40 @@ def test_round_with_too_few_updates_for_a_robust_strategy_is_not_applied() -> No
     ended = federate(labs, plan(2, strategy="krum"))
     assert ended.records("applied") == [False, True]
     assert ended.status == "incomplete"
+
+
+# --- killed between the last round and its scores
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_final_scores_are_asked_for_again_after_a_kill_unless_they_were_kept(told: bool) -> None:
+    labs = {"leeds": honest, "ulm": honest}
+    whole = federate(labs, plan(2))
+    bare = {key: value for key, value in whole.progress.records[-1].items() if key != "global"}
+    cut = (*whole.progress.records[:-1], {**bare, "evaluated": False})
+    killed = replace(whole.progress, records=cut)
+    grid, kept = ChosenGrid(labs), list[tuple[int, Scores]]()
+    checkpoints = list[Progress]()
+    progress = run_rounds(
+        grid,
+        replace(whole.run, cohort=grid.cohort),
+        killed,
+        checkpoint=checkpoints.append,
+        watch=Notes(),
+        on_scores=lambda number, scores: kept.append((number, scores)),
+        known_scores=Scores(exact=tally_of_five(labs=2)) if told else None,
+    )
+    asked = [(order.kind, order.round) for order in grid.orders]
+    assert asked == ([] if told else [("evaluate", 2)] * 2)
+    assert [number for number, _ in kept] == ([] if told else [2])
+    assert progress.records[-1]["evaluated"]
+    assert progress.records[-1]["global"] == whole.progress.records[-1]["global"]
+    assert progress.records == checkpoints[-1].records
+    np.testing.assert_array_equal(progress.state["weights"], whole.progress.state["weights"])
+
+
+def tally_of_five(labs: int) -> Tally:
+    """What so many honest labs told, added up."""
+    tally = Tally.empty(len(SCHEME.codes))
+    tally.confusion_CC[0, 0] = 5 * labs
+    return tally
