@@ -1,4 +1,4 @@
-"""The pictures in docs/screenshots: ``take_screenshots.py RUN SWEEP AUDITED``.
+"""The pictures in docs/screenshots: ``python -m tests.simulations.take_screenshots RUN SWEEP AUDITED``.
 
 Takes three directories, each with its report.html. Whatever the browser complains about is printed.
 """
@@ -13,8 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-from browser import Browser
+from tests.simulations.browser import Browser
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "screenshots"
 VIEWS: dict[str, dict[str, Any]] = {
