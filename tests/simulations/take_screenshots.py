@@ -1,4 +1,4 @@
-"""The pictures in docs/screenshots: ``python -m tests.simulations.take_screenshots RUN SWEEP AUDITED``.
+"""Pictures in docs/screenshots: ``python -m tests.simulations.take_screenshots RUN SWEEP AUDIT``.
 
 Takes three directories, each with its report.html. Whatever the browser complains about is printed.
 """
