@@ -165,6 +165,11 @@ def test_weights_cost_four_bytes_each_and_the_rest_is_small() -> None:
     assert 400_000 <= content_bytes(content) <= 400_000 + 500
 
 
+def test_bytes_do_not_depend_on_how_long_training_took() -> None:
+    sizes = {content_bytes(pack_update(update(train_s=s))) for s in (1.0, 0.1234567, 1e-9)}
+    assert len(sizes) == 1
+
+
 # --- an update that does not fit
 
 
