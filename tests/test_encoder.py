@@ -9,7 +9,8 @@ import pytest
 from cytofed import encoder, models
 from cytofed.encoder import EncoderCard
 from cytofed.errors import InputError
-from cytofed.plan import Model
+from cytofed.plan import Model, load_plan
+from cytofed.plan_check import check_plan
 
 
 def card_for(model: Path, images: tuple[str, ...]) -> EncoderCard:
@@ -69,3 +70,20 @@ def test_shipped_encoder_fits_its_card_and_has_seen_no_marrow(name: str, sample:
     assert {"CC BY 4.0"} == {card.data["licence"]}
     assert "Acevedo" in card.data["attribution"]
     assert "no marrow image" in card.statement
+
+
+@pytest.mark.parametrize(
+    ("start", "arch", "width", "message"),
+    [
+        ("blood", "cytonet", 32, "blood is stagenet"),
+        ("blood", "stagenet", 8, "of width 8"),
+        ("random", "encoder+head", 8, "no encoder"),
+        ("nowhere.safetensors", "encoder+head", 8, "no model file"),
+    ],
+)
+def test_a_plan_whose_start_does_not_fit_is_refused_before_anything_runs(
+    start: str, arch: str, width: int, message: str
+) -> None:
+    overrides = [f"model.start={start}", f"model.arch={arch}", f"model.width={width}"]
+    with pytest.raises(InputError, match=message):
+        check_plan(load_plan("demo", overrides))

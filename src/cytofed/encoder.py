@@ -18,6 +18,7 @@ from typing import Any
 
 from cytofed.errors import InputError
 from cytofed.files import write_atomically
+from cytofed.model_file import ModelInfo, read_info
 
 FORMAT = "cytofed-encoder-card-1"
 
@@ -59,6 +60,35 @@ def start_file(start: str) -> Path:
 def is_shipped(start: str) -> bool:
     """Whether ``start`` is the name of an encoder in the package."""
     return start in shipped()
+
+
+SIZED = ("cytonet", "stagenet")
+"""architectures of which ``model.width`` makes larger and smaller ones"""
+
+
+def check_start(start: str, *, arch: str, width: int) -> None:
+    """Raises InputError where a plan's start model is missing, damaged or of another net."""
+    if start != "random":
+        check_fits(start, read_info(start_file(start)), arch=arch, width=width)
+    elif arch == "encoder+head":
+        raise InputError(
+            "model.arch is encoder+head, but model.start is random: there is no encoder",
+            hint="set model.start=blood, or to a model file; `cytofed pretrain` makes one",
+        )
+
+
+def check_fits(start: str, info: ModelInfo, *, arch: str, width: int) -> None:
+    """Raises InputError, with what would fit, where a start model is of another net."""
+    if arch == "encoder+head":
+        return  # takes any encoder
+    sized = arch in SIZED
+    found = info.encoder or info.arch
+    if (found, info.width if sized else None) != (arch, width if sized else None):
+        raise InputError(
+            f"{start} is {found} of width {info.width}, the plan's model is {arch} "
+            f"of width {width}",
+            hint=f"set model.arch={found} and model.width={info.width}, or model.start=random",
+        )
 
 
 def card_of(model: Path) -> EncoderCard | None:

@@ -6,9 +6,11 @@ alone is enough for ``cytofed evaluate`` and ``cytofed predict``.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import contextlib
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -91,21 +93,33 @@ def read_model(path: Path, *, skip: Container[str] = ()) -> tuple[dict[str, Floa
 
     Errors: InputError when it is missing, damaged, not a cytofed model, or not finite.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            names = [name for name in file.keys() if name not in skip]  # noqa: SIM118
-            arrays = {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise InputError(f"no model file {path}") from None
-    except (OSError, safetensors.SafetensorError, TypeError) as error:
-        raise InputError(f"cannot read model file {path}: {error}") from None
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        names = [name for name in file.keys() if name not in skip]  # noqa: SIM118
+        arrays = {name: file.get_tensor(name) for name in names}
     info = ModelInfo.from_metadata(metadata, source=str(path))
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise InputError(f"{path}: tensor {name} is {array.dtype}, expected float32")
         check_finite(name, array, source=str(path))
     return arrays, info
+
+
+def read_info(path: Path) -> ModelInfo:
+    """The facts of a model file alone. Errors: InputError as ``read_model`` has them."""
+    with _opened(path) as file:
+        return ModelInfo.from_metadata(file.metadata() or {}, source=str(path))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"no model file {path}") from None
+    except (OSError, safetensors.SafetensorError, TypeError) as error:
+        raise InputError(f"cannot read model file {path}: {error}") from None
 
 
 def check_finite(name: str, array: Float32, *, source: str) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from cytofed import arrays, model_file
 from cytofed.arrays import Float32, Manifest, Role
-from cytofed.encoder import start_file
+from cytofed.encoder import check_fits, check_start, start_file
 from cytofed.errors import InputError
 from cytofed.model_file import ModelInfo
 from cytofed.plan import Model
@@ -75,7 +75,7 @@ def build(model: Model, classes: int, *, seed: int) -> Classifier:
     net = _random_net(model.arch, model.width, classes, seed)
     if model.start != "random":
         start, info = model_file.read_model(start_file(model.start))
-        _check_architecture(model, info)
+        check_fits(model.start, info, arch=model.arch, width=model.width)
         _load_start(net, start, source=model.start)
     return net
 
@@ -236,11 +236,7 @@ def _tensors(net: nn.Module) -> list[arrays.Tensor]:
 
 
 def _build_on_encoder(model: Model, classes: int, seed: int) -> Classifier:
-    if model.start == "random":
-        raise InputError(
-            "model.arch is encoder+head, but model.start is random: there is no encoder",
-            hint="set model.start=blood, or to a model file; `cytofed pretrain` makes one",
-        )
+    check_start(model.start, arch=model.arch, width=model.width)
     start, info = model_file.read_model(start_file(model.start))
     arch = info.encoder or info.arch
     if arch not in _ENCODERS:
@@ -249,18 +245,6 @@ def _build_on_encoder(model: Model, classes: int, seed: int) -> Classifier:
     _load_start(net, start, source=model.start)
     net.freeze_encoder()
     return net
-
-
-def _check_architecture(model: Model, info: ModelInfo) -> None:
-    sized = model.arch in _SIZED
-    expected = (model.arch, model.width if sized else None)
-    found = (info.encoder or info.arch, info.width if sized else None)
-    if expected != found:
-        raise InputError(
-            f"{model.start} is {found[0]} of width {info.width}, "
-            f"the plan's model is {expected[0]} of width {model.width}",
-            hint=f"set model.arch={found[0]} and model.width={info.width}",
-        )
 
 
 def _load_start(net: Classifier, start: Mapping[str, Float32], *, source: str) -> None:
@@ -449,10 +433,6 @@ _ENCODERS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
     "resnet50": lambda _: _resnet(_Bottleneck, [3, 4, 6, 3]),
     "resnext50_32x4d": lambda _: _resnet(_Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4),
 }
-
-
-# Architectures of which ``model.width`` makes larger and smaller ones.
-_SIZED = ("cytonet", "stagenet")
 
 
 def _known() -> str:

@@ -272,18 +272,21 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
 
     Under differential privacy, what neither the user's file nor an override names is as in
     ``PRIVATE_DEFAULTS``, and where no key of the model is named, ``PRIVATE_HEAD``: a built-in
-    plan was tuned without noise.
+    plan was tuned without noise. The start of a built-in plan belongs to its architecture: with
+    another architecture or width it is random unless an override names it too.
 
     Errors: InputError when the file is missing, is no YAML, or does not make a plan.
     """
     text, source = _read(name_or_path)
     tree = read_tree(text, source, hint="see `cytofed plan show demo` for a plan with all its keys")
+    builtin = source.startswith(_BUILTIN)
+    named = {text.partition("=")[0].strip() for text in overrides}
+    if builtin and named & {"model.arch", "model.width"} and "model.start" not in named:
+        tree = _merged(tree, {"model": {"start": "random"}})
     plan = _from_layers(tree, overrides, source)
     if plan.privacy.unit == "none":
         return plan
-    builtin = source.startswith(_BUILTIN)
-    own_model = not builtin and tree.get("model")
-    own_model = own_model or any(text.lstrip().startswith("model.") for text in overrides)
+    own_model = (tree.get("model") and not builtin) or any(k.startswith("model.") for k in named)
     defaults = PRIVATE_DEFAULTS if own_model else _merged(PRIVATE_DEFAULTS, PRIVATE_HEAD)
     layers = (tree, defaults) if builtin else (defaults, tree)
     return _from_layers(_merged(*layers), overrides, source)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cytofed.encoder import card_of, start_file
+from cytofed.encoder import card_of, check_start, start_file
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
@@ -26,6 +26,7 @@ def check_plan(plan: Plan) -> list[str]:
     Errors: InputError for parts that do not fit together or are not offered.
     """
     strategy = make_strategy(plan.strategy)
+    check_start(plan.model.start, arch=plan.model.arch, width=plan.model.width)
     _check_prior(plan)
     if plan.secure_aggregation.enabled and strategy.needs_single_updates:
         raise InputError(

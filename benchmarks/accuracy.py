@@ -1,0 +1,292 @@
+"""How near a federation comes to training in one place, and what privacy costs in accuracy.
+
+``python benchmarks/accuracy.py [--quick] [--out DIR] [--part NAME ...] [--json]``
+
+Three sweeps of ``cytofed simulate`` on real marrow images, five folds of two seeds each: every
+image is tested once a seed.
+
+- ``skew``: the built-in ``marrow`` plan over labs that are alike, that differ by scanner and stain,
+  by class, and by all of it; beside each the same plan in one place and at each lab alone.
+- ``privacy``: the same encoder, frozen, without privacy and at epsilon 8, 3 and 1 per
+  pseudo-patient of 20 and of 5 cells, for cohorts of several sizes.
+- ``sources``: a marrow lab and a blood lab with label schemes of their own, from random weights.
+
+Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
+sweep only writes its tables again. The whole takes about six hours of two cores; ``--quick`` is
+one fold of one seed at a tenth of the training, to see that all of it works. Tables and plots go
+to DIR, and unless ``--quick`` into docs/results.md between its two marks.
+
+A condition's gap is central minus federated macro F1 on the same test images, over folds and
+seeds; its bound is the upper end of a one-sided 95 % t-interval. Folds of a seed share training
+images, so the interval is somewhat too narrow; both figures are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.special import stdtrit
+
+from cytofed.console import SweepProgress
+from cytofed.files import write_atomically
+from cytofed.simulations.sweep import read_sweep, run_sweep
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "docs" / "results.md"
+BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Labs that differ in a way, and what the federation may lose against training in one place."""
+
+    name: str
+    labs: int
+    partition: str
+    limit: float
+
+
+CONDITIONS = (
+    Condition("alike", 8, "iid", 0.005),
+    Condition("scanner and stain", 4, "acquisition", 0.01),
+    Condition("classes, Dirichlet .3", 6, "dirichlet:0.3", 0.02),
+    Condition("classes, stain, missing", 6, "dirichlet:0.1+stain:0.1+missing:2", 0.03),
+)
+MARGIN = 0.01
+"""what the upper end of the interval may be above a condition's limit"""
+WORST_LAB = 0.03
+EPSILONS = {8: 0.03, 3: 0.06, 1: 0.10}
+COHORTS = (1, 4, 8)
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("CYTOFED_TEST_DATA", HERE.parents[1] / "shared" / "data"))
+
+
+def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
+    """The sweep files by part."""
+    folds = [0] if quick else list(range(5))
+    seeds = [0] if quick else [0, 1]
+    fewer = {"train.rounds": 3} if quick else {}
+    marrow = str(data / "bone_marrow_128")
+    skew = {
+        "name": "skew",
+        "plan": "marrow",
+        "data": marrow,
+        "set": {"simulation.baselines": True, **fewer},
+        "list": [{"labs": c.labs, "partition": c.partition} for c in CONDITIONS],
+        "grid": {"evaluation.fold": folds},
+        "seeds": seeds,
+    }
+    levels: list[dict[str, Any]] = [{"privacy.unit": "none", "model.arch": "encoder+head"}]
+    levels += [{"privacy.unit": "patient", "privacy.epsilon": epsilon} for epsilon in EPSILONS]
+    privacy = {
+        "name": "privacy",
+        "plan": "marrow",
+        "data": marrow,
+        "set": {"partition": "iid", **fewer},
+        "list": levels,
+        "grid": {
+            "simulation.pseudo_patient_cells": [20, 5],
+            "labs": [4] if quick else list(COHORTS),
+            "evaluation.fold": folds,
+        },
+        "seeds": seeds,
+    }
+    sources = {
+        "name": "sources",
+        "plan": "marrow",
+        "data": [marrow, str(data / "pbc_128")],
+        "set": {"partition": "sources", "model.start": "random", **fewer},
+        "grid": {
+            "train.mask_absent": ["missing", "none"],
+            "evaluation.fold": [0] if quick else [0, 1],
+        },
+        "seeds": [0],
+    }
+    return {"skew": skew, "privacy": privacy, "sources": sources}
+
+
+# --- what came out
+
+
+def chosen(rows: Sequence[Row], **values: Any) -> list[Row]:
+    """Finished rows with these swept values; underscores stand for the dots of keys."""
+    wanted = {key.replace("__", "."): value for key, value in values.items()}
+    return [
+        row
+        for row in rows
+        if row.get("macro_f1") is not None
+        and all(row["values"].get(key) == value for key, value in wanted.items())
+    ]
+
+
+def mean_and_bound(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and the upper end of its one-sided 95 % interval (infinite for a single value)."""
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, math.inf
+    error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    return mean, mean + float(stdtrit(count - 1, 0.95)) * error
+
+
+def goal(name: str, value: float, limit: float, op: str = "<=") -> dict[str, Any]:
+    met = value <= limit if op == "<=" else value >= limit
+    return {"name": name, "value": round(value, 4), "op": op, "limit": limit, "met": met}
+
+
+def skew_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
+    """Table, goals and figures of the sweep ``skew``."""
+    lines = [
+        "| labs | runs | federated | in one place | gap | bound | worst lab | alone (mean) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    goals: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {}
+    for condition in CONDITIONS:
+        found = chosen(rows, labs=condition.labs, partition=condition.partition)
+        if not found:
+            continue
+        gap, bound = mean_and_bound([row["central_macro_f1"] - row["macro_f1"] for row in found])
+        federated, central, worst, alone = (
+            float(np.mean([row[key] for row in found]))
+            for key in ("macro_f1", "central_macro_f1", "worst_lab_macro_f1", "local_macro_f1")
+        )
+        lines.append(
+            f"| {condition.labs}: {condition.name} | {len(found)} | {federated:.3f} | "
+            f"{central:.3f} | {gap:+.3f} | {bound:+.3f} | {worst:.3f} | {alone:.3f} |"
+        )
+        figures[condition.name] = {
+            "federated": federated,
+            "central": central,
+            "gap": gap,
+            "bound": None if math.isinf(bound) else bound,
+            "worst_lab": worst,
+            "alone": alone,
+        }
+        goals.append(goal(f"gap, {condition.name}", gap, condition.limit))
+        if math.isfinite(bound):
+            goals.append(goal(f"bound, {condition.name}", bound, condition.limit + MARGIN))
+        goals.append(goal(f"gain over labs alone, {condition.name}", federated - alone, 0.0, ">="))
+        goals.append(goal(f"worst lab below central, {condition.name}", central - worst, WORST_LAB))
+    alike = figures.get(CONDITIONS[0].name)
+    if alike:
+        goals.append(goal("macro F1 in one place", alike["central"], 0.88, ">="))
+    return lines, goals, figures
+
+
+def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
+    """Table, goals and figures of the sweep ``privacy``."""
+    lines = [
+        "| cells a pseudo-patient | labs | without | "
+        + " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS)
+        + " |",
+        "|---|---|---|" + "---|" * len(EPSILONS),
+    ]
+    goals: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {}
+    for cells in (20, 5):
+        for labs in COHORTS:
+            where = {"labs": labs, "simulation__pseudo_patient_cells": cells}
+            plain = {
+                (row["values"]["evaluation.fold"], row["seed"]): float(row["macro_f1"])
+                for row in chosen(rows, privacy__unit="none", **where)
+            }
+            if not plain:
+                continue
+            without = float(np.mean(list(plain.values())))
+            cellsof = [f"{without:.3f}"]
+            for epsilon, limit in EPSILONS.items():
+                found = [
+                    (plain[key], float(row["macro_f1"]))
+                    for row in chosen(rows, privacy__epsilon=epsilon, **where)
+                    if (key := (row["values"]["evaluation.fold"], row["seed"])) in plain
+                ]
+                if not found:
+                    cellsof.append("")
+                    continue
+                price = float(np.mean([a - b for a, b in found]))
+                cellsof.append(f"{np.mean([b for _, b in found]):.3f} ({-price:+.3f})")
+                figures[f"{cells} cells, {labs} labs, epsilon {epsilon}"] = price
+                if labs == max(COHORTS) or len(COHORTS) == 1:
+                    goals.append(goal(f"price at epsilon {epsilon}, {cells} cells", price, limit))
+            lines.append(f"| {cells} | {labs} | " + " | ".join(cellsof) + " |")
+    return lines, goals, figures
+
+
+def sources_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
+    """Table and figures of the sweep ``sources``."""
+    lines = ["| classes masked at a lab | runs | macro F1 |", "|---|---|---|"]
+    figures: dict[str, Any] = {}
+    for masked in ("missing", "none"):
+        found = chosen(rows, train__mask_absent=masked)
+        if found:
+            figures[masked] = score = float(np.mean([row["macro_f1"] for row in found]))
+            lines.append(f"| {masked} | {len(found)} | {score:.3f} |")
+    return lines, [], figures
+
+
+RESULTS_OF = {"skew": skew_results, "privacy": privacy_results, "sources": sources_results}
+
+
+def write_results(tables: Mapping[str, Sequence[str]], place: Path) -> None:
+    """Put the tables between the marks of ``place``; what people wrote around them stays."""
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    parts = [f"Made by `python benchmarks/accuracy.py` on {machine}.", ""]
+    for part, lines in tables.items():
+        parts += [f"### {part}", "", *lines, ""]
+    text = place.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{place} lacks the marks {BEGIN} and {END}")
+    write_atomically(place, "\n".join([head + BEGIN, *parts, END + tail]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one fold, a tenth of the training")
+    parser.add_argument("--out", type=Path, help="folder of the sweeps [runs/accuracy]")
+    parser.add_argument("--part", action="append", choices=sorted(RESULTS_OF), help="[all]")
+    parser.add_argument("--json", action="store_true", help="accepted: the last line is JSON")
+    options = parser.parse_args()
+    data = data_folder()
+    if not (data / "bone_marrow_128").is_dir():
+        raise SystemExit(f"real data not found in {data}: set CYTOFED_TEST_DATA")
+    out = options.out or Path("runs") / ("accuracy-quick" if options.quick else "accuracy")
+    out.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, list[str]] = {}
+    goals: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {}
+    for part, tree in sweeps(data, quick=options.quick).items():
+        if options.part and part not in options.part:
+            continue
+        file = out / f"{part}.yaml"
+        write_atomically(file, yaml.safe_dump(tree, sort_keys=False))
+        sweep = read_sweep(file)
+        with SweepProgress(len(sweep.runs)) as watch:
+            found = run_sweep(sweep, out / part, resume=True, watch=watch)
+        tables[part], more, figures[part] = RESULTS_OF[part](found["runs"])
+        goals += more
+        print("\n".join([f"## {part}", *tables[part], ""]), file=sys.stderr)
+    if not options.quick and not options.part:
+        write_results(tables, RESULTS)
+    line = {"name": "accuracy", "quick": options.quick, "ours": figures, "peer": {}, "goals": goals}
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
