@@ -67,7 +67,7 @@ CONDITIONS = (
     Condition("classes, Dirichlet .3", 6, "dirichlet:0.3", 0.02),
     Condition("classes, stain, missing", 6, "dirichlet:0.1+stain:0.1+missing:1", 0.03),
 )
-HEAD = {
+HEAD: dict[str, Any] = {
     "model.arch": "encoder+head",
     "model.start": "blood",
     "train.rounds": 60,
@@ -91,9 +91,9 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
     """The sweep files by part."""
     folds = [0] if quick else list(range(5))
     seeds = [0] if quick else [0, 1]
-    fewer = {"train.rounds": 3} if quick else {}
+    fewer: dict[str, Any] = {"train.rounds": 3} if quick else {}
     marrow = str(data / "bone_marrow_128")
-    whole = {
+    whole: dict[str, Any] = {
         "name": "whole",
         "plan": "marrow",
         "data": marrow,
@@ -105,7 +105,7 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
     head = {**whole, "name": "head", "set": {**whole["set"], **HEAD, **fewer}}
     levels: list[dict[str, Any]] = [{"privacy.unit": "none", **HEAD}]
     levels += [{"privacy.unit": "patient", "privacy.epsilon": epsilon} for epsilon in EPSILONS]
-    privacy = {
+    privacy: dict[str, Any] = {
         "name": "privacy",
         "plan": "marrow",
         "data": marrow,
