@@ -245,7 +245,11 @@ def report(run: Path, as_json: bool) -> int:
 @cli.command()
 @click.argument("run", type=_FOLDER)
 @click.option("--controls", is_flag=True, help="Plant known faults; show which check catches each.")
-@click.option("--attacks", is_flag=True, help="Rebuild images from what is sent; with pictures.")
+@click.option(
+    "--attacks",
+    is_flag=True,
+    help="Infer members, rebuild images, show the coordinator's view; with pictures.",
+)
 @_json
 def audit(run: Path, controls: bool, attacks: bool, as_json: bool) -> int:
     """Hold RUN's claimed epsilon against what canaries prove, and tell what else it reveals.
