@@ -22,6 +22,7 @@ import pytest
 
 from cytofed.plan import dump_plan
 from cytofed.simulations.simulate import Request
+from tests.simulations.processes import processes_about
 
 Small = Callable[..., Request]
 
@@ -70,22 +71,10 @@ class CommandLine:
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
-    def worker_ids(self) -> list[int]:
-        """Processes that have this run's folder in their arguments."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if any(str(self.request.out).encode() in a for a in arguments):
-                found.append(int(folder.name))
-        return found
-
     def assert_no_worker_is_left(self) -> None:
         deadline = time.monotonic() + 20
-        while self.worker_ids():
-            assert time.monotonic() < deadline, f"left behind: {self.worker_ids()}"
+        while processes_about(self.request.out):
+            assert time.monotonic() < deadline, f"left behind: {processes_about(self.request.out)}"
             time.sleep(0.05)
 
 

@@ -24,6 +24,7 @@ from cytofed.errors import InputError
 from cytofed.simulations import sweep as sweeping
 from cytofed.simulations.simulate import Request
 from cytofed.simulations.sweep import Sweep, SweptRun, read_sweep, run_sweep
+from tests.simulations.processes import processes_about
 
 SMALL = Path(__file__).with_name("small.yaml")
 
@@ -249,18 +250,6 @@ class CommandLine:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def processes(self) -> list[str]:
-        """Workers with this sweep's folder in their arguments."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if any(str(self.out).encode() in a for a in arguments):
-                found.append(folder.name)
-        return found
-
 
 @pytest.fixture
 def expected(directly: Simulate, cache_dir: Path, tmp_path: Path) -> Callable[[Sweep], bytes]:
@@ -302,7 +291,7 @@ def test_killed_and_resumed_sweep_has_the_table_of_one_that_was_not(
     errors = {row["run"]: row["error"] for row in found["runs"]}
     monkeypatch.setattr(sweeping._Jobs, "_one", lambda _self, run: errors[run.name])
     assert (desk / "out" / "table.csv").read_bytes() == expected(sweep)
-    assert line.processes() == []
+    assert processes_about(line.out) == []
 
 
 @pytest.mark.faults
@@ -338,7 +327,7 @@ def test_24_runs_killed_again_and_again_give_the_identical_table(
         "cytofed: error: interrupted",
         f"cytofed: hint: go on with: cytofed sweep {line.file} --resume --out {line.out}",
     ]
-    assert line.processes() == []
+    assert processes_about(line.out) == []
     code, found = line.finish()
     assert code == 0
     assert found["status"] == "completed"
