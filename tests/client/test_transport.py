@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import threading
@@ -64,8 +65,18 @@ class Server:
                 got = b""
                 while b"\r\n\r\n" not in got:
                     got += tls.recv(4096)
+                # Closing with a body unread would reset the connection, and the answer with it.
+                while len(got) < _length(got):
+                    got += tls.recv(4096)
                 self.asked.append(got)
                 tls.sendall(self._answer)
+
+
+def _length(request: bytes) -> int:
+    """Bytes of the request, whose head is there."""
+    head, _, _ = request.partition(b"\r\n\r\n")
+    found = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    return len(head) + 4 + (int(found[1]) if found else 0)
 
 
 def client(server: Server, proxy: str | None = None, request_s: float = 20.0) -> httpx.Client:
