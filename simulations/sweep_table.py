@@ -36,6 +36,7 @@ SCORES = (
     "ece",
     "worst_lab_macro_f1",
     "central_macro_f1",
+    "central_worst_lab_macro_f1",
     "local_macro_f1",
 )
 """columns whose mean and interval over seeds is told"""
@@ -50,6 +51,7 @@ def row_of(
     over_labs = summary.get("over_labs") or {}
     baselines = summary.get("baselines") or {}
     local = [float(s["macro_f1"]) for s in (baselines.get("local") or {}).values()]
+    central = [float(s["macro_f1"]) for s in (baselines.get("central_labs") or {}).values()]
     privacy = summary.get("privacy") or {}
     whole = privacy.get("total") or privacy
     wire = summary.get("wire") or {}
@@ -71,6 +73,7 @@ def row_of(
         "tolerant_macro_f1": (scores.get("tolerant") or {}).get("macro_f1"),
         "worst_lab_macro_f1": over_labs.get("worst"),
         "central_macro_f1": (baselines.get("central") or {}).get("macro_f1"),
+        "central_worst_lab_macro_f1": min(central, default=None),
         "local_macro_f1": float(np.mean(local)) if local else None,
         "privacy_unit": unit,
         "epsilon": whole.get("epsilon"),
