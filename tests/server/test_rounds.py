@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,11 +30,13 @@ from cytofed.messages import (
     Update,
     new_message,
     pack_evaluation,
+    pack_order,
     pack_update,
     unpack_order,
 )
 from cytofed.metrics import Tally
 from cytofed.plan import Plan, from_dict
+from cytofed.server.asking import ask
 from cytofed.server.checkpoints import Progress
 from cytofed.server.rounds import Run, Scores, final_weights, run_rounds, status
 from cytofed.strategies import make_strategy
@@ -229,6 +232,18 @@ def test_orders_carry_the_plan_the_round_and_the_present_weights() -> None:
     assert [order.round for order in trained] == [1, 2]
     assert {order.plan_sha256 for order in ended.grid.orders} == {ended.run.plan.sha256}
     assert [order.parts["weights"].tolist() for order in trained] == [[0.0] * 3, [0.25] * 3]
+
+
+def test_replies_that_are_there_in_time_count_however_long_it_takes_to_read_them() -> None:
+    class Slow(ChosenGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            time.sleep(0.06)
+            return super().pull_messages(message_ids)
+
+    grid = Slow(dict.fromkeys(("leeds", "ulm", "york"), honest))
+    order = pack_order(Order("train", "federation", 1, "", vector(0.0, 0.0, 0.0)))
+    answered = ask(grid, grid.cohort, "train", 1, order, timeout_s=0.1)
+    assert [lab for lab, reply in answered if reply is not None] == ["york", "ulm", "leeds"]
 
 
 def test_labs_weigh_as_many_images_as_they_have() -> None:
