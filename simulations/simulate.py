@@ -33,7 +33,7 @@ from cytofed.client.cells import Cells, open_cells
 from cytofed.client.check import near_duplicate_groups
 from cytofed.client.split import hold_out
 from cytofed.console import RunProgress
-from cytofed.encoder import refuse_seen
+from cytofed.encoder import refuse_seen, seen
 from cytofed.errors import CytofedError, InputError
 from cytofed.files import write_atomically
 from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
@@ -759,6 +759,13 @@ def _warnings(world: World, scores: Scores) -> list[str]:
         )
     if world.plan.privacy.unit == "image":
         found.append("privacy.unit is image: the guarantee is for one image, not for a patient.")
+    start, labs = world.plan.model.start, world.labs
+    tested = labs.cells.take(labs.rows(len(labs.names), 2))
+    if count := seen(start, tested.file_sha256()):
+        found.append(
+            f"{count} of {len(tested)} test images were used to train the encoder {start} that the "
+            "model starts from: its scores are too good (model.start=random gives honest ones)."
+        )
     problems = sum(len(source.listing.problems) for source in world.labs.cells.sources)
     if problems:
         found.append(f"{problems} files could not be used; see `cytofed data check`.")

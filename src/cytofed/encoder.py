@@ -114,18 +114,20 @@ def card_of(model: Path) -> EncoderCard | None:
     return card
 
 
+def seen(start: str, images_sha256: Iterable[str]) -> int:
+    """How many of these files the start model was trained on, as far as its card tells."""
+    if start == "random":
+        return 0
+    card = card_of(start_file(start))
+    return 0 if card is None else len(set(images_sha256).intersection(card.images_sha256))
+
+
 def refuse_seen(start: str, images_sha256: Iterable[str]) -> None:
     """Raises InputError, with the count, where the start model was trained on one of the images."""
-    if start == "random":
-        return
-    card = card_of(start_file(start))
-    if card is None:
-        return
     images = set(images_sha256)
-    seen = images.intersection(card.images_sha256)
-    if seen:
+    if count := seen(start, images):
         raise InputError(
-            f"{len(seen)} of {len(images)} images were used to train the encoder {card.name}: "
+            f"{count} of {len(images)} images were used to train the encoder {start}: "
             "privacy.unit protects nobody whose images are in the start model already",
             hint="set model.start=random, or leave these images out",
         )

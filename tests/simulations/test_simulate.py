@@ -282,6 +282,18 @@ def test_federation_over_damaged_files_trains_on_the_others(
     assert any("3 files could not be used" in warning for warning in summary["warnings"])
 
 
+def test_test_images_that_the_start_encoder_has_seen_are_told(
+    small: Small, directly: Simulate, sample: Path, tmp_path: Path
+) -> None:
+    head = ("model.arch=encoder+head", "model.start=blood", "train.rounds=1")
+    scheme = "labels.scheme=pbc-8"
+    for folder, told in (("blood", True), ("marrow", False)):
+        flags = (*head, scheme) if told else head
+        request = small(*flags, data=(sample / folder,), out=tmp_path / folder)
+        warnings = directly(request)["warnings"]
+        assert any("were used to train the encoder blood" in text for text in warnings) == told
+
+
 def test_federation_that_contains_the_corrupt_set_trains(
     small: Small, directly: Simulate, few: Path, real_data: Path, tmp_path: Path
 ) -> None:
