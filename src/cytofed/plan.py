@@ -82,6 +82,7 @@ class Train:
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = 2e-3
     momentum: float = 0.9
+    """SGD's momentum, AdamW's first decay rate"""
     weight_decay: float = 0.01
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: float = 0.05
