@@ -24,6 +24,7 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ from cytofed.privacy.ledger import Ledger
 
 _ENROL_S = 30.0
 _MAX_ANSWER_BYTES = 1 << 16
+
+_OFFERS = 64
+"""verified offers that a process remembers"""
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,14 @@ class ClientDirectory:
 
     def plans(self) -> PlanBook:
         coordinator = self.coordinator()
+
+        @lru_cache(_OFFERS)  # every order and every turn of the daemon reads them all again
+        def verified(document: bytes) -> Offer:
+            return Offer.verified(document, coordinator)
+
         return PlanBook(
             self.root / "plans",
-            verified=lambda document: Offer.verified(document, coordinator),
+            verified=verified,
             own=self.identity().public,
         )
 
@@ -158,7 +167,7 @@ class ClientDirectory:
             "run": at[0],
             "round": at[1],
         }
-        write_atomically(self.root / "status.json", json.dumps(kept))
+        write_atomically(self.root / "status.json", json.dumps(kept), durable=False)
 
     def said(self) -> Mapping[str, Any]:
         """The daemon's last line; empty where it never ran."""

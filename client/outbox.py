@@ -77,6 +77,16 @@ class Fresh:
 Answer = SameBytes | SameUpdate | Fresh
 
 
+@dataclass(frozen=True)
+class _UpdateHead:
+    """The head of a kept update's file, opened and checked. ``end``: where its body starts."""
+
+    header: Header
+    manifest: bytes = field(repr=False)
+    digest: bytes
+    end: int
+
+
 class Outbox:
     """One lab's outbox. Each method is on the disk when it returns.
 
@@ -100,31 +110,8 @@ class Outbox:
         another plan, and for a slot that served another order; VerificationError for a file that
         was altered.
         """
-        folder = self._of_run(order)
-        sealed = list(self._sealed(folder, order.task))
-        last = max([r for r, *_ in sealed] + self._updated(folder, order.task), default=-1)
-        if order.round < last:
-            raise AlreadyAnswered(
-                f"round {order.round} of run {order.run} was already answered: "
-                f"round {last} came after it"
-            )
-        slots = {slot: (digest, path) for r, slot, digest, path in sealed if r == order.round}
-        for _, path in slots.values():
-            self._check_same_round(order, self._read_header(path)[0])
-        if order.slot in slots:
-            digest, path = slots[order.slot]
-            if digest != order.order_sha256:
-                raise AlreadyAnswered(
-                    f"slot {order.slot} of round {order.round}, run {order.run}, served another "
-                    "order"
-                )
-            return self._same_bytes(path)
-        if slots and order.slot < max(slots):
-            raise AlreadyAnswered(
-                f"slot {order.slot} of round {order.round}, run {order.run}, is past: "
-                f"slot {max(slots)} was already answered"
-            )
-        return self._same_update(order)
+        path = self._answered(order)
+        return self._same_update(order) if path is None else self._same_bytes(path)
 
     def keep_update(self, order: Order, header: Header, parts: Arrays) -> None:
         """Keep a round's noised update, encrypted, until the next round.
@@ -171,8 +158,8 @@ class Outbox:
         if (sealed.nbytes, sealed.sha256) != (outgoing.nbytes, outgoing.sha256):
             raise InputError("the egress record is not of these bytes")
         self._log.check(outgoing)
-        found = self.take(order)
-        if isinstance(found, SameBytes):
+        self._update_head(order)  # refuses an update of other weights
+        if self._answered(order) is not None:
             raise AlreadyAnswered(f"the order of round {order.round} has an answer: send that")
         path = self._sealed_path(order)
         tree = {"order": vars(order), "outgoing": outgoing.to_dict()}
@@ -189,6 +176,34 @@ class Outbox:
             path.unlink()
         if folder.is_dir():
             folder.rmdir()
+
+    def _answered(self, order: Order) -> Path | None:
+        """Where an order's answer is kept; None where it has none. Errors: as ``take``."""
+        folder = self._of_run(order)
+        sealed = list(self._sealed(folder, order.task))
+        last = max([r for r, *_ in sealed] + self._updated(folder, order.task), default=-1)
+        if order.round < last:
+            raise AlreadyAnswered(
+                f"round {order.round} of run {order.run} was already answered: "
+                f"round {last} came after it"
+            )
+        slots = {slot: (digest, path) for r, slot, digest, path in sealed if r == order.round}
+        for _, path in slots.values():
+            self._check_same_round(order, self._read_header(path)[0])
+        if order.slot in slots:
+            digest, path = slots[order.slot]
+            if digest != order.order_sha256:
+                raise AlreadyAnswered(
+                    f"slot {order.slot} of round {order.round}, run {order.run}, served another "
+                    "order"
+                )
+            return path
+        if slots and order.slot < max(slots):
+            raise AlreadyAnswered(
+                f"slot {order.slot} of round {order.round}, run {order.run}, is past: "
+                f"slot {max(slots)} was already answered"
+            )
+        return None
 
     def _read_header(self, path: Path) -> tuple[Order, Outgoing, int]:
         """Order and egress record of a kept answer, and where its bytes start."""
@@ -216,30 +231,44 @@ class Outbox:
         return SameBytes(sealed, outgoing)
 
     def _same_update(self, order: Order) -> SameUpdate | Fresh:
+        head = self._update_head(order)
+        if head is None:
+            return Fresh()
+        path = self._update_path(order)
+        body = memoryview(path.read_bytes())[head.end :]
+        nonce, body = bytes(body[:_NONCE_BYTES]), body[_NONCE_BYTES:]
+        try:
+            flat = self._cipher.decrypt(nonce, body, self._place(order) + head.digest)
+        except (InvalidTag, ValueError):
+            raise _altered(path) from None
+        return SameUpdate(head.header, wire.unpack(wire.Manifest.from_bytes(head.manifest), flat))
+
+    def _update_head(self, order: Order) -> _UpdateHead | None:
+        """What a kept update is; None where there is none.
+
+        Errors: AlreadyAnswered where it was made from other weights or for another plan.
+        """
         path = self._update_path(order)
         if not path.exists():
-            return Fresh()
-        data = memoryview(path.read_bytes())
+            return None
         start = len(_MAGIC) + 8
-        size = int.from_bytes(data[len(_MAGIC) : start], "big")
-        end = start + _NONCE_BYTES + size
-        place = self._place(order)
-        if data[: len(_MAGIC)] != _MAGIC:
-            raise _altered(path)
-        nonce, small = bytes(data[start : start + _NONCE_BYTES]), data[start + _NONCE_BYTES : end]
-        body_nonce, body = bytes(data[end : end + _NONCE_BYTES]), data[end + _NONCE_BYTES :]
+        with path.open("rb") as file:
+            fixed = file.read(start)
+            size = int.from_bytes(fixed[len(_MAGIC) :], "big")
+            if fixed[: len(_MAGIC)] != _MAGIC or size > path.stat().st_size:
+                raise _altered(path)
+            nonce, small = file.read(_NONCE_BYTES), file.read(size)
+            end = file.tell()
         try:
-            head = self._cipher.decrypt(nonce, bytes(small), place + b" head")
+            head = self._cipher.decrypt(nonce, small, self._place(order) + b" head")
             fields = wire.Fields.of(head, "kept update")
-            digest = hashlib.sha256(small).digest()
-            flat = self._cipher.decrypt(body_nonce, bytes(body), place + digest)
         except (InvalidTag, ValueError):
             raise _altered(path) from None
         header, manifest = json.loads(fields.raw("header")), fields.raw("manifest")
         plan, weights = fields.text("plan_sha256"), fields.text("weights_sha256")
         if (plan, weights) != (order.plan_sha256, order.weights_sha256):
             raise _other_weights(order)
-        return SameUpdate(header, wire.unpack(wire.Manifest.from_bytes(manifest), flat))
+        return _UpdateHead(header, manifest, hashlib.sha256(small).digest(), end)
 
     def _check_same_round(self, order: Order, first: Order) -> None:
         if (first.plan_sha256, first.weights_sha256) != (order.plan_sha256, order.weights_sha256):

@@ -143,12 +143,18 @@ def pack_order(order: Order) -> RecordDict:
 
 
 def unpack_order(message: Message) -> Order:
-    """The order that a message carries. Errors: BadMessage."""
+    """The order that a message carries, each time the same: its hash is found once.
+
+    Errors: BadMessage.
+    """
+    known = message.__dict__.get("_order")
+    if isinstance(known, Order):
+        return known
     header, parts = read_parts(message, np.float32)
     kind = message.metadata.message_type.split(".")[0]
     if kind not in ("train", "evaluate", "query"):
         raise BadMessage(f"unknown order {kind!r}")
-    return Order(
+    order = Order(
         kind=cast(Kind, kind),
         run=_text(header, "run"),
         round=_whole(header, "round"),
@@ -158,6 +164,8 @@ def unpack_order(message: Message) -> Order:
         labs=_whole(header, "labs"),
         max_weight=_number(header, "max_weight"),
     )
+    message.__dict__["_order"] = order
+    return order
 
 
 def pack_update(update: Update) -> RecordDict:
