@@ -2,20 +2,22 @@
 
 ``python benchmarks/accuracy.py [--quick] [--out DIR] [--part NAME ...] [--json]``
 
-Four sweeps of ``cytofed simulate`` on real marrow images, five folds of two seeds each: every
+Sweeps of ``cytofed simulate`` on real marrow images, five folds of two seeds each: every
 image is tested once a seed.
 
 - ``head``: a head on the frozen ``blood`` encoder, over labs that are alike, that differ by scanner
   and stain, by class, and by all of it; beside each the same in one place and at each lab alone.
-- ``whole``: the built-in ``marrow`` plan, which trains the encoder too, over the same labs.
+- ``whole``: the built-in ``marrow`` plan, which trains the encoder too, over the same labs and in
+  one place.
+- ``alone``: the same with each lab alone, on one fold.
 - ``privacy``: the same encoder, frozen, without privacy and at epsilon 8, 3 and 1 per
   pseudo-patient of 20 and of 5 cells, for cohorts of several sizes.
 - ``sources``: a marrow lab and a blood lab with label schemes of their own, from random weights.
 
 Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
 sweep only writes its tables again. Of two cores, ``head`` takes half an hour, ``privacy`` an hour,
-``whole`` eight; ``--quick`` is one fold of one seed at a tenth of the training, to see that all of
-it works. Tables and plots of each sweep go to DIR, and what is finished of the whole benchmark
+``whole`` four and ``alone`` one; ``--quick`` is one fold of one seed at a tenth of the training, to
+see that all of it works. Tables and plots of each sweep go to DIR, and what is finished of the whole benchmark
 into docs/results.md between its two marks.
 
 A condition's gap is central minus federated macro F1 on the same test images, over folds and
@@ -43,6 +45,7 @@ from scipy.special import stdtrit
 
 from cytofed.console import SweepProgress
 from cytofed.files import write_atomically
+from cytofed.plan import load_plan
 from cytofed.simulations.sweep import read_sweep, run_sweep
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +71,7 @@ CONDITIONS = (
     Condition("classes, Dirichlet .3", 6, "dirichlet:0.3", 0.02),
     Condition("classes, stain, missing", 6, "dirichlet:0.1+stain:0.1+missing:1", 0.03),
 )
+ONE_PLACE: dict[str, Any] = {"labs": 1, "partition": "iid", "strategy.name": "fedavg"}
 HEAD: dict[str, Any] = {
     "model.arch": "encoder+head",
     "model.start": "blood",
@@ -94,16 +98,25 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
     seeds = [0] if quick else [0, 1]
     fewer: dict[str, Any] = {"train.rounds": 3} if quick else {}
     marrow = str(data / "bone_marrow_128")
-    whole: dict[str, Any] = {
-        "name": "whole",
+    conditions = [{"labs": c.labs, "partition": c.partition} for c in CONDITIONS]
+    compared: dict[str, Any] = {
         "plan": "marrow",
         "data": marrow,
         "set": {"simulation.baselines": True, "evaluation.every": 100, **fewer},
-        "list": [{"labs": c.labs, "partition": c.partition} for c in CONDITIONS],
+        "list": conditions,
         "grid": {"evaluation.fold": folds},
         "seeds": seeds,
     }
-    head = {**whole, "name": "head", "set": {**whole["set"], **HEAD, **fewer}}
+    head = {**compared, "name": "head", "set": {**compared["set"], **HEAD, **fewer}}
+    alone = {**compared, "name": "alone", "grid": {"evaluation.fold": [0]}, "seeds": [0]}
+    strategy = load_plan("marrow").strategy.name
+    whole = {
+        **compared,
+        "name": "whole",
+        "set": {"evaluation.every": 100, **fewer},
+        # One place is the same for all: trained once a fold and seed, not beside each condition.
+        "list": [ONE_PLACE, *({**labs, "strategy.name": strategy} for labs in conditions)],
+    }
     levels: list[dict[str, Any]] = [{"privacy.unit": "none", **HEAD}]
     levels += [{"privacy.unit": "patient", "privacy.epsilon": epsilon} for epsilon in EPSILONS]
     privacy: dict[str, Any] = {
@@ -130,7 +143,13 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         },
         "seeds": [0],
     }
-    return {"head": head, "privacy": privacy, "sources": sources, "whole": whole}
+    return {
+        "head": head,
+        "privacy": privacy,
+        "sources": sources,
+        "whole": whole,
+        "alone": alone,
+    }
 
 
 # --- what came out
@@ -162,7 +181,10 @@ def goal(name: str, value: float, limit: float, op: str = "<=") -> dict[str, Any
 
 
 def skew_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
-    """Table, goals and figures of the sweeps ``head`` and ``whole``."""
+    """Table, goals and figures of ``head``, ``whole`` and ``alone``.
+
+    One place is a run's own baseline, or the run of one lab over the same fold and seed.
+    """
     lines = [
         "| labs | runs | federated | in one place | gap | bound | worst lab "
         "| worst lab, in one place | alone |",
@@ -170,45 +192,53 @@ def skew_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], 
     ]
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
+    one_place = {_split_of(row): float(row["macro_f1"]) for row in chosen(rows, labs=1)}
     for condition in CONDITIONS:
-        found = chosen(rows, labs=condition.labs, partition=condition.partition)
+        found = [
+            {**row, "central_macro_f1": row["central_macro_f1"] or one_place.get(_split_of(row))}
+            for row in chosen(rows, labs=condition.labs, partition=condition.partition)
+        ]
+        found = [row for row in found if row["central_macro_f1"] is not None]
         if not found:
             continue
         gap, bound = mean_and_bound([row["central_macro_f1"] - row["macro_f1"] for row in found])
-        federated, central, worst, central_worst, alone = (
-            float(np.mean([row[key] for row in found]))
-            for key in (
-                "macro_f1",
-                "central_macro_f1",
-                "worst_lab_macro_f1",
-                "central_worst_lab_macro_f1",
-                "local_macro_f1",
-            )
-        )
-        lines.append(
-            f"| {condition.labs}: {condition.name} | {len(found)} | {federated:.3f} | "
-            f"{central:.3f} | {gap:+.3f} | {bound:+.3f} | {worst:.3f} | {central_worst:.3f} | "
-            f"{alone:.3f} |"
-        )
-        figures[condition.name] = {
-            "federated": federated,
-            "central": central,
+        told = {
+            "federated": _mean(found, "macro_f1"),
+            "central": _mean(found, "central_macro_f1"),
             "gap": gap,
             "bound": None if math.isinf(bound) else bound,
-            "worst_lab": worst,
-            "worst_lab_in_one_place": central_worst,
-            "alone": alone,
+            "worst_lab": _mean(found, "worst_lab_macro_f1"),
+            "worst_lab_in_one_place": _mean(found, "central_worst_lab_macro_f1"),
+            "alone": _mean(found, "local_macro_f1"),
         }
+        figures[condition.name] = told
+        shown = ["" if value is None else f"{value:.3f}" for value in told.values()]
+        shown[2:4] = [f"{gap:+.3f}", f"{bound:+.3f}"]
+        lines.append(f"| {condition.labs}: {condition.name} | {len(found)} | {' | '.join(shown)} |")
         goals.append(goal(f"gap, {condition.name}", gap, condition.limit))
         if math.isfinite(bound):
             goals.append(goal(f"bound, {condition.name}", bound, condition.limit + MARGIN))
-        goals.append(goal(f"gain over labs alone, {condition.name}", federated - alone, 0.0, ">="))
-        below = central_worst - worst
-        goals.append(goal(f"worst lab below central, {condition.name}", below, WORST_LAB))
+        if told["alone"] is not None:
+            gain = told["federated"] - told["alone"]
+            goals.append(goal(f"gain over labs alone, {condition.name}", gain, 0.0, ">="))
+        if told["worst_lab_in_one_place"] is not None:
+            below = told["worst_lab_in_one_place"] - told["worst_lab"]
+            goals.append(goal(f"worst lab below central, {condition.name}", below, WORST_LAB))
     alike = figures.get(CONDITIONS[0].name)
     if alike:
         goals.append(goal("macro F1 in one place", alike["central"], 0.88, ">="))
     return lines, goals, figures
+
+
+def _mean(rows: Sequence[Row], key: str) -> Any:
+    """None where a run does not have it."""
+    values = [row[key] for row in rows]
+    return None if None in values else float(np.mean(values))
+
+
+def _split_of(row: Row) -> tuple[int, int]:
+    """The fold and seed of a run: which images were tested."""
+    return int(row["values"]["evaluation.fold"]), int(row["seed"])
 
 
 def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
@@ -225,7 +255,7 @@ def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
         for labs in COHORTS:
             where = {"labs": labs, "simulation__pseudo_patient_cells": cells}
             plain = {
-                (row["values"]["evaluation.fold"], row["seed"]): float(row["macro_f1"])
+                _split_of(row): float(row["macro_f1"])
                 for row in chosen(rows, privacy__unit="none", **where)
             }
             if not plain:
@@ -236,7 +266,7 @@ def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
                 found = [
                     (plain[key], float(row["macro_f1"]))
                     for row in chosen(rows, privacy__epsilon=epsilon, **where)
-                    if (key := (row["values"]["evaluation.fold"], row["seed"])) in plain
+                    if (key := _split_of(row)) in plain
                 ]
                 if not found:
                     shown.append("")
@@ -267,6 +297,7 @@ RESULTS_OF = {
     "privacy": privacy_results,
     "sources": sources_results,
     "whole": skew_results,
+    "alone": skew_results,
 }
 
 
