@@ -17,8 +17,8 @@ image is tested once a seed.
 Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
 sweep only writes its tables again. Of two cores, ``head`` takes half an hour, ``privacy`` an hour,
 ``whole`` four and ``alone`` one; ``--quick`` is one fold of one seed at a tenth of the training, to
-see that all of it works. Tables and plots of each sweep go to DIR, and what is finished of the whole benchmark
-into docs/results.md between its two marks.
+see that all of it works. Tables and plots of each sweep go to DIR, and what is finished of the
+whole benchmark into docs/results.md between its two marks.
 
 A condition's gap is central minus federated macro F1 on the same test images, over folds and
 seeds; its bound is the upper end of a one-sided 95 % t-interval. Folds of a seed share training
