@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 import httpx
 from cryptography import x509
 from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -38,6 +40,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
@@ -71,6 +74,15 @@ _MAX_BYTES = 1 << 31
 """of the arrays of one message"""
 
 _MAX_ANSWER_BYTES = 1 << 16
+
+_SIGNED_S = 20.0
+"""for which signed headers are sent again"""
+
+_SIGNED_HEADERS = (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    TIMESTAMP_HEADER,
+)
 
 _ROUTINE = {
     "activate-node": "activate",
@@ -288,7 +300,7 @@ class FleetLink:
 
     def _new_client(self) -> FleetHttpClient:
         context = self._directory.tls()
-        auth = NodeAuthHttpInterceptor(self._key, self._key.public_key())
+        auth = _NodeAuth(self._key, self._key.public_key())
         client = FleetHttpClient(
             self._directory.membership().url, interceptors=[self._gate, auth], verify=context
         )
@@ -358,6 +370,28 @@ class FleetLink:
             if self._stop.wait(pause_s * random.uniform(0.7, 1.3)):
                 raise KeyboardInterrupt
             pause_s = min(pause_s * 1.6, self._times.retry_max_s)
+
+
+class _NodeAuth(NodeAuthHttpInterceptor):
+    """Flower's signed headers, made anew every few seconds: they sign the time, which the other
+    side lets hold for minutes, and nothing of the request."""
+
+    _signed: tuple[float, Mapping[str, str]] = (-math.inf, {})
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        signed_at, headers = self._signed
+        if time.monotonic() - signed_at < _SIGNED_S:
+            context.request.headers.update(headers)
+            return call_next(context)
+
+        def sent(signed: ProtobufRequestContext) -> httpx.Response:
+            response = call_next(signed)
+            if response.status_code == 200:
+                found = {name: signed.request.headers[name] for name in _SIGNED_HEADERS}
+                self._signed = (time.monotonic(), found)
+            return response
+
+        return super().intercept(context, sent)
 
 
 class _EgressGate:

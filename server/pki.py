@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -93,8 +94,9 @@ def public_key_pem(certificate_pem: bytes) -> bytes:
     return _public_pem(x509.load_pem_x509_certificate(certificate_pem))
 
 
+@lru_cache(1024)
 def public_key_pem_of_der(certificate_der: bytes) -> bytes:
-    """As ``public_key_pem``, of a certificate as TLS gives it."""
+    """As ``public_key_pem``, of a certificate as TLS gives it: with each request, so remembered."""
     return _public_pem(x509.load_der_x509_certificate(certificate_der))
 
 
