@@ -292,12 +292,7 @@ class Coordinator:
             spool=self._fleet.spool,
             heads=self._directory,
         )
-        progress = load_progress(folder.checkpoints, plan_sha256=plan.sha256)
-        if progress is None:
-            progress = Progress(0, strategy.init(_start_model(folder).weights_P))
-        else:
-            _log.info("run %s goes on after round %d", folder.name, progress.round)
-        latest = progress
+        latest = self._progress(folder, plan)
 
         def checkpoint(after: Progress) -> None:
             nonlocal latest
@@ -312,11 +307,11 @@ class Coordinator:
             run_rounds(
                 grid,
                 run,
-                progress,
+                latest,  # and no other name: a state is as large as the model
                 checkpoint=checkpoint,
                 watch=self._watch,
                 on_scores=lambda number, scores: keep_scores(folder, number, scores),
-                known_scores=read_scores(folder, progress.round, classes),
+                known_scores=read_scores(folder, latest.round, classes),
             )
         except Stopped as stopped:
             if self._ending.is_set():
@@ -330,6 +325,15 @@ class Coordinator:
         ended = cast(Phase, status(run, latest))
         folder.end(ended, reason=reason, absent=_absent(latest.records))
         _log.info("run %s: %s, weights %s", folder.name, ended, summary["weights_sha256"])
+
+    def _progress(self, folder: RunFolder, plan: Plan) -> Progress:
+        """How far the run was when it was interrupted; else its beginning."""
+        found = load_progress(folder.checkpoints, plan_sha256=plan.sha256)
+        if found is not None:
+            _log.info("run %s goes on after round %d", folder.name, found.round)
+            return found
+        strategy = make_strategy(plan.strategy)
+        return Progress(0, strategy.init(_start_model(folder).weights_P))
 
     def _start(self, folder: RunFolder, offer: Offer) -> Start:
         """The cohort: as it was fixed, else from the labs' decisions, which are waited for."""

@@ -16,7 +16,6 @@ What Flower leaves open and is added here:
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import os
@@ -85,15 +84,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cytofed.errors import CytofedError
-from cytofed.messages import ERROR_CODE, content_bytes
-from cytofed.objects import Objects, deflate, inflate, is_piece
+from cytofed.messages import ERROR_CODE, BadMessage, content_bytes
+from cytofed.objects import Content, InFile, Objects, body_of_piece, deflate, inflate
 from cytofed.server.gate import FLEET_BODIES, Gate, Rate
+from cytofed.server.uploads import Arriving, Spooled
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
 _SIGNED_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Parts = tuple[bytes | memoryview, ...]
+Parts = tuple[Content, ...]
 """bytes one after the other"""
 
 _SPOOL_FROM_BYTES = 1 << 18
@@ -107,8 +107,7 @@ _SEND_BYTES = 1 << 19
 """of an answer at a time: what waits to be sent is in memory once more"""
 
 _CONTENT_OF_PULL = bytes([PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2])
-_CONTENT_OF_PUSH = PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2
-"""tags of the fields in which objects travel"""
+"""tag of the field in which objects travel"""
 
 _OBJECTS = 4096
 """most objects in one reply"""
@@ -166,7 +165,7 @@ class _SpooledStore(InMemoryObjectStore):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self._folder = folder
+        self.folder = folder
         self._spooled: set[str] = set()
         self._own: dict[str, Objects] = {}
         shutil.rmtree(folder, ignore_errors=True)
@@ -178,19 +177,20 @@ class _SpooledStore(InMemoryObjectStore):
             entry = self.store.get(object_id)
             return entry is not None and entry.is_available
 
-    def put(self, object_id: str, object_content: bytes | memoryview) -> None:
+    def put(self, object_id: str, object_content: bytes | Spooled) -> None:
         """Errors: ValueError for an object of another name, or a large one that is no piece."""
-        if len(object_content) < _SPOOL_FROM_BYTES:
-            super().put(object_id, bytes(object_content))
+        if not isinstance(object_content, Spooled):
+            super().put(object_id, object_content)
             return
-        if hashlib.sha256(object_content).hexdigest() != object_id or not is_piece(object_content):
-            raise ValueError("not the object of that name, or too large for its kind")
+        body_of_piece(object_content.start, len(object_content))
+        if object_content.sha256 != object_id:
+            raise ValueError("not the object of that name")
         with self.lock_store:
             entry = self.store.get(object_id)
             if entry is None:
                 raise NoObjectInStoreError("not announced")
             if not entry.is_available:
-                (self._folder / object_id).write_bytes(object_content)
+                object_content.path.rename(self.folder / object_id)
                 self._spooled.add(object_id)
                 entry.is_available = True
 
@@ -205,16 +205,23 @@ class _SpooledStore(InMemoryObjectStore):
             if object_id in self._own:
                 return self._own[object_id].content(object_id)
             if object_id in self._spooled:
-                return (self._folder / object_id).read_bytes()
+                return (self.folder / object_id).read_bytes()
             return super().get(object_id)
 
-    def parts(self, object_id: str) -> tuple[bytes | memoryview, ...] | None:
-        """As ``get``, in parts that need not be joined; None for what has not arrived."""
+    def content(self, object_id: str) -> Content:
+        """As ``get``; what is spooled stays in its file until it is read."""
+        with self.lock_store:
+            if object_id in self._spooled:
+                return InFile.of(self.folder / object_id)
+        return self.get(object_id) or b""
+
+    def parts(self, object_id: str) -> Parts | None:
+        """As ``content``, in parts that need not be joined; None for what has not arrived."""
         with self.lock_store:
             if not self.has(object_id):
                 return None
             own = self._own.get(object_id)
-        return (self.get(object_id) or b"",) if own is None else own.parts(object_id)
+        return (self.content(object_id),) if own is None else own.parts(object_id)
 
     def delete(self, object_id: str) -> None:
         with self.lock_store:
@@ -224,7 +231,7 @@ class _SpooledStore(InMemoryObjectStore):
             self._own.pop(object_id, None)
             if object_id in self._spooled:
                 self._spooled.remove(object_id)
-                (self._folder / object_id).unlink(missing_ok=True)
+                (self.folder / object_id).unlink(missing_ok=True)
 
 
 class _Link(InMemoryLinkState):
@@ -287,7 +294,7 @@ class _Link(InMemoryLinkState):
         return stored
 
     def store_object(
-        self, run_id: int, session_id: str, object_id: str, object_content: bytes | memoryview
+        self, run_id: int, session_id: str, object_id: str, object_content: bytes | Spooled
     ) -> bool:
         stored: bool = super().store_object(
             run_id, session_id, object_id, cast(bytes, object_content)
@@ -393,6 +400,8 @@ class _Calls:
             status, parts = API_ERROR_MAP[error.code].http_status_code, ()
         except ClientDisconnect:
             return
+        except TimeoutError:
+            raise  # the gate knows of which
         except Exception as error:
             _log.error("%s: %s: %s", scope["path"], type(error).__name__, error)
             status, parts = 500, ()
@@ -413,14 +422,11 @@ class _Calls:
         if request.headers.get("content-type") != PROTOBUF_MEDIA_TYPE:
             raise HTTPException(415)
         call = request.url.path.rpartition("/")[2]
-        asked = _CALLS[call].request()
-        body = memoryview(await _body_of(request))
         try:
             if call == "push-object":
-                asked = _Push.read(body)
-            else:
-                asked.ParseFromString(body)
-        except DecodeError:
+                return await self._take_object(request, call)
+            asked = _CALLS[call].request.FromString(bytes(await _body_of(request)))
+        except (DecodeError, BadMessage):
             raise HTTPException(400, "no request of this call") from None
         request.state.protobuf_request = asked
         if call == "pull-messages":
@@ -431,6 +437,18 @@ class _Calls:
                 return ()  # no message: the lab asks on another connection, and gets it there
             return await run_in_threadpool(self._handle, call, asked, node)
         return await run_in_threadpool(self._let_in_and_handle, request, call, asked)
+
+    async def _take_object(self, request: Request, call: str) -> Parts:
+        number = PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER
+        folder = self._link.objects.folder
+        with Arriving(number, folder, file_from=_SPOOL_FROM_BYTES) as arriving:
+            async for chunk in request.stream():
+                arriving.feed(chunk)
+            others, content = arriving.end()
+            told = PushObjectRequest.FromString(others)
+            asked = _Push(told.node, told.run_id, told.object_id, told.session_id, content)
+            request.state.protobuf_request = asked
+            return await run_in_threadpool(self._let_in_and_handle, request, call, asked)
 
     def _let_in_and_handle(self, request: Request, call: str, asked: Any) -> Parts:
         return self._handle(call, asked, self._let_in(request, call, asked))
@@ -563,51 +581,15 @@ def _varint(number: int) -> bytes:
     return bytes([*found, number])
 
 
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number and where it ends. Errors: DecodeError."""
-    number = 0
-    for place, byte in enumerate(data[at : at + 10]):
-        number |= (byte & 127) << 7 * place
-        if byte < 128:
-            return number, at + place + 1
-    raise DecodeError("a number without an end")
-
-
 @dataclass(frozen=True)
 class _Push:
-    """Flower's PushObjectRequest, its content where it lies in the body: it is read by others than
-    protobuf, which copies it twice."""
+    """Flower's PushObjectRequest, its content as it was taken in."""
 
     node: Any
     run_id: int
     object_id: str
     session_id: str
-    object_content: memoryview = field(repr=False)
-
-    @staticmethod
-    def read(body: memoryview) -> _Push:
-        """Errors: DecodeError."""
-        rest, content, at = bytearray(), body[:0], 0
-        while at < len(body):
-            start = at
-            tag, at = _read_varint(body, at)
-            wire_type = tag & 7
-            if wire_type == 2:
-                size, at = _read_varint(body, at)
-                at += size
-            elif wire_type == 0:
-                _, at = _read_varint(body, at)
-            else:
-                raise DecodeError("a kind of field that this request has not")
-            if at > len(body):
-                raise DecodeError("a field beyond the end")
-            if tag == _CONTENT_OF_PUSH:
-                content = body[at - size : at]
-            else:
-                rest += body[start:at]
-        told = PushObjectRequest()
-        told.ParseFromString(bytes(rest))
-        return _Push(told.node, told.run_id, told.object_id, told.session_id, content)
+    object_content: bytes | Spooled = field(repr=False)
 
 
 def _count(tree: Any) -> int:
@@ -915,9 +897,7 @@ class FleetGrid(Grid):
         if waiting.missing:
             return None
         try:
-            message = inflate(
-                waiting.reply, lambda n: store.get(n) or b"", max_bytes=self._reply_bytes
-            )
+            message = inflate(waiting.reply, store.content, max_bytes=self._reply_bytes)
         except Exception as error:  # whatever a hostile lab can make of Flower's objects
             return _failure(waiting, f"its reply cannot be read: {type(error).__name__}")
         return _reply_to(waiting, message)

@@ -176,6 +176,8 @@ class SealedGrid(Grid):
         for reply in self._inner.pull_messages(message_ids):
             number = reply.metadata.reply_to_message_id
             place, message = self._places.pop(number)
+            if not self._places:
+                self._shared = None  # answered by all: the model that it holds is an old one soon
             if reply.has_error():
                 yield reply
                 continue

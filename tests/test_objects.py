@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cytofed.messages import RAW, array_of, new_message
-from cytofed.objects import PIECE_BYTES, cut_to_file, deflate, inflate, is_piece
+from cytofed.objects import PIECE_BYTES, InFile, body_of_piece, cut_to_file, deflate, inflate
 
 ROOM = 1 << 25
 
@@ -102,13 +103,43 @@ def test_an_array_that_lies_in_a_file_travels_as_if_it_did_not(size: int, tmp_pa
         assert deflate(moved).sizes() == found.sizes()  # sent again
 
 
+def test_a_piece_is_told_by_its_head_and_length() -> None:
+    content = b"ArrayChunk  2\0ab"
+    assert content[body_of_piece(content, len(content)) :] == b"ab"
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"", b"ArrayChunk", b"ArrayChunk  2\0ab", b"ArrayChunk  3\0ab", b"Array  2\0ab",
-     b"ArrayChunk a 2\0ab", b"ArrayChunk  02\0ab"],
+    [b"", b"ArrayChunk", b"ArrayChunk  3\0ab", b"Array  2\0ab", b"ArrayChunk a 2\0ab",
+     b"ArrayChunk  02\0ab"],
 )  # fmt: skip
-def test_a_piece_is_told_by_its_head_and_length(content: bytes) -> None:
-    assert is_piece(content) == (content == b"ArrayChunk  2\0ab")
+def test_what_is_no_piece_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="not a piece"):
+        body_of_piece(content, len(content))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_message_is_read_from_files_as_from_memory(size: int, tmp_path: Path) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    number, contents = objects_of(message_of(data))
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    back = inflate(number, lambda name: InFile.of(tmp_path / name), max_bytes=ROOM)
+    assert data_of(back) == data
+
+
+def test_a_file_that_lost_its_end_is_no_array(tmp_path: Path) -> None:
+    number, contents = objects_of(message_of(bytes(PIECE_BYTES)))
+
+    def read(name: str) -> InFile:
+        (tmp_path / name).write_bytes(contents[name])
+        found = InFile.of(tmp_path / name)
+        if found.size > PIECE_BYTES:
+            os.truncate(tmp_path / name, PIECE_BYTES)
+        return found
+
+    with pytest.raises(ValueError, match="shorter"):
+        inflate(number, read, max_bytes=ROOM)
 
 
 def test_a_message_that_was_read_is_freed_with_its_last_reference() -> None:

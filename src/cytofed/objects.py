@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -43,6 +44,39 @@ _HEAD_BYTES = 64
 _CHUNK, _ARRAY, _RECORD = (kind.__qualname__ for kind in (ArrayChunk, Array, ArrayRecord))
 
 
+@dataclass(frozen=True)
+class InFile:
+    """Bytes in an open file: they take memory only as slices of them are read."""
+
+    file: BinaryIO = field(repr=False)
+    at: int
+    size: int
+
+    @staticmethod
+    def of(path: Path) -> InFile:
+        """All of a file."""
+        return InFile(path.open("rb"), 0, path.stat().st_size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self.size)
+        return os.pread(self.file.fileno(), stop - start, self.at + start)
+
+    def read_into(self, out: memoryview, start: int) -> None:
+        """Fill ``out`` from ``start`` on. Errors: ValueError where the file ends before."""
+        while out:
+            count = os.preadv(self.file.fileno(), [out], self.at + start)
+            if count == 0:
+                raise ValueError("the file is shorter than it was")
+            out, start = out[count:], start + count
+
+
+Content = bytes | memoryview | InFile
+"""an object's bytes, or a part of them"""
+
+
 class _Piece(ArrayChunk):
     """Flower's chunk of an array; its name is found without a copy, and once."""
 
@@ -69,14 +103,15 @@ class _Piece(ArrayChunk):
         """Take the bytes from this place of a file from now on, and no memory."""
         self._file, self._at, self.data = file, at, memoryview(b"")
 
-    def parts(self) -> tuple[bytes, bytes | memoryview]:
+    def parts(self) -> tuple[bytes, memoryview | InFile]:
         """Head and body."""
         if self._file is None:
             return self._head, self.data
-        return self._head, os.pread(self._file.fileno(), self._size, self._at)
+        return self._head, InFile(self._file, self._at, self._size)
 
     def deflate(self) -> bytes:
-        return b"".join(self.parts())
+        head, body = self.parts()
+        return b"".join((head, body[:]))
 
 
 @dataclass(frozen=True)
@@ -98,9 +133,9 @@ class Objects:
 
     def content(self, number: str) -> bytes:
         """An object's bytes, made anew at each call."""
-        return b"".join(self.parts(number))
+        return b"".join(part[:] for part in self.parts(number))
 
-    def parts(self, number: str) -> tuple[bytes | memoryview, ...]:
+    def parts(self, number: str) -> tuple[Content, ...]:
         """The same in parts, which need not be joined to be sent."""
         item = self._nested[number]
         return item.parts() if isinstance(item, _Piece) else (item.deflate(),)
@@ -148,7 +183,7 @@ def _cut(data: memoryview) -> list[_Piece]:
     return in_shares(lambda share: _Piece(data[share]), len(data), share=PIECE_BYTES)
 
 
-def inflate(number: str, read: Callable[[str], bytes], *, max_bytes: int) -> Message:
+def inflate(number: str, read: Callable[[str], Content], *, max_bytes: int) -> Message:
     """The message of that name; ``read`` gives each object's bytes.
 
     Errors: ValueError (and what Flower's own reading raises) for what is no message, or for arrays
@@ -161,7 +196,7 @@ def inflate(number: str, read: Callable[[str], bytes], *, max_bytes: int) -> Mes
         nonlocal room
         if name in known:
             return known[name]
-        content = read(name)
+        content = bytes(read(name)[:])
         kind, children, _ = get_object_head_values_from_object_content(content)
         if kind == _ARRAY:
             found, used = _join(content, children, read, room)
@@ -194,7 +229,7 @@ def _record(content: bytes, arrays: Mapping[str, Any]) -> ArrayRecord:
 
 
 def _join(
-    content: bytes, children: list[str], read: Callable[[str], bytes], room: int
+    content: bytes, children: list[str], read: Callable[[str], Content], room: int
 ) -> tuple[Any, int]:
     """An array from its pieces, one of them in memory at a time, and its bytes."""
     told = json.loads(bytes(_body(content)))
@@ -207,21 +242,28 @@ def _join(
     joined, at = np.empty(size, np.uint8).data, 0
     for index in pieces:
         piece = read(children[index])
-        if not is_piece(piece):
-            raise ValueError("a piece of an array is something else")
-        body = _body(piece)
-        joined[at : at + len(body)] = body  # raises where it is too long
-        at += len(body)
+        start = body_of_piece(bytes(piece[:_HEAD_BYTES]), len(piece))
+        place = joined[at : at + len(piece) - start]
+        if isinstance(piece, InFile):
+            piece.read_into(place, start)
+        else:
+            place[:] = memoryview(piece)[start:]  # raises where it is too long
+        at += len(piece) - start
     if at != size:
         raise ValueError(f"an array of {at} bytes whose shape takes {size}")
     return array_of(told["dtype"], shape, told["stype"], joined), size
 
 
-def is_piece(content: bytes | memoryview) -> bool:
-    """Whether this is a piece of an array, with a body of the length that its head says."""
-    head, found, _ = bytes(content[:_HEAD_BYTES]).partition(HEAD_BODY_DIVIDER)
-    size = len(content) - len(head) - len(HEAD_BODY_DIVIDER)
-    return bool(found) and head == HEAD_VALUE_DIVIDER.join((_CHUNK, "", str(size))).encode()
+def body_of_piece(start: bytes, size: int) -> int:
+    """Where the body of a piece of an array begins, of ``size`` bytes that begin with ``start``.
+
+    Errors: ValueError for what is no piece, or of another length than its head says.
+    """
+    head, found, _ = start.partition(HEAD_BODY_DIVIDER)
+    at = len(head) + len(HEAD_BODY_DIVIDER)
+    if not found or head != HEAD_VALUE_DIVIDER.join((_CHUNK, "", str(size - at))).encode():
+        raise ValueError("not a piece of an array, or too large for its kind")
+    return at
 
 
 def _body(content: bytes) -> memoryview:

@@ -30,6 +30,7 @@ from cytofed.client.fleet import Answer, FleetLink, unknown_heads
 from cytofed.client.policy import open_ledger
 from cytofed.documents import LedgerHead
 from cytofed.messages import RAW, array_of
+from cytofed.objects import PIECE_BYTES
 from cytofed.privacy.ledger import LedgerRolledBack
 from cytofed.sealed_message import attach_head
 from cytofed.server import pki
@@ -39,7 +40,7 @@ from cytofed.server.gate import CERTIFICATE, Rate
 from .joined import coordinator, join
 
 ADAPTERS = ("cytofed.server.fleet", "cytofed.client.fleet", "cytofed.objects")
-LARGE = 6_000_000
+LARGE = PIECE_BYTES + 1_000_000
 """bytes: more than one piece"""
 
 
