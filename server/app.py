@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio import sslproto
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -66,6 +67,7 @@ _RESULT_ANSWER_S = 120.0
 _SLOWER, _SLOWEST = 1.3, 12.0
 """Each question for a decision comes later than the one before, up to 12 times ``offer_every_s``:
 people take hours, and each answer is a record in the lab's log."""
+_TLS_BUFFER_BYTES = 1 << 16
 _SPARE_BYTES = 1 << 22
 """room of a reply beyond its arrays: headers, tallies, shares of secure aggregation"""
 
@@ -140,6 +142,8 @@ class Coordinator:
             timeout_keep_alive=75,
             timeout_graceful_shutdown=3,
         )
+        # Each connection has a buffer of this size for life, a quarter of a MiB if left alone.
+        sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
         config.load()
         assert config.ssl is not None
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -103,7 +103,7 @@ _SEND_AGAIN = 5
 _PUSHES = 20
 """times that a lab may start to upload the reply to one message"""
 
-_SEND_BYTES = 1 << 19
+_SEND_BYTES = 1 << 17
 """of an answer at a time: what waits to be sent is in memory once more"""
 
 _CONTENT_OF_PULL = bytes([PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2])
