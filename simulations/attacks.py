@@ -5,9 +5,11 @@ Geiping et al., NeurIPS 2020, arXiv:2003.14053, proposition 3.1): the gradient o
 over that of its bias is the image, to rounding; of a sum over images, it is a mixture of those that
 the neuron reacts to, and of one image alone where it reacts to no other (Fowl et al., "Robbing the
 Fed", ICLR 2022, arXiv:2110.13057). A small net of one hidden layer stands in for the run's: against
-a net that keeps more of an image hidden, only the attack would be weaker. Images are those that
-ship in the package, norm and noise those of the run. It shows what each protection is for; it is no
-evidence about a run.
+a net that keeps more of an image hidden, only the attack would be weaker.
+
+Three parts: one step on one image, with norm and noise of the run, which shows what each protection
+is for; sums of such steps over ever more images; and round 1 of the run itself
+(``cytofed.simulations.replay``). The first two take images that ship in the package.
 
 Shapes: N images, H W pixels, D = 3 H W, U hidden neurons.
 """
@@ -25,16 +27,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cytofed.plan import Plan, load_plan
-from cytofed.privacy.terms import terms_of
+from cytofed.privacy.terms import Terms
 
 SIZE_PX = 48
 SHOWN = 4
 NEURONS = 64
-IN_SUM = 24
-"""images behind a secure sum: three labs of eight patients with one cell each"""
-LABS_IN_SUM = 3
 IMAGES = 64
+"""that are attacked; as many others are the control"""
+SUMS = (1, 3, 8, 24, 64)
+"""how many images are behind a sum"""
+GROUPS = 8
+"""sums of each size that figures are means over"""
+LABS_IN_SUM = 3
+"""whose noise is in a noised sum"""
 RECOGNISABLE = 0.8
 """likeness from which on a cell is recognised"""
 
@@ -50,110 +55,135 @@ class Sent:
     bias_U: Floats
 
 
-def invert(sent: Sent) -> Floats:
-    """The image (D,) that explains the gradient best: rows over biases, weighted by certainty.
+def pictures(weight_UD: Floats, bias_U: Floats) -> Floats:
+    """What a layer's part of an update shows, (U + 1, D): a picture of each neuron, and one of all.
 
-    Of a plain gradient it is the image itself; of a sum, a mixture of the images.
+    A row over its bias is a mean of the images that the neuron reacted to. The last picture weighs
+    all neurons by their bias: of one image alone it is that image.
     """
-    image_D: Floats = sent.bias_U @ sent.weight_UD / max(float(sent.bias_U @ sent.bias_U), 1e-20)
-    return image_D
+    bias_U = np.where(np.abs(bias_U) < 1e-12, np.float32(1e-12), bias_U)
+    mixture_D = bias_U @ weight_UD / max(float(bias_U @ bias_U), 1e-20)
+    return np.vstack([weight_UD / bias_U[:, None], mixture_D]).astype(np.float32)
 
 
-def likeness(found_D: Floats, truth_D: Floats, mean_D: Floats) -> float:
-    """Correlation of what sets an image apart from the mean of all; 1 is the image itself."""
-    a, b = found_D - mean_D, truth_D - mean_D
-    return float(np.corrcoef(a, b)[0, 1])
+def likenesses(pictures_MD: Floats, images_ND: Floats, mean_D: Floats) -> Floats:
+    """Correlations (N, M) of what the mean of all images does not explain; 1 is the image itself.
+
+    Whatever a picture's scale, and whatever multiple of the mean is in it: what all cells have in
+    common is not counted. 0 for a picture that shows nothing.
+    """
+    common_2D = np.stack([np.ones_like(mean_D), mean_D])
+    basis_D2, _ = np.linalg.qr(common_2D.T)
+
+    def rest(values_ND: Floats) -> Floats:
+        values_ND = values_ND - (values_ND @ basis_D2) @ basis_D2.T
+        norm_N1 = np.linalg.norm(values_ND, axis=1, keepdims=True)
+        return np.where(norm_N1 > 1e-9, values_ND / np.maximum(norm_N1, 1e-9), 0)
+
+    found_NM: Floats = (rest(images_ND) @ rest(pictures_MD).T).astype(np.float32)
+    return found_NM
 
 
 def best_of(sent: Sent, truth_D: Floats, mean_D: Floats) -> tuple[Floats, float]:
     """The picture nearest to the truth among what an attacker gets, and its likeness.
 
-    One picture of each neuron, and that of ``invert``. Chosen by who knows the truth: an upper
-    bound of what a patient attacker finds.
+    Chosen by who knows the truth: an upper bound of what a patient attacker finds.
     """
-    bias_U = np.where(np.abs(sent.bias_U) < 1e-12, np.float32(1e-12), sent.bias_U)
-    pictures = [*(sent.weight_UD / bias_U[:, None]), invert(sent)]
-    pictures = [picture for picture in pictures if np.ptp(picture) > 0]
-    scores = [likeness(picture, truth_D, mean_D) for picture in pictures]
-    best = int(np.argmax(scores))
-    return pictures[best], scores[best]
+    found_MD = pictures(sent.weight_UD, sent.bias_U)
+    likeness_M = likenesses(found_MD, truth_D[None], mean_D)[0]
+    best = int(np.argmax(likeness_M))
+    return found_MD[best], float(likeness_M[best])
 
 
-def attack(plan: Plan, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The attacks on what is sent, on images that ship in the package.
+def attack(
+    run_dir: Path, terms: Terms, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """The attacks on what is sent.
 
-    ``inversion``: at the plan's norm and noise; ``seat``, ``collusion``: see
-    ``cytofed.simulations.seat``.
+    ``inversion``: one image, and sums of more, at the norm and noise of ``terms``; ``round``: round
+    1 of the run; ``seat``, ``collusion``: see ``cytofed.simulations.seat``.
     """
+    from cytofed.simulations.replay import attack_round
     from cytofed.simulations.seat import sit
     from cytofed.simulations.simulate import sample_folder
 
     images_ND, classes_N = sample_images(sample_folder() / "marrow")
     gradients = gradients_of(images_ND, classes_N)
     tell("attacks: images from updates")
-    inversion = invert_images(plan, images_ND, gradients)
+    inversion = invert_images(terms, images_ND, gradients)
+    tell("attacks: round 1 of the run")
+    round_ = attack_round(run_dir, terms)
     tell("attacks: the coordinator's seat")
-    return {"inversion": inversion, **sit(images_ND, gradients)}
+    seat = sit(images_ND[:IMAGES], gradients[:IMAGES])
+    return {"inversion": inversion, "round": round_, **seat}
 
 
-def invert_images(plan: Plan, images_ND: Floats, gradients: Sequence[Sent]) -> dict[str, Any]:
-    """Rebuild the first ``SHOWN`` images from what is sent; pictures as data URIs.
+def invert_images(terms: Terms, images_ND: Floats, gradients: Sequence[Sent]) -> dict[str, Any]:
+    """Rebuild images from a step on each alone, and from sums; pictures as data URIs.
 
-    ``likeness``: of the best picture (``best_of``); ``mixture``: of the one that needs no choice;
-    ``recognised``: share of images whose best picture is at least ``RECOGNISABLE``.
-    ``of_plan`` marks what a lab of this plan sends, or its coordinator gets.
+    ``likeness``: of the best picture (``best_of``), the mean over images; ``held_out``: the same of
+    images that are in no update; ``recognised``: share of images whose best picture is at least
+    ``RECOGNISABLE``. The first ``IMAGES`` are attacked, the others are held out.
     """
-    own = _way_of(plan)
-    if plan.privacy.unit == "none":  # the protections that a plan would have by default
-        plan = load_plan("demo", ["privacy.unit=patient"])
-    terms = terms_of(plan)
-    assert terms is not None
     max_norm, deviation = terms.max_norm, terms.training.sigma * terms.max_norm
     noise = np.random.default_rng()
+    gradients = gradients[:IMAGES]
     clipped = [clip(gradient, max_norm) for gradient in gradients]
-    all_noise = deviation * LABS_IN_SUM**0.5  # each lab adds its own
-
-    def summed(sent: Sequence[Sent], n: int) -> Sent:
-        return add([sent[(n + k) % len(sent)] for k in range(IN_SUM)])
-
-    ways: dict[str, Callable[[int], Sent]] = {
-        "plain update": lambda n: gradients[n],
-        "clipped": lambda n: clipped[n],
-        "clipped and noised": lambda n: _noised(clipped[n], deviation, noise),
-        "secure sum": lambda n: summed(gradients, n),
-        "secure sum, clipped and noised": lambda n: _noised(summed(clipped, n), all_noise, noise),
+    ways = {
+        "plain": gradients[:SHOWN],
+        "clipped": clipped[:SHOWN],
+        "clipped and noised": [_noised(sent, deviation, noise) for sent in clipped[:SHOWN]],
     }
     mean_D: Floats = images_ND.mean(0)
     rows = []
-    for way, sent_of in ways.items():
-        sent = [sent_of(n) for n in range(SHOWN)]
+    for way, sent in ways.items():
         best = [best_of(s, images_ND[n], mean_D) for n, s in enumerate(sent)]
-        mixed = [likeness(invert(s), images_ND[n], mean_D) for n, s in enumerate(sent)]
+        scores = np.array([score for _, score in best])
         rows.append(
             {
                 "way": way,
-                "of_plan": way == own,
-                "pictures": [picture_of(found_D) for found_D, _ in best],
-                "likeness": float(np.mean([score for _, score in best])),
-                "recognised": float(np.mean([score >= RECOGNISABLE for _, score in best])),
-                "mixture": float(np.mean(mixed)),
+                "pictures": [picture_of(square(found_D)) for found_D, _ in best],
+                "likeness": float(scores.mean()),
+                "recognised": float((scores >= RECOGNISABLE).mean()),
             }
         )
+
+    def summed(count: int) -> dict[str, Any]:
+        plain, noised = [], []
+        for first in range(0, IMAGES - count + 1, count)[:GROUPS]:
+            group = slice(first, first + count)
+            plain.append(_likest(add(gradients[group]), images_ND, group, mean_D))
+            hidden = _noised(add(clipped[group]), deviation * LABS_IN_SUM**0.5, noise)
+            noised.append(_likest(hidden, images_ND, group, mean_D))
+        inside = np.concatenate([of_sum for of_sum, _ in plain])
+        return {
+            "images": count,
+            "likeness": float(inside.mean()),
+            "held_out": float(np.mean([others for _, others in plain])),
+            "recognised": float((inside >= RECOGNISABLE).mean()),
+            "noised": float(np.concatenate([of_sum for of_sum, _ in noised]).mean()),
+        }
+
     return {
-        "images": [picture_of(images_ND[n]) for n in range(SHOWN)],
-        "in_sum": IN_SUM,
+        "images": [picture_of(square(images_ND[n])) for n in range(SHOWN)],
         "sigma": terms.training.sigma,
         "max_norm": max_norm,
         "recognisable": RECOGNISABLE,
         "ways": rows,
+        "sums": [summed(count) for count in SUMS],
     }
 
 
-def _way_of(plan: Plan) -> str:
-    private, secure = plan.privacy.unit != "none", plan.secure_aggregation.enabled
-    if secure:
-        return "secure sum, clipped and noised" if private else "secure sum"
-    return "clipped and noised" if private else "plain update"
+def _likest(sent: Sent, images_ND: Floats, inside: slice, mean_D: Floats) -> tuple[Floats, Floats]:
+    """Best likeness of each image in a sum, and of each held-out image."""
+    found_MD = pictures(sent.weight_UD, sent.bias_U)
+    inside_N = likenesses(found_MD, images_ND[inside], mean_D).max(axis=1)
+    return inside_N, likenesses(found_MD, images_ND[IMAGES:], mean_D).max(axis=1)
+
+
+def square(image_D: Floats) -> Floats:
+    """A picture (H, W, 3) of numbers that lie in its order."""
+    return image_D.reshape(SIZE_PX, SIZE_PX, 3)
 
 
 def gradients_of(images_ND: Floats, classes_N: npt.NDArray[np.int64]) -> list[Sent]:
@@ -205,14 +235,14 @@ def add(sent: Sequence[Sent]) -> Sent:
     return Sent(weight_UD, bias_U)
 
 
-def picture_of(image_D: Floats) -> str:
+def picture_of(image_HW3: Floats) -> str:
     """A PNG as data URI, stretched to its own range where it leaves [0, 1]."""
-    low, high = float(image_D.min()), float(image_D.max())
+    low, high = float(image_HW3.min()), float(image_HW3.max())
     if low < -0.05 or high > 1.05:
-        image_D = (image_D - low) / max(high - low, 1e-9)
-    pixels = np.rint(255 * np.clip(image_D, 0, 1)).astype(np.uint8)
+        image_HW3 = (image_HW3 - low) / max(high - low, 1e-9)
+    pixels = np.rint(255 * np.clip(image_HW3, 0, 1)).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels.reshape(SIZE_PX, SIZE_PX, 3)).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -221,7 +251,7 @@ def sample_images(folder: Path) -> tuple[Floats, npt.NDArray[np.int64]]:
     by_class = [sorted(sub.iterdir()) for sub in sorted(folder.iterdir()) if sub.is_dir()][:8]
     paths = [(path, c) for rank in zip(*by_class, strict=False) for c, path in enumerate(rank)]
     images = []
-    for path, _ in paths[:IMAGES]:
+    for path, _ in paths[: 2 * IMAGES]:
         with Image.open(path) as image:
             small = image.convert("RGB").resize((SIZE_PX, SIZE_PX))
         images.append(np.asarray(small, np.float32).ravel() / 255)
@@ -232,14 +262,20 @@ def sample_images(folder: Path) -> tuple[Floats, npt.NDArray[np.int64]]:
 
 
 def lines(found: Json) -> list[str]:
-    """One line for each way of sending, seat and number of colluding labs."""
+    """One line for each way of sending, sum, seat and number of colluding labs."""
     told = []
-    for way in found["inversion"]["ways"]:
-        mark = " (this plan)" if way["of_plan"] else ""
+    inversion = found["inversion"]
+    for way in inversion["ways"]:
         told.append(
-            f"image rebuilt from {way['way']}{mark} | likeness {way['likeness']:.2f} of 1 | "
+            f"one image from a {way['way']} update | likeness {way['likeness']:.2f} of 1 | "
             + recognised(way)
         )
+    for row in inversion["sums"][1:]:
+        told.append(
+            f"images from a plain sum of {row['images']} | likeness {row['likeness']:.2f}, "
+            f"of others {row['held_out']:.2f}, with noise {row['noised']:.2f} | {recognised(row)}"
+        )
+    told += round_lines(found["round"])
     seat = found["seat"]
     for row in seat["rows"]:
         told.append(
@@ -260,6 +296,31 @@ def lines(found: Json) -> list[str]:
         f"coordinator that lies about who is alive needs {collusion['lying_from']}"
     )
     return told
+
+
+def round_lines(found: Json) -> list[str]:
+    """What round 1 shows of the run's images, a line for each way of sending."""
+    if "missing" in found:
+        return [f"round 1 replayed: {found['missing']}"]
+    told = []
+    for row in found["rows"]:
+        mark = " (this plan)" if row["of_plan"] else ""
+        low, high = row["interval"]
+        told.append(
+            f"round 1, {row['way']}{mark} | best likeness {row['likeness']:.2f}, of held-out "
+            f"images {row['held_out']:.2f}; AUC {row['auc']:.3f} ({low:.2f} to {high:.2f}) | "
+            + verdict(row)
+        )
+    return told
+
+
+def verdict(row: Json) -> str:
+    """What a row of the replayed round means."""
+    if row["gives_away"]:
+        return f"{row['recognised']:,} of {row['images']:,} cells recognisable"
+    if row["interval"][0] > 0.5:
+        return "no cell recognisable; pictures are likest to images trained on"
+    return "nothing: no more like images trained on than like held-out ones"
 
 
 def recognised(row: Json) -> str:

@@ -31,7 +31,7 @@ from rich.text import Text
 from cytofed.errors import InputError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.plan import Plan, load_plan
-from cytofed.privacy.accounting import shown
+from cytofed.privacy.accounting import price, shown, times
 from cytofed.privacy.losses import Steps, loss_law
 from cytofed.privacy.terms import Terms, terms_of
 from cytofed.simulations.attacks import attack
@@ -111,11 +111,16 @@ def audit(
     if run.plan.secure_aggregation.enabled:
         tell("mask keys")
         checks.append(_mask_keys())
+    usual = terms
+    if usual is None and (controls or attacks):
+        usual = terms_of(load_plan("demo", ["privacy.unit=patient"]))
     if controls:
-        found["controls"] = _controls(run, tell)
+        assert usual is not None
+        found["controls"] = _controls(usual, tell)
     if attacks:
+        assert usual is not None
         found["attacks"] = {
-            **attack(run.plan, tell),
+            **attack(run_dir, usual, tell),
             "membership": infer_members(run_dir, tell),
         }
     leaves = _leaves(run)
@@ -357,19 +362,15 @@ def _mask_keys() -> Finding:
     return _checked("self-check: mask keys of secure aggregation", check)
 
 
-def _controls(run: Run, tell: Callable[[str], None]) -> dict[str, Any]:
+def _controls(terms: Terms, tell: Callable[[str], None]) -> dict[str, Any]:
     """Known faults against checks, with the run's mechanism; of a run without privacy, the
     defaults'. One round alone could not show a reset, so there are two at least."""
     from cytofed.client.training import steady
     from cytofed.privacy.faults import CHECKS, FAULTS, SHIPPED, look
 
-    plan = run.plan
-    if plan.privacy.unit == "none":
-        plan = load_plan("demo", ["privacy.unit=patient"])
-    if plan.train.rounds < 2:
-        plan = replace(plan, train=replace(plan.train, rounds=2))
-    terms = terms_of(plan)
-    assert terms is not None
+    if terms.rounds < 2:
+        whole = price([times(terms.training, 2)], terms.delta)
+        terms = replace(terms, rounds=2, guarantee=whole)
     rows = []
     with steady(1):
         for implementation in (SHIPPED, *FAULTS):

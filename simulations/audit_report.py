@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from cytofed import figures
 from cytofed.simulations import membership
 from cytofed.simulations.attacks import matches, recognised
+from cytofed.simulations.attacks import verdict as attacks_verdict
 from cytofed.simulations.parts import drawing, number, scroll, section, table_of, warning_box
 
 Json = Mapping[str, Any]
 
-VERSION = 2
+VERSION = 3
 """of audit.json; an older one is not shown"""
 
 _DATA_URI = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
@@ -45,7 +46,8 @@ def audit_section(found: Json | None) -> str:
         drawn = figures_of(found)
         parts += [
             _membership(attacks["membership"], drawn, private=found.get("unit") != "none"),
-            _inversion(attacks["inversion"]),
+            _inversion(attacks["inversion"], drawn),
+            _round(attacks["round"]),
             _seat(attacks["seat"]),
             _collusion(attacks["collusion"], drawn),
         ]
@@ -80,10 +82,23 @@ def figures_of(found: Json) -> dict[str, Figure]:
         threshold=collusion["threshold"],
         lying_from=collusion["lying_from"],
     )
-    inversion, seat = attacks["inversion"], attacks["seat"]
+    inversion, round_, seat = attacks["inversion"], attacks["round"], attacks["seat"]
     drawn["inversion"] = figures.pictures_figure(
         {"the image": inversion["images"]} | {w["way"]: w["pictures"] for w in inversion["ways"]}
     )
+    sums = inversion["sums"]
+    curves = {"images in the sum": "likeness", "other images": "held_out", "noised": "noised"}
+    drawn["sums"] = figures.sums_figure(
+        [row["images"] for row in sums],
+        {name: [row[key] for row in sums] for name, key in curves.items()},
+        recognisable=inversion["recognisable"],
+    )
+    if "missing" not in round_:
+        pictures = {}
+        for row in round_["rows"]:
+            pictures[f"{row['way']}: rebuilt"] = row["pictures"]
+            pictures[f"{row['way']}: nearest image trained on"] = row["nearest"]
+        drawn["round"] = figures.pictures_figure(pictures)
     drawn["seat"] = figures.pictures_figure(
         {"the image": seat["images"]} | {_place(row): row["pictures"] for row in seat["rows"]}
     )
@@ -172,23 +187,85 @@ def _patients(found: Json) -> str:
     return "pseudo-patients" if found["pseudo_patients"] else "patients"
 
 
-def _inversion(found: Json) -> str:
-    """Images before and after: what each way of sending lets an attacker rebuild."""
-    rows = [("the image", ["", "", ""], found["images"])]
+def _inversion(found: Json, drawn: Mapping[str, Figure]) -> str:
+    """Images before and after, and how many images hide each other in a sum."""
+    rows = [("the image", ["", ""], found["images"])]
     for way in found["ways"]:
-        name = way["way"] + (" (this plan)" if way["of_plan"] else "")
-        values = [f"{way['likeness']:.2f}", f"{way['recognised']:.0%}", f"{way['mixture']:.2f}"]
-        rows.append((name, values, way["pictures"]))
+        values = [f"{way['likeness']:.2f}", f"{way['recognised']:.0%}"]
+        rows.append((way["way"], values, way["pictures"]))
     lead = (
-        "Rebuilt from one step's update of a small net whose first layer sees pixels, at max_norm "
-        f"{number(found['max_norm'])} and sigma {number(found['sigma'])}; the secure sums are over "
-        f"{number(found['in_sum'])} images. Likeness is the correlation of what sets an image "
-        "apart from the mean of all, of the best picture that an attacker gets and of the one that "
-        f"needs no choice; from {number(found['recognisable'])} on a cell is recognised. Clipping "
-        "hides nothing, a sum shows mixtures, noise hides. A demonstration, not evidence."
+        "What each protection is for: an update of one step on one image, of a small net whose "
+        f"first layer sees pixels, at max_norm {number(found['max_norm'])} and sigma "
+        f"{number(found['sigma'])}. Likeness is the correlation of what sets an image apart from "
+        "the mean of all, of the best of 65 pictures that an attacker gets; from "
+        f"{number(found['recognisable'])} on a cell is recognised. Clipping scales and hides "
+        "nothing, noise hides."
     )
-    table = _pictures(["", "best", "recognised", "mixture", ""], rows)
-    return f"<h3>Images from updates</h3><p>{escape(lead)}</p>{table}"
+    table = _pictures(["", "likeness", "recognised", ""], rows)
+    head = ["images in the sum", "likeness", "of other images", "recognised", "noised"]
+    sums = table_of(
+        head,
+        [
+            [
+                number(row["images"]),
+                f"{row['likeness']:.2f}",
+                f"{row['held_out']:.2f}",
+                f"{row['recognised']:.0%}",
+                f"{row['noised']:.2f}",
+            ]
+            for row in found["sums"]
+        ],
+        texts=0,
+    )
+    caption = (
+        "A sum of such updates: secure aggregation hides whose an image is. What it is, only other "
+        "images hide, and noise."
+    )
+    curve = drawing(drawn["sums"], "sums", "likeness against images in a sum", caption)
+    return (
+        f"<h3>Images from updates</h3><p>{escape(lead)}</p>{table}"
+        f'<div class="grid">{curve}<div>{scroll(sums)}</div></div>'
+    )
+
+
+def _round(found: Json) -> str:
+    """What the run's own first round shows of its images."""
+    title = "<h3>What round 1 shows of its images</h3>"
+    if "missing" in found:
+        return f"{title}<p>Not replayed: {escape(str(found['missing']))}.</p>"
+    rows: list[list[str]] = []
+    pictures: list[tuple[str, list[str], Sequence[str]]] = []
+    for row in found["rows"]:
+        name = row["way"] + (" (this plan)" if row["of_plan"] else "")
+        low, high = row["interval"]
+        rows.append(
+            [
+                name,
+                attacks_verdict(row),
+                f"{row['likeness']:.2f}",
+                f"{row['held_out']:.2f}",
+                f"{number(row['recognised'])} of {number(row['images'])}",
+                f"{number(row['recognised_held_out'])} of {number(row['images_held_out'])}",
+                f"{row['auc']:.3f}",
+                f"{low:.2f} to {high:.2f}",
+            ]
+        )
+        pictures.append((f"{name}: rebuilt", [], row["pictures"]))
+        pictures.append(("nearest image trained on", [], row["nearest"]))
+    changed = "".join(f"; {text}" for text in found["changed"])
+    lead = (
+        f"Round 1 of this run again: {found['labs']} labs, {number(found['images'])} images, "
+        f"{number(round(found['steps']))} steps a lab, the plan's own batches, steps, optimizer, "
+        "augmentation and fixed-point sum. Only the net is another: its first layer sees pixels, "
+        f"so it hides less than any other{changed}. Each of its pictures is held against every "
+        "image as training saw it, and against held-out images of the same labs. AUC: how well "
+        "likeness tells the two apart; .5 is not at all."
+    )
+    head = ["what is sent", "", "best likeness", "held out", "recognised", "held out", "AUC"]
+    head.append(f"{found['confidence']:.0%}")
+    table = scroll(table_of(head, rows, texts=2, wrap=True))
+    shown = _pictures(["the likest pictures", ""], pictures)
+    return f"{title}<p>{escape(lead)}</p>{table}{shown}"
 
 
 def _seat(found: Json) -> str:

@@ -40,7 +40,16 @@ from cytofed.privacy.secagg import (
     public_key,
     seed_commitment,
 )
-from cytofed.simulations.attacks import RECOGNISABLE, SHOWN, Floats, Sent, add, best_of, picture_of
+from cytofed.simulations.attacks import (
+    RECOGNISABLE,
+    SHOWN,
+    Floats,
+    Sent,
+    add,
+    best_of,
+    picture_of,
+    square,
+)
 
 LABS = 8
 CELLS = 6
@@ -93,7 +102,7 @@ class Victim:
         cosines = [_cosine(held.sent, self.gradients[self.first(k)]) for k in range(CANDIDATES)]
         first = int(np.argmax(cosines))
         return {
-            "picture": picture_of(picture_D),
+            "picture": picture_of(square(picture_D)),
             "likeness": likeness,
             "recognised": likeness >= RECOGNISABLE,
             "matched": first == 0,
@@ -178,7 +187,7 @@ def _seat(victims: Sequence[Victim], many: Sequence[SecureRound]) -> dict[str, A
         row(way, "one lab's masked upload", [Held(d.upload(0), 1) for d in done])
         row(way, f"the sum of {labs} labs", [Held(d.total(), labs) for d in done])
     return {
-        "images": [picture_of(v.images_ND[v.number]) for v in victims[:SHOWN]],
+        "images": [picture_of(square(v.images_ND[v.number])) for v in victims[:SHOWN]],
         "candidates": CANDIDATES,
         "labs": LABS,
         "rows": rows,

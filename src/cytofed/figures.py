@@ -788,6 +788,31 @@ def collusion_figure(
 
 
 @_styled
+def sums_figure(
+    images_S: Sequence[int], curves: Mapping[str, Sequence[float]], *, recognisable: float
+) -> Figure:
+    """Likeness of rebuilt images against how many are in a sum, by name.
+
+    ``recognisable``: likeness from which on a cell is recognised.
+    """
+    figure = Figure(figsize=(5.2, 3.1))
+    axes = figure.subplots()
+    for colour, (name, likeness_S) in zip((FIRST, MUTED, THIRD), curves.items(), strict=False):
+        axes.plot(images_S, likeness_S, "o-", color=colour, markersize=4, label=name)
+    label = "recognisable from here on"
+    axes.axhline(recognisable, color=SECOND, linewidth=1.2, dashes=(4, 2), label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(images_S)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("images in the sum, one step on each")
+    axes.set_ylabel("likeness")
+    axes.grid(axis="y")
+    return _legend_below(figure, axes)
+
+
+@_styled
 def pictures_figure(rows: Mapping[str, Sequence[str]]) -> Figure:
     """Rows of small pictures, each a PNG as data URI; what is none stays empty."""
     most = max(map(len, rows.values()))

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from cytofed.plan import load_plan
-from cytofed.simulations import seat
+from cytofed.privacy.terms import terms_of
+from cytofed.simulations import attacks, seat
 from cytofed.simulations.attacks import (
+    IMAGES,
     RECOGNISABLE,
     Floats,
     Sent,
     best_of,
     gradients_of,
-    invert,
     invert_images,
+    likenesses,
     lines,
+    pictures,
     sample_images,
 )
 from cytofed.simulations.seat import sit
@@ -29,8 +32,8 @@ Sample = tuple[Floats, list[Sent]]
 def test_a_gradient_of_one_image_gives_the_image() -> None:
     rng = np.random.default_rng(0)
     image_D, bias_U = rng.random(12).astype(np.float32), rng.normal(size=5).astype(np.float32)
-    found_D = invert(Sent(np.outer(bias_U, image_D).astype(np.float32), bias_U))
-    np.testing.assert_allclose(found_D, image_D, atol=1e-6)
+    found_MD = pictures(np.outer(bias_U, image_D).astype(np.float32), bias_U)
+    np.testing.assert_allclose(found_MD, np.tile(image_D, (6, 1)), atol=1e-6)
 
 
 def test_a_neuron_that_reacts_to_one_image_gives_it_away_in_a_sum() -> None:
@@ -51,8 +54,11 @@ def sample_gradients(sample: Path) -> Sample:
 
 @pytest.fixture(scope="module")
 def inversion(sample_gradients: Sample) -> dict[str, Any]:
-    plan = load_plan("demo", ["privacy.unit=patient", "privacy.epsilon=8"])
-    found = invert_images(plan, *sample_gradients)
+    terms = terms_of(load_plan("demo", ["privacy.unit=patient", "privacy.epsilon=8"]))
+    assert terms is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attacks, "GROUPS", 3)
+        found = invert_images(terms, *sample_gradients)
     assert all(len(way["pictures"]) == len(found["images"]) for way in found["ways"])
     return found
 
@@ -63,33 +69,49 @@ def likeness(inversion: dict[str, Any]) -> dict[str, float]:
 
 
 def test_a_plain_update_of_one_image_is_the_image(likeness: dict[str, float]) -> None:
-    assert likeness["plain update"] > 0.99
+    assert likeness["plain"] > 0.99
 
 
 def test_clipping_alone_hides_nothing(likeness: dict[str, float]) -> None:
     assert likeness["clipped"] > 0.99
 
 
-def test_noise_at_epsilon_8_leaves_nothing_of_the_image(likeness: dict[str, float]) -> None:
+def test_noise_at_epsilon_8_leaves_nothing_of_the_image(
+    likeness: dict[str, float], inversion: dict[str, Any]
+) -> None:
     assert abs(likeness["clipped and noised"]) < 0.15
-    assert abs(likeness["secure sum, clipped and noised"]) < 0.15
+    assert all(row["noised"] < 0.15 for row in inversion["sums"])
 
 
-def test_a_secure_sum_of_24_images_is_a_mixture(inversion: dict[str, Any]) -> None:
-    (row,) = (way for way in inversion["ways"] if way["way"] == "secure sum")
-    assert row["likeness"] < RECOGNISABLE  # the best of 64 pictures, chosen with the truth at hand
-    assert row["mixture"] < 0.35
+def test_images_in_a_sum_hide_each_other_the_better_the_more_they_are(
+    inversion: dict[str, Any],
+) -> None:
+    one, *_, many = rows = inversion["sums"]
+    beyond = [row["likeness"] - row["held_out"] for row in rows]
+    assert beyond == sorted(beyond, reverse=True)
+    assert one["recognised"] == 1.0
+    assert many["recognised"] < 0.2
+    assert many["likeness"] < RECOGNISABLE
 
 
-def test_the_way_of_the_plan_is_marked(inversion: dict[str, Any]) -> None:
-    assert [way["way"] for way in inversion["ways"] if way["of_plan"]] == ["clipped and noised"]
+def test_likeness_counts_neither_scale_nor_what_all_images_have_in_common() -> None:
+    rng = np.random.default_rng(0)
+    images_ND = rng.random((3, 600)).astype(np.float32)
+    mean_D = rng.random(600).astype(np.float32)
+    changed_ND = np.float32(7) * images_ND + 3 * mean_D + np.float32(0.5)
+    found_NM = likenesses(changed_ND, images_ND, mean_D)
+    np.testing.assert_allclose(np.diag(found_NM), 1.0, atol=1e-4)
+    assert np.abs(found_NM - np.diag(np.diag(found_NM))).max() < 0.2
+    grey_MD = np.full((1, 600), 0.3, np.float32)
+    assert np.abs(likenesses(grey_MD, images_ND, mean_D)).max() < 1e-3
 
 
 @pytest.fixture(scope="module")
 def seen(sample_gradients: Sample) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seat, "VICTIMS", 3)  # half the time
-        return sit(*sample_gradients)
+        images_ND, gradients = sample_gradients
+        return sit(images_ND[:IMAGES], gradients[:IMAGES])
 
 
 def row_of(seen: dict[str, Any], way: str, holds: str) -> dict[str, Any]:
@@ -140,7 +162,9 @@ def test_more_images_behind_an_update_leave_less_to_see(seen: dict[str, Any]) ->
 
 
 def test_each_attack_is_told_in_lines(seen: dict[str, Any], inversion: dict[str, Any]) -> None:
-    told = lines({"inversion": inversion, **seen})
-    rows = len(inversion["ways"]) + len(seen["seat"]["rows"]) + seen["collusion"]["labs"]
-    assert len(told) == rows + 1
-    assert "image rebuilt from clipped and noised (this plan) | likeness 0." in "\n".join(told)
+    told = lines({"inversion": inversion, "round": {"missing": "no images"}, **seen})
+    sums, rows = len(inversion["sums"]) - 1, len(seen["seat"]["rows"])
+    assert len(told) == len(inversion["ways"]) + sums + 1 + rows + seen["collusion"]["labs"] + 1
+    text = "\n".join(told)
+    assert "one image from a clipped and noised update | likeness 0." in text
+    assert "round 1 replayed: no images" in text
