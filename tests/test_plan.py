@@ -305,6 +305,16 @@ def test_builtin_plans_hold_together(name: str) -> None:
     assert any("not differentially private" in line for line in check_plan(load_plan(name)))
 
 
+def test_a_secure_sum_without_noise_is_warned_of() -> None:
+    def told(*overrides: str) -> str:
+        return "\n".join(
+            check_plan(load_plan("demo", ["secure_aggregation.enabled=true", *overrides]))
+        )
+
+    assert "hides whose an update is, not what it is made of" in told()
+    assert "not what it is made of" not in told("privacy.unit=patient", "privacy.sigma=4")
+
+
 def test_unknown_strategy_and_option_are_refused_with_the_nearest() -> None:
     with pytest.raises(InputError) as refusal:
         check_plan(from_dict({"strategy": {"name": "fedporx"}}))

@@ -50,8 +50,16 @@ def check_plan(plan: Plan) -> list[str]:
         )
     if plan.privacy.unit == "none":
         _refuse_noise_for_nobody(plan)
-        told = "privacy.unit is none: not differentially private, the model may reveal a patient"
-        return [*warnings, told]
+        warnings.append(
+            "privacy.unit is none: not differentially private, the model may reveal a patient"
+        )
+        if settings.enabled:
+            warnings.append(
+                "secure_aggregation hides whose an update is, not what it is made of: a round's "
+                f"sum over fewer than about {FEW_IMAGES:,} images may show some of them, a larger "
+                "one a single image; noise hides them: set privacy.unit=patient"
+            )
+        return warnings
     return [*warnings, *_check_private(plan)]
 
 
@@ -146,6 +154,8 @@ def _check_private(plan: Plan) -> list[str]:
     return warnings
 
 
+FEW_IMAGES = 500
+"""in a sum without noise: fewer of them give away a larger share (docs/research.md)"""
 FEW_PATIENTS = 100
 """below it a lab's noise is large, and sampling makes it larger"""
 
