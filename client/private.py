@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -89,12 +89,12 @@ def train_privately(
     closed form, without augmentation.
     Errors: InputError for data without patients (unit: patient) or a net with batch statistics.
     """
-    settings = plan.train
     place = training.choose_device(device)
     units = units_of(plan.privacy.unit, len(cells), cells.patients_N)
     mechanism = Mechanism(
         terms.training.sigma, terms.max_norm, terms.training.sampling_rate, declared_patients
     )
+    settings = replace(plan.train, lr=peak_rate(plan, mechanism, terms.steps))
     steps = terms.training.steps
     started_s = time.perf_counter()
     patients, non_finite = 0, 0
@@ -133,6 +133,22 @@ def train_privately(
     return PrivatelyTrained(
         steps, reach.total, time.perf_counter() - started_s, patients, non_finite
     )
+
+
+def peak_rate(plan: Plan, mechanism: Mechanism, steps: int) -> float:
+    """The learning rate at its height over the ``steps`` of a plan; public, as all it is made of.
+
+    ``train.lr``, or where ``privacy.noise_drift`` is given the rate at which the noise of all steps
+    moves a weight by this standard deviation. Steps add up as squares: each moves a weight by its
+    rate times sigma x max_norm / denominator.
+    """
+    drift = plan.privacy.noise_drift
+    if drift is None:
+        return plan.train.lr
+    unit = replace(plan.train, lr=1.0)
+    squares = sum(training.learning_rate(unit, step / steps) ** 2 for step in range(steps))
+    noise = mechanism.sigma * mechanism.max_norm / mechanism.denominator
+    return drift / (noise * math.sqrt(squares))
 
 
 def _make_step(

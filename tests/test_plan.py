@@ -71,6 +71,7 @@ OTHER: dict[str, Any] = {
     "privacy.cells_per_patient": 8,
     "privacy.declared_patients": 100,
     "privacy.multiplicity": 2,
+    "privacy.noise_drift": 0.1,
     "secure_aggregation.enabled": True,
     "secure_aggregation.threshold": 3,
     "secure_aggregation.min_cohort": 4,
@@ -229,13 +230,33 @@ def test_privacy_alone_trains_a_head_on_frozen_public_features(tmp_path: Path) -
     file = tmp_path / "plan.yaml"
     file.write_text("privacy: {unit: patient}\n")
     for private in (load_plan("demo", ["privacy.unit=patient"]), load_plan(file)):
-        assert (private.model.arch, private.model.start) == ("encoder+head", "blood")
+        assert (private.model.arch, private.model.start) == ("encoder+head", "blood-head")
+        assert private.strategy.name == "fedavg"
         assert private.labels.scale.size_px == PRIVATE_HEAD["labels"]["scale"]["size_px"]
-        assert private.train.lr == PRIVATE_HEAD["train"]["lr"]
+        assert private.privacy.noise_drift == PRIVATE_HEAD["privacy"]["noise_drift"]
     file.write_text("model: {width: 8}\nlabels: {scale: {size_px: 32}}\nprivacy: {unit: patient}\n")
     own = load_plan(file)
     assert (own.model.arch, own.labels.scale.size_px) == ("cytonet", 32), "all as the user's"
     assert own.train.lr == PRIVATE_DEFAULTS["train"]["lr"]
+
+
+def test_who_names_the_rate_or_the_optimizer_gets_that_rate(tmp_path: Path) -> None:
+    for named in ("train.lr=0.5", "train.optimizer=adamw", "train.momentum=0.5"):
+        chosen = load_plan("marrow", ["privacy.unit=patient", named])
+        assert chosen.privacy.noise_drift is None, named
+        assert load_plan("marrow", ["privacy.unit=patient", named, "train.rounds=3"]) != chosen
+    file = tmp_path / "plan.yaml"
+    file.write_text("privacy: {unit: patient}\ntrain: {lr: 0.5}\n")
+    own = load_plan(file)
+    assert (own.train.lr, own.privacy.noise_drift) == (0.5, None)
+
+
+@pytest.mark.parametrize("other", ["train.momentum=0.9", "train.optimizer=adamw"])
+def test_a_drift_of_noise_is_told_of_plain_steps_only(other: str) -> None:
+    with pytest.raises(InputError, match="noise_drift is for") as refused:
+        load_plan("marrow", ["privacy.unit=patient", "privacy.noise_drift=0.1", other])
+    assert refused.value.hint is not None
+    assert "noise_drift=null" in refused.value.hint
 
 
 @pytest.mark.parametrize("override", ["train.rounds", "=3", "train.rounds.x=3", "x y", "", "."])

@@ -118,6 +118,10 @@ def _training(summary: Mapping[str, Any], plan: Plan) -> str:
     )
     start = "random weights" if plan.model.start == "random" else _text(plan.model.start)
     seed = summary.get("seed", train.seed)
+    drift = plan.privacy.noise_drift if plan.privacy.unit != "none" else None
+    rate = f"learning rate {train.lr:g}"
+    if drift is not None:
+        rate = f"learning rate set by the noise (drift {drift:g})"
     absent = {
         "missing": "classes it has no image of",
         "declared": "classes its label map declares absent",
@@ -126,7 +130,7 @@ def _training(summary: Mapping[str, Any], plan: Plan) -> str:
     return (
         "## Training\n\n"
         f"- {summary.get('rounds', 0)} of {train.rounds} rounds, {per_round}, batch "
-        f"{train.batch}, {train.optimizer}, learning rate {train.lr:g}, seed {seed}\n"
+        f"{train.batch}, {train.optimizer}, {rate}, seed {seed}\n"
         f"- Start: {start}; trained part: {plan.model.trainable}\n"
         f"- Class imbalance: {train.balance}; left out of a lab's loss: {absent}"
     )

@@ -127,6 +127,10 @@ class Privacy:
     declared_patients: int | Mapping[str, int] | None = None
     multiplicity: int = 1
     """augmented copies of each cell inside one patient's gradient (De et al. 2022)"""
+    noise_drift: float | None = None
+    """standard deviation of what all the noise of a lab adds to a weight over the plan. Given, it
+    sets the learning rate in place of ``train.lr``: one rate can't suit every epsilon and number
+    of patients, and trying rates on private images has a price"""
 
 
 @dataclass(frozen=True)
@@ -244,11 +248,18 @@ temperature, which would be fitted to private images"""
 
 PRIVATE_HEAD: Mapping[str, Any] = {
     "labels": {"scale": {"size_px": 64, "field_um": 21.6}},
-    "model": {"arch": "encoder+head", "start": "blood", "trainable": "all"},
+    "model": {"arch": "encoder+head", "start": "blood-head", "trainable": "all"},
     "train": {"rounds": 20, "local_epochs": 2.0, "optimizer": "sgd", "lr": 0.3, "momentum": 0.0},
+    "strategy": {"name": "fedavg"},
+    "privacy": {"noise_drift": 0.09},
 }
 """the same where no key of the model is named: a last layer on frozen features of public images
-(Mehta et al. 2022, arXiv:2205.02973). A hundredth of the weights get noise, so more steps pay"""
+(Mehta et al. 2022, arXiv:2205.02973), which starts from what these images teach. A hundredth of
+the weights get noise, so more steps pay. FedAvg: SCAFFOLD's control variates would carry the noise
+of a round into the next, and a head hardly drifts"""
+
+_RATE = frozenset({"lr", "optimizer", "momentum"})
+"""keys of ``train``: who names one of them chooses the rate, so no ``noise_drift`` does"""
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
@@ -289,6 +300,9 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         return plan
     own_model = (tree.get("model") and not builtin) or any(k.startswith("model.") for k in named)
     defaults = PRIVATE_DEFAULTS if own_model else _merged(PRIVATE_DEFAULTS, PRIVATE_HEAD)
+    own_train = {} if builtin else tree.get("train") or {}
+    if named & {f"train.{key}" for key in _RATE} or _RATE & set(own_train):
+        defaults = _merged(defaults, {"privacy": {"noise_drift": None}})
     layers = (tree, defaults) if builtin else (defaults, tree)
     return _from_layers(_merged(*layers), overrides, source)
 
@@ -415,6 +429,8 @@ def _check_values(plan: Plan) -> None:
     _bound("train.seed", train.seed, 0, 2**63 - 1)
     _check_device(train.device)
     _check_privacy(privacy)
+    if privacy.unit != "none" and privacy.noise_drift is not None:
+        _check_drift(train)
     _bound("secure_aggregation.threshold", plan.secure_aggregation.threshold, 2)
     _bound("secure_aggregation.min_cohort", plan.secure_aggregation.min_cohort, 3)
     _above_zero("secure_aggregation.range", plan.secure_aggregation.range)
@@ -446,6 +462,16 @@ def _check_device(device: str) -> None:
     )
 
 
+def _check_drift(train: Train) -> None:
+    """``noise_drift`` is a sum over steps that are plain: each adds its rate times its noise."""
+    if train.optimizer != "sgd" or train.momentum:
+        raise InputError(
+            f"privacy.noise_drift is for train.optimizer=sgd with train.momentum=0, found "
+            f"{train.optimizer} with momentum {train.momentum:g}",
+            hint="set train.momentum=0, or privacy.noise_drift=null to use train.lr",
+        )
+
+
 def _check_privacy(privacy: Privacy) -> None:
     _above_zero("privacy.epsilon", privacy.epsilon)
     _above_zero("privacy.sigma", privacy.sigma)
@@ -454,6 +480,7 @@ def _check_privacy(privacy: Privacy) -> None:
     _bound("privacy.sampling_rate", privacy.sampling_rate, 0, 1)
     _bound("privacy.cells_per_patient", privacy.cells_per_patient, 1)
     _bound("privacy.multiplicity", privacy.multiplicity, 1)
+    _above_zero("privacy.noise_drift", privacy.noise_drift)
     if not 0 < privacy.delta < 1:
         raise InputError(f"Expected 0 < privacy.delta={privacy.delta:g} < 1")
     if privacy.epsilon is not None and privacy.sigma is not None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cytofed import models
 from cytofed.client import convolution, private, training
 from cytofed.client.convolution import _Product
 from cytofed.errors import VerificationError
+from cytofed.plan import from_dict
 from cytofed.privacy import gradients
 from cytofed.privacy.gradients import PatientOptimizer
+from cytofed.privacy.noise import SimulatedRandomness
+from cytofed.privacy.terms import terms_of
 
 torch.set_num_threads(1)
 
@@ -75,3 +80,45 @@ def test_a_step_that_moves_weights_in_another_way_is_caught(
     with pytest.raises(VerificationError, match="training self-test") as caught:
         private.check_training()
     assert named in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("sigma", "declared", "schedule"), [(1.5, 50, "cosine"), (9.0, 900, "constant")]
+)
+def test_noise_moves_a_weight_as_far_as_the_plan_says_whatever_sigma_and_patients(
+    sigma: float, declared: int, schedule: str
+) -> None:
+    plan = from_dict(
+        {
+            "model": {"trainable": "head"},
+            "train": {
+                "rounds": 2,
+                "steps_per_round": 3,
+                "optimizer": "sgd",
+                "momentum": 0.0,
+                "weight_decay": 0.0,
+                "warmup": 0.0,
+                "schedule": schedule,
+            },
+            "privacy": {"unit": "patient", "sigma": sigma, "noise_drift": 0.2},
+        }
+    )
+    terms = terms_of(plan)
+    assert terms is not None
+    net = models.Classifier(nn.Identity(), features=1000, classes=5)
+    net.freeze_encoder()
+    for round_ in (1, 2):
+        private.train_privately(
+            net,
+            private._FewCells(),
+            plan,
+            terms,
+            declared_patients=declared,
+            randomness=SimulatedRandomness(round_, "drift"),
+            progress_start=(round_ - 1) / 2,
+            progress_end=round_ / 2,
+            absent_C=np.zeros(5, bool),
+            features_NF=np.zeros((4, 1000), np.float32),  # a gradient of zero: noise alone moves
+            device="cpu",
+        )
+    assert float(net.head.weight.detach().std()) == pytest.approx(0.2, rel=0.05)
