@@ -60,8 +60,8 @@ PASSES = 24_000
 VIEW_BYTES = 150_000_000
 """of views that pictures are held against; of more images a random choice"""
 _USUAL_PX = 48
-_HEAD_RATE = 0.03
-"""learning rate where the plan trains a head only: its own is for features, not for pixels"""
+_PIXEL_RATE = 0.03
+"""at most, where the plan's learning rate is for features or follows from the noise"""
 _NOISELESS = 1e-16
 _STILL = Augment(flip=False, rotate=False, shift=0.0, scale=0.0, stain=0.0)
 _CHUNK = 512
@@ -206,15 +206,16 @@ def replay(labs: VirtualLabs, terms: Terms | None) -> Replay:
 
 def _for_pixels(plan: Plan) -> tuple[Plan, list[str]]:
     """The plan for a net that is trained whole, and what that changes in words."""
+    train, privacy, told = plan.train, plan.privacy, []
     head_only = plan.model.arch == "encoder+head" or plan.model.trainable == "head"
-    told = []
-    train = plan.train
     if head_only:
         train = replace(train, augment=_STILL)  # a head is trained on features, without it
-        if train.lr > _HEAD_RATE:
-            train = replace(train, lr=_HEAD_RATE)
-            told.append(f"learning rate {_HEAD_RATE:g} instead of {plan.train.lr:g}")
-    return replace(plan, model=replace(plan.model, trainable="all"), train=train), told
+    if head_only or privacy.noise_drift is not None:
+        train = replace(train, lr=min(train.lr, _PIXEL_RATE))
+        privacy = replace(privacy, noise_drift=None)
+        told.append(f"a learning rate of {train.lr:g}, since the plan's is for fewer weights")
+    model = replace(plan.model, trainable="all")
+    return replace(plan, model=model, train=train, privacy=privacy), told
 
 
 def stand_in(size_px: int, classes: int) -> Classifier:

@@ -89,10 +89,11 @@ def test_a_sum_over_few_images_gives_some_away_and_says_so(
     assert shown.area.low > 0.5
 
 
+@pytest.mark.parametrize("net", ["model.arch=cytonet", "labels.scale.size_px=48"])  # whole; head
 def test_clipped_and_noised_updates_and_sums_show_nothing(
-    few: Path, cache_dir: Path, tmp_path: Path
+    net: str, few: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    plan = "privacy.unit=patient", "model.arch=cytonet", "simulation.pseudo_patient_cells=4"
+    plan = "privacy.unit=patient", "privacy.sigma=2", "simulation.pseudo_patient_cells=4", net
     found = replayed(marrow_labs(few, tmp_path / "run", cache_dir, *plan))
     assert found["one lab's update, not protected"][1].gives_away
     for way in ("one lab's update", "secure sum of 3 labs"):
