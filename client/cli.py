@@ -155,6 +155,7 @@ def plans(folder: Path, as_json: bool) -> int:
             say(f"  privacy  {price['privacy']['statement']}")
             say(f"  rounds   {price['rounds']}, {price['bytes_out']['total']:,} bytes out")
             say(f"  model    {price['model']['arch']}, {price['model']['parameters']:,} parameters")
+            say(f"  start    {price['model']['start']}")
             for lab, fingerprint in price["roster"]["labs"].items():
                 say(f"  lab      {lab} {fingerprint[:16]}")
         for change in item["changes"]:

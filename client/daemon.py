@@ -39,6 +39,7 @@ from cytofed.client.policy import Entry, ledger_federation, open_ledger, refuse_
 from cytofed.client.secure import SecureLab
 from cytofed.client.states import SealedStates
 from cytofed.documents import Decision, Offer, Start, secure_cohort
+from cytofed.encoder import Given
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.messages import (
@@ -63,6 +64,7 @@ from cytofed.sealed_message import (
     unpack_parcel,
 )
 from cytofed.secure_round import public_bound
+from cytofed.start import take_start
 
 _MAX_PAYLOAD_BYTES = 1 << 31
 
@@ -230,7 +232,8 @@ class Daemon:
         bound = 0.0
         if entry.state == "approved":
             if plan.privacy.unit == "none":
-                images = open_images(plan, self._settings)
+                folder = self._directory.run_folder(entry.run)
+                images = open_images(plan, self._settings, folder)
                 bound = public_bound([float(len(images.train))])
             else:
                 bound = float(self._settings.patients_declared or 0)
@@ -261,6 +264,8 @@ class Daemon:
         content = unpack_content(opened.manifest, opened.payload)
         # From here on the coordinator has asked this: whatever goes wrong is answered in its place.
         try:
+            if kind == "query.start":
+                return self._to_start(entry, parcel, content)
             if kind == "query.result":
                 return self._to_result(offer, parcel, content)
             return self._carry_out(offer, parcel, kind, content)
@@ -361,6 +366,24 @@ class Daemon:
         reason = public_reason(error, known=(offer.run, self._membership.lab))
         return self._sealed(offer, parcel, REFUSAL, new_content({"reason": reason}), None)
 
+    def _to_start(self, entry: Entry, parcel: Parcel, content: RecordDict) -> Answer:
+        """Keep the start model that the approved plan names by its content.
+
+        Errors: VerificationError for any other, or one of another size than was approved.
+        """
+        offer, folder = entry.offer, self._directory.run_folder(entry.run)
+        given = Given.named(offer.plan.model.start)
+        if given is None:
+            raise VerificationError("a start model came for a plan that asks for none")
+        take_start(given, folder, file_of(content), file_of(content, "card"))
+        found = parameters_of(offer.plan, folder)
+        if found != entry.parameters:
+            raise VerificationError(
+                f"from the start model {found} parameters are trained, {entry.parameters} were "
+                "approved"
+            )
+        return self._received(offer, parcel, "query.start")
+
     def _to_result(self, offer: Offer, parcel: Parcel, content: RecordDict) -> Answer:
         """Keep the model, free what the run never used, and say that it is here."""
         folder = self._directory.root / "models" / self._directory.run_folder(offer.run).name
@@ -376,14 +399,14 @@ class Daemon:
         self._open = None
         told = f"run {offer.run} {text_of(content, 'status')}"
         self._note(f"{told}: cytofed client model DIR --out FILE" if model else told)
-        return self._received(offer, parcel)
+        return self._received(offer, parcel, "query.result")
 
-    def _received(self, offer: Offer, parcel: Parcel) -> Answer:
+    def _received(self, offer: Offer, parcel: Parcel, kind: str) -> Answer:
         content = new_content({"state": "received"})
         manifest, payload = pack_content(content)
         sealed = seal(
             payload,
-            self._place(offer, parcel, "query.result", to_lab=False),
+            self._place(offer, parcel, kind, to_lab=False),
             sender=self._identity,
             receiver=self._coordinator,
             manifest=manifest,
@@ -396,7 +419,7 @@ class Daemon:
             sha256=sealed.sha256,
             run=offer.run,
         )
-        return Answer(outgoing, self._parcel(parcel, "query.result", sealed))
+        return Answer(outgoing, self._parcel(parcel, kind, sealed))
 
     # --- places
 
@@ -460,7 +483,7 @@ class Daemon:
         lab = open_lab(
             offer,
             self._settings,
-            open_images(offer.plan, self._settings),
+            open_images(offer.plan, self._settings, folder),
             name=self._membership.lab,
             folder=folder,
             outbox=self._outbox,

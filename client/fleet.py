@@ -55,7 +55,7 @@ from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED, LedgerHea
 from cytofed.errors import CytofedError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.messages import ERROR_CODE
-from cytofed.objects import deflate, inflate
+from cytofed.objects import deflate, enclosed_in, inflate
 from cytofed.privacy import wire
 from cytofed.privacy.identity import sign, verify
 from cytofed.privacy.ledger import LedgerRolledBack
@@ -215,10 +215,13 @@ class FleetLink:
         wanted = dict.fromkeys(item.object_id for item in iterate_object_tree(tree))
         if len(wanted) > _MAX_OBJECTS:
             raise _Withdrawn
+        came_along = enclosed_in(found)
 
         def fetched(number: str) -> bytes:
             if number not in wanted:
                 raise ValueError("an object that belongs to another message")
+            if number in came_along:
+                return came_along[number]
             request = PullObjectRequest(node=self._node, run_id=run_id, object_id=number)
             got = self._call("pull_object", request)
             if not got.object_found or not got.object_available:

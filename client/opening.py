@@ -27,13 +27,13 @@ from cytofed.client.secure import SecureLab
 from cytofed.client.settings import Settings
 from cytofed.client.split import hold_out, image_keys, test_split, units
 from cytofed.documents import Offer
-from cytofed.encoder import is_shipped, refuse_seen, shipped
+from cytofed.encoder import Given, is_shipped, refuse_seen, shipped
 from cytofed.errors import InputError
 from cytofed.labels import Scheme, load_map, load_scheme
 from cytofed.messages import Order, Update
-from cytofed.plan import Plan
+from cytofed.plan import Plan, with_overrides
 from cytofed.privacy.ledger import Ledger, Limits
-from cytofed.start import START_FILE, read_start, write_start
+from cytofed.start import GIVEN_FILE, START_FILE, model_of, read_start, write_start
 
 
 def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.bool_]:
@@ -128,8 +128,10 @@ def kept_for_calibration(train: Cells, plan: Plan) -> npt.NDArray[np.bool_]:
     )
 
 
-def open_images(plan: Plan, settings: Settings) -> Images:
+def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
     """Read (or find cached) all images of the lab and hold out the plan's share of them.
+
+    ``folder``: the lab's place for the run's files, with the start model where one was given.
 
     Errors: InputError for data that cannot be used, with what to do.
     """
@@ -148,7 +150,7 @@ def open_images(plan: Plan, settings: Settings) -> Images:
             hint="set patients in client.yaml, for example patients: column:patient",
         )
     if plan.privacy.unit != "none":
-        refuse_seen(plan.model.start, cells.file_sha256())
+        refuse_seen(model_of(plan, folder).start, cells.file_sha256())
     groups_N = near_duplicate_groups(cells.dhash_N, images=cells.images)
     test_N = hold_out(
         cells.class_N,
@@ -172,20 +174,35 @@ def open_images(plan: Plan, settings: Settings) -> Images:
 def parameters_of(plan: Plan, folder: Path) -> int:
     """P, from the plan's start model, which is written to ``folder`` the first time.
 
+    Of one that is given, and has not come yet, the plan says which net it is.
     Errors: InputError for a plan that starts from a file: plans open no files at a lab.
     """
-    if plan.model.start != "random" and not is_shipped(plan.model.start):
+    given = Given.named(plan.model.start)
+    if plan.model.start != "random" and given is None and not is_shipped(plan.model.start):
         raise InputError(
             f"plan {plan.sha256[:12]} starts from {plan.model.start!r:.60}, a file and no name",
             hint=f"labs start from random weights or a shipped encoder: {', '.join(shipped())}",
         )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if given is not None and not (folder / GIVEN_FILE).is_file():
+        return _parameters_of_net(plan, given)
     start = read_start(folder)
     if start is None:
         write_start(plan, folder)
         start = read_start(folder)
         assert start is not None
     return start.manifest.size
+
+
+def _parameters_of_net(plan: Plan, given: Given) -> int:
+    from cytofed import models
+
+    named = [f"model.arch={given.arch}", f"model.width={given.width}", "model.start=random"]
+    model = with_overrides(plan, named).model  # which checks what the coordinator names
+    net = models.build(model, len(load_scheme(plan.labels.scheme).codes), seed=0)
+    if plan.model.arch == "encoder+head":
+        net.freeze_encoder()
+    return models.manifest(net, plan.model.trainable).size
 
 
 def open_lab(
@@ -198,9 +215,13 @@ def open_lab(
     outbox: Outbox,
     secure: SecureLab | None,
 ) -> Lab:
-    """The lab as it takes part in an approved run. ``folder``: its place for the run's files."""
+    """The lab as it takes part in an approved run. ``folder``: its place for the run's files.
+
+    Errors: RefusedError where the start model that the plan names has not come yet.
+    """
     plan = offer.plan
     scheme: Scheme = load_scheme(plan.labels.scheme)
+    model_of(plan, folder)
     parameters_of(plan, folder)
     federation = ledger_federation(offer.federation, name)
     budget = LimitedBudget(

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from cytofed.client.settings import Settings
 from cytofed.documents import Offer
-from cytofed.encoder import is_shipped, shipped
+from cytofed.encoder import Given, is_shipped, shipped
 from cytofed.errors import InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.labels import load_map, load_scheme
@@ -108,6 +108,7 @@ class Price:
     bytes_total: int
     parameters: int
     arch: str
+    start: str
     trainable: str
     strategy: str
     secure_aggregation: bool
@@ -137,6 +138,7 @@ class Price:
             "bytes_out": {"per_round": self.bytes_per_round, "total": self.bytes_total},
             "model": {
                 "arch": self.arch,
+                "start": self.start,
                 "trainable": self.trainable,
                 "parameters": self.parameters,
                 "strategy": self.strategy,
@@ -188,6 +190,7 @@ def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parame
         bytes_total=plan.train.rounds * per_round + evaluations * evaluation,
         parameters=parameters,
         arch=plan.model.arch,
+        start=plan.model.start,
         trainable=plan.model.trainable,
         strategy=plan.strategy.name,
         secure_aggregation=plan.secure_aggregation.enabled,
@@ -241,11 +244,13 @@ def refuse(offer: Offer, settings: Settings, *, own: PublicIdentity, parameters:
             f"{what} has labels.scheme {plan.labels.scheme!r:.60}, a file and no name: plans open "
             "no files here"
         )
-    if plan.model.start != "random" and not is_shipped(plan.model.start):
+    start = plan.model.start
+    if start != "random" and not is_shipped(start) and Given.named(start) is None:
         raise RefusedError(
             f"{what} has model.start {plan.model.start!r:.60}, a file and no name: plans open no "
             "files here",
-            hint=f"ask for random weights or a shipped encoder: {', '.join(shipped())}",
+            hint="ask for random weights, a file by its content, or a shipped encoder: "
+            f"{', '.join(shipped())}",
         )
     check_plan(plan)
     if settings.labels is not None and load_map(settings.labels).scheme != plan.labels.scheme:

@@ -215,18 +215,36 @@ def deliver(announcement: Announcement, identity: Identity, dealt: Mapping[str, 
     """
     members = tuple(sorted(dealt))
     announcement.opening.cohort.check_size(members, "members")  # guard: too-few-dealers
-    requests = {}
-    for peer in members:
-        body = wire.encode(
-            {
-                "bundles": {lab: dealt[lab].bundles[peer] for lab in members if lab != peer},
-                "members": list(members),
-                "transcript": announcement.transcript,
-            }
-        )
-        requests[peer] = sign(identity, LABEL_DELIVER, body)
+    requests = _Deliveries(announcement, identity, dict(dealt), members)
     view = view_digest(announcement.transcript, members)
     return Setup(announcement, members, view, dict(dealt), requests)
+
+
+@dataclass(frozen=True)
+class _Deliveries(Mapping[str, bytes]):
+    """Each member's request, made when it is asked for: all are as large as all shares again."""
+
+    announcement: Announcement
+    identity: Identity
+    dealt: Mapping[str, Dealt] = field(repr=False)
+    members: tuple[str, ...]
+
+    def __getitem__(self, peer: str) -> bytes:
+        others = (lab for lab in self.members if lab != peer)
+        body = wire.encode(
+            {
+                "bundles": {lab: self.dealt[lab].bundles[peer] for lab in others},
+                "members": list(self.members),
+                "transcript": self.announcement.transcript,
+            }
+        )
+        return sign(self.identity, LABEL_DELIVER, body)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
 
 
 def delivered(setup: Setup) -> Setup:

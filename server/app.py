@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from asyncio import sslproto
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,8 +57,8 @@ from cytofed.server.rounds import Run, Scores, run_rounds, status
 from cytofed.server.runs import ENDED, Phase, RunFolder
 from cytofed.server.sealed_grid import SealedGrid, SealedRun
 from cytofed.server.secure import SecureRun
+from cytofed.start import GIVEN_FILE, read_start
 from cytofed.start import Start as StartModel
-from cytofed.start import read_start
 from cytofed.strategies import make_strategy
 
 _OFFER_ANSWER_S = 120.0
@@ -163,7 +163,9 @@ class Coordinator:
 
     def _answer(self, command: Command) -> Mapping[str, Any]:
         if command.name == "run":
-            return {"run": self._queue(command.plan()).name}
+            folder = self._queue(command.plan())
+            plan_sha256 = folder.offer(self._identity).plan.sha256
+            return {"run": folder.name, "plan_sha256": plan_sha256}
         if command.name == "status":
             return self._status()
         if command.name == "revoke":
@@ -296,6 +298,7 @@ class Coordinator:
             spool=self._fleet.spool,
             heads=self._directory,
         )
+        self._give_start(folder, grid, sealed, plan)
         latest = self._progress(folder, plan)
 
         def checkpoint(after: Progress) -> None:
@@ -304,6 +307,8 @@ class Coordinator:
             write_metrics(folder, after)
             latest = after
             gc.collect()  # Flower's records are in cycles that hold arrays
+            online = [lab for lab in sealed.nodes if self._fleet.presence(lab).online]
+            self._give_start(folder, grid, sealed, plan, only=online)
 
         reason = ""
         classes = len(run.scheme.codes)
@@ -330,6 +335,39 @@ class Coordinator:
         folder.end(ended, reason=reason, absent=_absent(latest.records))
         _log.info("run %s: %s, weights %s", folder.name, ended, summary["weights_sha256"])
 
+    def _give_start(
+        self,
+        folder: RunFolder,
+        grid: SealedGrid,
+        sealed: SealedRun,
+        plan: Plan,
+        *,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Where the plan names a start model by its content: send it to who has it not yet.
+
+        ``only``: not to others. A lab that does not take it is absent from the rounds by name.
+        """
+        file = folder.private / GIVEN_FILE
+        labs = sealed.nodes if only is None else only
+        missing = {lab: sealed.nodes[lab] for lab in labs if not folder.has_start(lab)}
+        if not file.is_file() or not missing:
+            return
+        card = file.with_suffix(".json")
+        content = new_content(
+            {}, file=file.read_bytes(), card=card.read_bytes() if card.is_file() else None
+        )
+        timeout_s = plan.cohort.round_timeout_s
+        for lab, reply in ask(grid, missing, "query.start", 0, content, timeout_s=timeout_s):
+            try:
+                content_of(reply)
+            except BadMessage as error:
+                _log.warning(
+                    "run %s: %s has no start model: %s", folder.name, lab, error.message[:200]
+                )
+            else:
+                folder.note_start(lab)
+
     def _progress(self, folder: RunFolder, plan: Plan) -> Progress:
         """How far the run was when it was interrupted; else its beginning."""
         found = load_progress(folder.checkpoints, plan_sha256=plan.sha256)
@@ -345,6 +383,7 @@ class Coordinator:
         if file.is_file():
             return Start.verified(file.read_bytes(), self._identity.public, offer)
         self._await_decisions(folder, offer)
+        gc.collect()
         approved = {
             lab: document
             for lab, (decision, document) in folder.decisions(offer).items()
@@ -380,9 +419,9 @@ class Coordinator:
             undecided = [lab for lab in names if lab in nodes and lab not in decided]
             if not undecided or datetime.now(UTC) > until:
                 return
-            online = {
-                lab: (nodes[lab], content) for lab in undecided if self._fleet.presence(lab).online
-            }
+            online = [
+                (lab, nodes[lab], content) for lab in undecided if self._fleet.presence(lab).online
+            ]
             for lab, reply in ask_each(grid, online, "query.offer", 0, timeout_s=_OFFER_ANSWER_S):
                 self._note_decision(folder, offer, lab, reply)
             if why := folder.stop_reason():

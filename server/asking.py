@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -28,25 +28,25 @@ def ask(
     The content is shared by all messages, so memory does not grow with the cohort. Labs without a
     reply by the deadline, or that could not be sent to, come last with None.
     """
-    contents = {lab: (node, content) for lab, node in cohort.items()}
+    contents = ((lab, node, content) for lab, node in cohort.items())
     return ask_each(grid, contents, kind, number, timeout_s=timeout_s)
 
 
 def ask_each(
     grid: Grid,
-    contents: Mapping[str, tuple[int, RecordDict]],
+    contents: Iterable[tuple[str, int, RecordDict]],
     kind: str,
     number: int,
     *,
     timeout_s: float,
 ) -> Iterator[tuple[str, Message | None]]:
-    """As ``ask``, each lab with a content of its own: lab -> (node id, content).
+    """As ``ask``, each lab with a content of its own: lab, node id, content, one after the other.
 
     All is sent when this returns. A reply that was yielded is not kept: there is memory for one.
     """
     waiting: dict[str, str] = {}
     unsent = []
-    for lab, (node, content) in contents.items():
+    for lab, node, content in contents:
         message = grid.create_message(content, kind, node, str(number), ttl=timeout_s)
         ids = [i for i in grid.push_messages([message]) if i]
         if ids:

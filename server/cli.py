@@ -87,14 +87,16 @@ def run(folder: Path, plan: str, overrides: tuple[str, ...], wait: bool, as_json
     from cytofed.server.control import send_command
     from cytofed.server.directory import ServerDirectory
     from cytofed.server.runs import RunFolder
+    from cytofed.start import with_absolute_start
 
     directory = ServerDirectory.open(folder)
-    chosen = load_plan(plan, overrides)
-    name = send_command(directory.socket, "run", plan=to_dict(chosen))["run"]
-    note(f"run {name}: plan {chosen.sha256} waits for the labs' approval")
+    chosen = with_absolute_start(load_plan(plan, overrides))
+    queued = send_command(directory.socket, "run", plan=to_dict(chosen))
+    name = queued["run"]
+    note(f"run {name}: plan {queued['plan_sha256']} waits for the labs' approval")
     if not wait:
         if as_json:
-            _print_json({"run": name, "plan_sha256": chosen.sha256})
+            _print_json(queued)
         return 0
     summary = wait_for(RunFolder.open(directory.runs, name))
     if as_json:

@@ -24,11 +24,12 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -77,7 +78,6 @@ from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
@@ -85,25 +85,35 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, BadMessage, content_bytes
-from cytofed.objects import Content, InFile, Objects, body_of_piece, deflate, inflate
+from cytofed.objects import (
+    Content,
+    InFile,
+    Objects,
+    body_of_piece,
+    deflate,
+    enclosed,
+    inflate,
+    varint,
+)
 from cytofed.server.gate import FLEET_BODIES, Gate, Rate
 from cytofed.server.uploads import Arriving, Spooled
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
 _SIGNED_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 
+_T = TypeVar("_T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 Parts = tuple[Content, ...]
 """bytes one after the other"""
 
-_SPOOL_FROM_BYTES = 1 << 18
+_SPOOL_FROM_BYTES = 1 << 17
 _SEND_AGAIN = 5
 """times that a message is sent again before its lab counts as absent"""
 
 _PUSHES = 20
 """times that a lab may start to upload the reply to one message"""
 
-_SEND_BYTES = 1 << 17
+_SEND_BYTES = 1 << 16
 """of an answer at a time: what waits to be sent is in memory once more"""
 
 _CONTENT_OF_PULL = bytes([PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2])
@@ -111,6 +121,9 @@ _CONTENT_OF_PULL = bytes([PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER << 3 | 
 
 _OBJECTS = 4096
 """most objects in one reply"""
+
+_THREADS = 4
+"""that handle calls; none of them waits for a lab"""
 
 _GONE = (
     ErrorCode.NODE_UNAVAILABLE,
@@ -199,6 +212,12 @@ class _SpooledStore(InMemoryObjectStore):
         with self.lock_store:
             self._own[object_id] = objects
             self.store[object_id].is_available = True
+
+    def small(self, message: str) -> list[bytes]:
+        """The small objects of a message of this process."""
+        with self.lock_store:
+            own = self._own.get(message)
+        return [] if own is None else own.small()
 
     def get(self, object_id: str) -> bytes | None:
         with self.lock_store:
@@ -387,6 +406,7 @@ class _Calls:
     def __init__(self, link: _Link, *, poll_s: float) -> None:
         self._link, self._poll_s = link, poll_s
         self.state = SimpleNamespace(linkstate_factory=_Holder(link))  # node authentication asks
+        self._threads = ThreadPoolExecutor(_THREADS, "calls")
         self._signed: dict[int, tuple[str, ...]] = {}
         """the headers with which each node was authenticated last"""
 
@@ -430,13 +450,17 @@ class _Calls:
             raise HTTPException(400, "no request of this call") from None
         request.state.protobuf_request = asked
         if call == "pull-messages":
-            node = await run_in_threadpool(self._let_in, request, call, asked)
+            node = await self._aside(self._let_in, request, call, asked)
             session = self._link.sessions.get(node)
             await self._link.wait_for_message(node, self._poll_s)
             if session != self._link.sessions.get(node) or await request.is_disconnected():
                 return ()  # no message: the lab asks on another connection, and gets it there
-            return await run_in_threadpool(self._handle, call, asked, node)
-        return await run_in_threadpool(self._let_in_and_handle, request, call, asked)
+            return await self._aside(self._handle, call, asked, node)
+        return await self._aside(self._let_in_and_handle, request, call, asked)
+
+    async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """Done by one of a few threads: not more of them than do good, as each takes memory."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     async def _take_object(self, request: Request, call: str) -> Parts:
         number = PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER
@@ -448,7 +472,7 @@ class _Calls:
             told = PushObjectRequest.FromString(others)
             asked = _Push(told.node, told.run_id, told.object_id, told.session_id, content)
             request.state.protobuf_request = asked
-            return await run_in_threadpool(self._let_in_and_handle, request, call, asked)
+            return await self._aside(self._let_in_and_handle, request, call, asked)
 
     def _let_in_and_handle(self, request: Request, call: str, asked: Any) -> Parts:
         return self._handle(call, asked, self._let_in(request, call, asked))
@@ -492,7 +516,12 @@ class _Calls:
                 link.uploads[found.session_id] = _Upload(
                     node, metadata.reply_to_message_id, metadata.message_id, delivery.room
                 )
-        return (found.SerializeToString(),)
+        return (found.SerializeToString(), *self._enclosed(call, found))
+
+    def _enclosed(self, call: str, found: Any) -> Parts:
+        """The small objects of a message, which its lab would fetch one by one."""
+        trees = found.message_object_trees if call == "pull-messages" else ()
+        return tuple(enclosed(self._link.objects.small(tree.object_id)) for tree in trees)
 
     def _check(self, call: str, node: int, asked: Any) -> None:
         """Raise 403 for what is not this node's, 413 for more than its reply may have."""
@@ -570,15 +599,7 @@ def _pulled(content: Parts | None) -> Parts:
     head: bytes = PullObjectResponse(object_found=found, object_available=found).SerializeToString()
     if content is None:
         return (head,)
-    return (head + _CONTENT_OF_PULL + _varint(sum(map(len, content))), *content)
-
-
-def _varint(number: int) -> bytes:
-    found = bytearray()
-    while number > 127:
-        found.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*found, number])
+    return (head + _CONTENT_OF_PULL + varint(sum(map(len, content))), *content)
 
 
 @dataclass(frozen=True)

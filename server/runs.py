@@ -9,6 +9,8 @@
         private/offer private/start              signed documents
         private/decisions/LAB                    each lab's signed decision
         private/start.safetensors manifest.json  the start model
+        private/given.safetensors given.json     the file that it is made from, and its card
+        private/given/LAB                        that the lab has that file
         private/delivered/LAB                    that the lab has the result
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,10 +27,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cytofed.documents import Decision, Offer, Roster
-from cytofed.errors import InputError, VerificationError
+from cytofed.errors import CytofedError, InputError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.plan import Plan, dump_plan
 from cytofed.privacy.identity import Identity
+from cytofed.start import give_start
 
 Phase = Literal["approval", "rounds", "completed", "incomplete", "failed"]
 
@@ -69,13 +73,22 @@ class RunFolder:
 
     @staticmethod
     def create(runs: Path, plan: Plan, roster: Roster, coordinator: Identity) -> RunFolder:
-        """Queue a plan for the labs that are enrolled now."""
+        """Queue a plan for the labs that are enrolled now; a start model is copied.
+
+        Errors: InputError for a start model that cannot be read.
+        """
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.name).strip("-._")[:32] or "run"
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         folder = RunFolder(runs / f"{slug}-{stamp}-{secrets.token_hex(2)}")
         folder.root.mkdir(mode=0o700)
-        for sub in ("private", "private/decisions", "private/delivered", "checkpoints"):
-            (folder.root / sub).mkdir(mode=0o700)
+        for sub in ("", "/decisions", "/delivered", "/given"):
+            (folder.root / f"private{sub}").mkdir(mode=0o700)
+        folder.checkpoints.mkdir(mode=0o700)
+        try:
+            plan = give_start(plan, folder.private)
+        except CytofedError:
+            shutil.rmtree(folder.root)
+            raise
         write_atomically(folder.root / "plan.yaml", dump_plan(plan))
         offer = Offer(folder.name, plan, roster)
         write_atomically(folder.private / "offer", offer.signed(coordinator))
@@ -162,6 +175,13 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         file = self.root / "summary.json"
         return json.loads(file.read_text()) if file.is_file() else None
+
+    def has_start(self, lab: str) -> bool:
+        """Whether the lab has the start model that was given."""
+        return (self.private / "given" / lab).is_file()
+
+    def note_start(self, lab: str) -> None:
+        write_atomically(self.private / "given" / lab, now())
 
     def delivered(self, lab: str) -> bool:
         return (self.private / "delivered" / lab).is_file()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -78,7 +79,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Shared:
-    """One content for many labs: sealed once, its body in a file without a name."""
+    """One content, for one lab or many: sealed once, a large body in a file without a name."""
 
     content: RecordDict = field(repr=False)
     sealed: Mapping[str, Sealed] = field(repr=False)
@@ -115,6 +116,7 @@ class SealedGrid(Grid):
         self._spool, self._heads = spool, heads
         self._labs = {node: lab for lab, node in sealed.nodes.items()}
         self._places: dict[str, tuple[_Place, Message]] = {}
+        """by its number, where each order was sent, and the order without its content"""
         self._shared: _Shared | None = None
 
     def set_run(self, run: Run) -> None:
@@ -167,7 +169,7 @@ class SealedGrid(Grid):
             )
             [number] = self._inner.push_messages([outer])
             message.metadata.__dict__["_message_id"] = number
-            self._places[number] = (place, message)
+            self._places[number] = (place, remove_content_from_message(message))
             ids.append(number)
         return ids
 
@@ -202,7 +204,8 @@ class SealedGrid(Grid):
             manifest, payload = pack_content(content)
             receiver = roster.member(place.lab).identity
             sealed = seal(payload, context, sender=sender, receiver=receiver, manifest=manifest)
-            return sealed, None
+            own = _Shared.make(content, {place.lab: sealed}, self._spool)
+            return own.sealed[place.lab], own.record
         if self._shared is None or self._shared.content is not content:
             self._shared = None  # before the next is made: there is one at a time
             manifest, payload = pack_content(content)

@@ -286,10 +286,10 @@ class SecureRun:
     def _replies(
         self, grid: Grid, step: str, requests: Mapping[str, bytes], number: int
     ) -> Iterator[tuple[str, Message | None]]:
-        contents = {
-            lab: (self.nodes[lab], pack_step(Step(self.cohort.run, step, request)))
+        contents = (
+            (lab, self.nodes[lab], pack_step(Step(self.cohort.run, step, request)))
             for lab, request in requests.items()
-        }
+        )
         timeout_s = self.plan.cohort.wait_s
         return ask_each(grid, contents, "query.secagg", number, timeout_s=timeout_s)
 

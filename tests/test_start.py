@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cytofed.arrays import weights_sha256
-from cytofed.errors import InputError
+from cytofed.client.opening import parameters_of
+from cytofed.encoder import EncoderCard, Given, refuse_seen
+from cytofed.errors import InputError, RefusedError, VerificationError
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, load_plan
-from cytofed.start import START_FILE, Start, read_start, write_start
+from cytofed.start import (
+    GIVEN_FILE,
+    START_FILE,
+    Start,
+    give_start,
+    model_of,
+    read_start,
+    take_start,
+    write_start,
+)
 
 FLAGS = ["model.width=8", "labels.scale.size_px=32"]
 PLAN = load_plan("demo", FLAGS)
@@ -24,6 +37,103 @@ def start_of(plan: Plan, folder: Path) -> Start:
     found = read_start(folder)
     assert found is not None
     return found
+
+
+ENCODER = load_plan("demo", [*FLAGS, "train.seed=5"])
+"""whose random weights serve as a file to start from"""
+
+
+def given_to(folder: Path, *flags: str) -> tuple[Plan, Path]:
+    """A plan that starts from a file, as the coordinator queues it, and the file."""
+    source = folder / "source"
+    start_of(ENCODER, source)
+    file = source / START_FILE
+    kept = folder / "kept"
+    kept.mkdir()
+    return give_start(load_plan("demo", [*FLAGS, f"model.start={file}", *flags]), kept), file
+
+
+HEAD = ("model.arch=encoder+head", "model.trainable=head")
+
+
+@pytest.mark.parametrize("flags", [(), HEAD])
+def test_a_given_start_is_the_one_of_the_file(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    plan, file = given_to(tmp_path, *flags)
+    plain = start_of(load_plan("demo", [*FLAGS, f"model.start={file}", *flags]), tmp_path / "plain")
+    file.unlink()  # it was read when the plan was queued
+    found = start_of(plan, tmp_path / "kept")
+    assert weights_sha256(found.manifest, found.weights_P) == weights_sha256(
+        plain.manifest, plain.weights_P
+    )
+    assert found.tensors.keys() == plain.tensors.keys()
+    assert replace(found.info, plan_sha256="") == replace(plain.info, plan_sha256="")
+
+
+@pytest.mark.parametrize("flags", [(), HEAD])
+def test_a_lab_tells_the_size_before_it_has_the_file(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    plan, _ = given_to(tmp_path, *flags)
+    before = parameters_of(plan, tmp_path / "lab")
+    assert not list((tmp_path / "lab").iterdir())
+    assert before == start_of(plan, tmp_path / "kept").manifest.size
+
+
+def test_the_content_of_a_given_start_is_in_the_hash_of_the_plan(tmp_path: Path) -> None:
+    plan, file = given_to(tmp_path)
+    given = Given.named(plan.model.start)
+    assert given == Given("cytonet", 8, hashlib.sha256(file.read_bytes()).hexdigest())
+    other = replace(given, sha256="0" * 64)
+    assert replace(plan, model=replace(plan.model, start=str(other))).sha256 != plan.sha256
+
+
+def test_a_start_that_is_not_what_the_plan_names_is_refused_by_both_names(tmp_path: Path) -> None:
+    plan, file = given_to(tmp_path)
+    given = Given.named(plan.model.start)
+    assert given is not None
+    start_of(PLAN, tmp_path / "other")
+    other = (tmp_path / "other" / START_FILE).read_bytes()
+    with pytest.raises(VerificationError, match=given.sha256) as caught:
+        take_start(given, tmp_path / "lab", other, b"")
+    assert hashlib.sha256(other).hexdigest() in caught.value.message
+    assert not (tmp_path / "lab").exists(), "nothing of it is kept"
+    take_start(given, tmp_path / "lab", file.read_bytes(), b"")
+    (tmp_path / "lab" / GIVEN_FILE).write_bytes(other)  # exchanged on the disk
+    with pytest.raises(VerificationError, match=given.sha256):
+        start_of(plan, tmp_path / "lab")
+
+
+def test_a_plan_that_claims_another_net_than_its_start_is_refused(tmp_path: Path) -> None:
+    plan, file = given_to(tmp_path)
+    given = Given.named(plan.model.start)
+    assert given is not None
+    with pytest.raises(VerificationError, match="cytonet:8:"):
+        take_start(replace(given, width=9), tmp_path / "lab", file.read_bytes(), b"")
+    assert not list((tmp_path / "lab").iterdir())
+
+
+def test_the_card_of_a_start_goes_with_it_and_stops_private_runs_over_its_images(
+    tmp_path: Path,
+) -> None:
+    plan, file = given_to(tmp_path)
+    given = Given.named(plan.model.start)
+    assert given is not None
+    card = EncoderCard("x", "", given.sha256, {}, {}, {}, {}, [], ("a" * 64,))
+    card.write(file.with_suffix(".json"))
+    folder = tmp_path / "lab"
+    take_start(given, folder, file.read_bytes(), file.with_suffix(".json").read_bytes())
+    with pytest.raises(InputError, match="1 of 2 images"):
+        refuse_seen(model_of(plan, folder).start, ["a" * 64, "b" * 64])
+    wrong = replace(card, model_sha256="0" * 64)
+    wrong.write(file.with_suffix(".json"))
+    with pytest.raises(InputError, match="another model"):
+        take_start(given, tmp_path / "l", file.read_bytes(), file.with_suffix(".json").read_bytes())
+
+
+def test_a_start_that_has_not_come_is_said_to_be_missing(tmp_path: Path) -> None:
+    plan, _ = given_to(tmp_path)
+    with pytest.raises(RefusedError, match="not come yet"):
+        start_of(plan, tmp_path / "lab")
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:

@@ -2,21 +2,24 @@
 
 An encoder is a model file without a head, ``NAME.safetensors``, and beside it ``NAME.json``: the
 card. Those in the package go by name (``model.start: blood``), so a plan can name one at labs too,
-where it may open no file. The card lists the SHA-256 of every training image: a private run over
-one of them would claim a protection that the encoder has already broken, so it stops.
+where it may open no file. A file that a coordinator starts from goes by its content, as ``Given``,
+and labs get it when they have approved that. The card lists the SHA-256 of every training image: a
+private run over one of them would claim a protection that the encoder has already broken, so it
+stops.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cytofed.errors import InputError
+from cytofed.errors import InputError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.model_file import ModelInfo, read_info
 
@@ -47,6 +50,46 @@ class EncoderCard:
         write_atomically(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
 
 
+@dataclass(frozen=True)
+class Given:
+    """A start model that a coordinator gives to its labs, as ``ARCH:WIDTH:sha256:HEX``.
+
+    Its content is named, so it is part of the plan and of the plan's hash, and so is what a lab
+    must know to tell the price before it has the file.
+    """
+
+    arch: str
+    width: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.arch}:{self.width}:sha256:{self.sha256}"
+
+    @staticmethod
+    def named(start: str) -> Given | None:
+        """What ``model.start`` names so; None where it is anything else."""
+        found = _GIVEN.fullmatch(start)
+        return None if found is None else Given(found[1], int(found[2]), found[3])
+
+    @staticmethod
+    def of(file: Path) -> Given:
+        """Errors: InputError for what is no model file."""
+        info = read_info(file)
+        return Given(info.encoder or info.arch, info.width, sha256_of(file))
+
+    def check(self, file: Path) -> None:
+        """Raises VerificationError, with both names, unless ``file`` is this very model."""
+        found = Given.of(file)
+        if found != self:
+            raise VerificationError(
+                f"the start model is {found}, the plan names {self}",
+                hint="nothing is trained from it; ask the coordinator which of them it meant",
+            )
+
+
+_GIVEN = re.compile(r"([a-z0-9_+-]{1,32}):([1-9][0-9]{0,3}):sha256:([0-9a-f]{64})")
+
+
 def shipped() -> list[str]:
     """Names of the encoders in the package."""
     return sorted(path.stem for path in _folder().glob("*.safetensors"))
@@ -68,7 +111,10 @@ SIZED = ("cytonet", "stagenet")
 
 def check_start(start: str, *, arch: str, width: int) -> None:
     """Raises InputError where a plan's start model is missing, damaged or of another net."""
-    if start != "random":
+    given = Given.named(start)
+    if given is not None:
+        _check_net(start, given.arch, given.width, arch=arch, width=width)
+    elif start != "random":
         check_fits(start, read_info(start_file(start)), arch=arch, width=width)
     elif arch == "encoder+head":
         raise InputError(
@@ -79,15 +125,18 @@ def check_start(start: str, *, arch: str, width: int) -> None:
 
 def check_fits(start: str, info: ModelInfo, *, arch: str, width: int) -> None:
     """Raises InputError, with what would fit, where a start model is of another net."""
+    _check_net(start, info.encoder or info.arch, info.width, arch=arch, width=width)
+
+
+def _check_net(start: str, found: str, found_width: int, *, arch: str, width: int) -> None:
     if arch == "encoder+head":
         return  # takes any encoder
     sized = arch in SIZED
-    found = info.encoder or info.arch
-    if (found, info.width if sized else None) != (arch, width if sized else None):
+    if (found, found_width if sized else None) != (arch, width if sized else None):
         raise InputError(
-            f"{start} is {found} of width {info.width}, the plan's model is {arch} "
+            f"{start} is {found} of width {found_width}, the plan's model is {arch} "
             f"of width {width}",
-            hint=f"set model.arch={found} and model.width={info.width}, or model.start=random",
+            hint=f"set model.arch={found} and model.width={found_width}, or model.start=random",
         )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -31,12 +31,19 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
 from cytofed.arrays import in_shares
 from cytofed.messages import RAW, array_of
 
 PIECE_BYTES: int = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 """at which arrays are cut"""
+
+_ENCLOSED = 1000
+"""number of the field for enclosed objects"""
+
+_ENCLOSED_BYTES = 1 << 17
+"""most bytes of one"""
 
 _HEAD_BYTES = 64
 """more than the head of a piece has"""
@@ -75,6 +82,30 @@ class InFile:
 
 Content = bytes | memoryview | InFile
 """an object's bytes, or a part of them"""
+
+
+def enclosed(contents: Iterable[bytes]) -> bytes:
+    """Objects as they lie behind an answer to a question for work: a request for each of them
+    would cost more than they do. A field of protobuf that Flower does not know, and passes over."""
+    found = bytearray()
+    for content in contents:
+        found += varint(_ENCLOSED << 3 | 2) + varint(len(content)) + content
+    return bytes(found)
+
+
+def enclosed_in(answer: Any) -> dict[str, bytes]:
+    """The objects that came with an answer, by name, which is the hash of each."""
+    fields = [f for f in UnknownFieldSet(answer) if (f.field_number, f.wire_type) == (_ENCLOSED, 2)]
+    return {hashlib.sha256(field.data).hexdigest(): field.data for field in fields}
+
+
+def varint(number: int) -> bytes:
+    """A number as protobuf writes it."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
 
 
 class _Piece(ArrayChunk):
@@ -139,6 +170,15 @@ class Objects:
         """The same in parts, which need not be joined to be sent."""
         item = self._nested[number]
         return item.parts() if isinstance(item, _Piece) else (item.deflate(),)
+
+    def small(self) -> list[bytes]:
+        """All objects that are short enough to be enclosed."""
+        contents = (
+            item.deflate()
+            for item in self._nested.values()
+            if not isinstance(item, _Piece) or item.nbytes <= _ENCLOSED_BYTES
+        )
+        return [content for content in contents if len(content) <= _ENCLOSED_BYTES]
 
     def __contains__(self, number: str) -> bool:
         return number in self._nested

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cytofed.encoder import card_of, check_start, start_file
+from cytofed.encoder import Given, card_of, check_start, start_file
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
@@ -137,7 +137,8 @@ def _check_private(plan: Plan) -> list[str]:
     assert terms is not None
     warnings = _costly_ways(plan, terms)
     start = plan.model.start
-    if start != "random" and card_of(start_file(start)) is None:
+    given = Given.named(start) is not None  # its card comes with it
+    if start != "random" and not given and card_of(start_file(start)) is None:
         warnings.append(
             f"model.start {start} has no card: nobody can tell which patients it has seen already"
         )

@@ -62,20 +62,21 @@ def pack_content(content: RecordDict) -> tuple[bytes, list[memoryview]]:
 
 
 def new_content(
-    header: Mapping[str, str | int | float | bytes], *, file: bytes | None = None
+    header: Mapping[str, str | int | float | bytes], **files: bytes | None
 ) -> RecordDict:
     """A content that is no order or update: a refusal, a result with a ``file``."""
     record = ArrayRecord()
-    if file is not None:
-        record["file"] = array_of("uint8", (len(file),), RAW, memoryview(file))
+    for name, file in files.items():
+        if file is not None:
+            record[name] = array_of("uint8", (len(file),), RAW, memoryview(file))
     return RecordDict({"header": ConfigRecord(dict(header)), "parts": record})
 
 
-def file_of(content: RecordDict) -> bytes:
-    """The file of ``new_content``, or nothing."""
+def file_of(content: RecordDict, name: str = "file") -> bytes:
+    """A file of ``new_content``, or nothing."""
     record = content["parts"]
     assert isinstance(record, ArrayRecord)
-    return bytes(record["file"].data) if "file" in record else b""
+    return bytes(record[name].data) if name in record else b""
 
 
 def text_of(content: RecordDict, key: str) -> str:

@@ -6,6 +6,9 @@ that this writes: ``start.safetensors`` (all tensors) and ``manifest.json`` (wha
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from cytofed.arrays import Float32, Manifest
+from cytofed.encoder import Given, card_of, is_shipped
+from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.labels import load_scheme
 from cytofed.model_file import ModelInfo, read_model, write_model
-from cytofed.plan import Plan, load_plan
+from cytofed.plan import Model, Plan, load_plan
 from cytofed.seeds import derive
 
 START_FILE = "start.safetensors"
+GIVEN_FILE = "given.safetensors"
+"""the file that a plan starts from, where it names one by its content; its card is beside it"""
 _MANIFEST_FILE = "manifest.json"
 _CLOSED = -100.0
 """Bias of a class that must not be predicted: a softmax gives it no probability in float32."""
@@ -71,13 +78,87 @@ class Start:
         return weights_P
 
 
+def with_absolute_start(plan: Plan) -> Plan:
+    """The plan with a start model's file as another process finds it too."""
+    start = plan.model.start
+    if start == "random" or is_shipped(start) or Given.named(start):
+        return plan
+    return replace(plan, model=replace(plan.model, start=str(Path(start).absolute())))
+
+
+def give_start(plan: Plan, folder: Path) -> Plan:
+    """The plan with its start named by content where it is a file, which is copied to ``folder``.
+
+    The file is read once: what becomes of it later changes nothing. Errors: InputError.
+    """
+    source = Path(plan.model.start)
+    if plan.model.start == "random" or is_shipped(plan.model.start):
+        return plan
+    if Given.named(plan.model.start):
+        raise InputError(
+            f"model.start is {plan.model.start}, a file by its content, which is not here",
+            hint="name the file itself: its content is found again",
+        )
+    kept = folder / GIVEN_FILE
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(source.with_suffix(".json"), kept.with_suffix(".json"))
+    try:
+        shutil.copyfile(source, kept)
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from None
+    card_of(kept)  # is of this very file
+    return replace(plan, model=replace(plan.model, start=str(Given.of(kept))))
+
+
+def take_start(given: Given, folder: Path, data: bytes, card: bytes) -> None:
+    """Keep a start model that was given, and its card where it has one.
+
+    Errors: VerificationError for another model than the plan names; nothing is kept then.
+    """
+    found = hashlib.sha256(data).hexdigest()
+    if found != given.sha256:
+        raise VerificationError(
+            f"the start model that came has SHA-256 {found}, the plan names {given.sha256}"
+        )
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    kept = folder / GIVEN_FILE
+    if card:
+        write_atomically(kept.with_suffix(".json"), card, mode=0o600)
+    write_atomically(kept, data, mode=0o600)
+    try:
+        given.check(kept)
+        card_of(kept)
+    except CytofedError:
+        kept.unlink()
+        kept.with_suffix(".json").unlink(missing_ok=True)
+        raise
+
+
+def model_of(plan: Plan, folder: Path) -> Model:
+    """The plan's model; a start that is named by its content is the file of ``folder``.
+
+    Errors: VerificationError where that is another; RefusedError where there is none yet.
+    """
+    given = Given.named(plan.model.start)
+    if given is None:
+        return plan.model
+    if not (folder / GIVEN_FILE).is_file():
+        raise RefusedError("the start model that the plan names has not come yet")
+    given.check(folder / GIVEN_FILE)
+    return replace(plan.model, start=str(folder / GIVEN_FILE))
+
+
 def write_start(plan: Plan, folder: Path) -> None:
-    """Build the plan's net and write its start model to ``folder``. Imports torch."""
+    """Build the plan's net and write its start model to ``folder``. Imports torch.
+
+    Errors: as ``model_of``.
+    """
     from cytofed import models
 
     scheme = load_scheme(plan.labels.scheme)
-    net = models.build(plan.model, len(scheme.codes), seed=derive(plan.train.seed, "start"))
-    arch, encoder, width = models.describe(plan.model)
+    model = model_of(plan, folder)
+    net = models.build(model, len(scheme.codes), seed=derive(plan.train.seed, "start"))
+    arch, encoder, width = models.describe(model)
     info = ModelInfo(
         arch=arch,
         width=width,

@@ -182,6 +182,11 @@ def test_a_plan_may_start_from_an_encoder_that_ships(lab: Settings) -> None:
     refuse(offer_of(plan_of(model=model)), lab, own=LEEDS, parameters=P)
 
 
+def test_a_plan_may_start_from_a_file_that_it_names_by_its_content(lab: Settings) -> None:
+    model = {"width": 8, "start": f"cytonet:8:sha256:{'a' * 64}"}
+    refuse(offer_of(plan_of(model=model)), lab, own=LEEDS, parameters=P)
+
+
 def test_the_cohort_of_a_start_keeps_the_limits_too(lab: Settings) -> None:
     peers = {"york": KEYS["york"].public.fingerprint}
     limited = with_limits(lab, min_cohort=2, trusted_peers=peers, min_trusted_peers=1)

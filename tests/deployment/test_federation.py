@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from cytofed.model_file import read_model
+from cytofed.plan import load_plan
+from cytofed.start import START_FILE, write_start
 
 from .conftest import PATIENCE_S, PLAN, PRIVATE, Federation, deal, free_port
 
@@ -92,6 +95,31 @@ def test_run_completes_and_every_lab_gets_the_model_that_a_simulation_gives(
     assert not found_outside(federation.coordinator, pieces, (f"runs/{run}/*",))
     for lab in federation.labs:
         assert not found_outside(federation.root / lab, pieces, ("models/*", "runs/*/start*"))
+
+
+@pytest.mark.faults  # with the other long runs of processes
+@pytest.mark.timeout(1800)
+def test_a_run_from_a_file_gives_the_weights_that_a_simulation_from_it_gives(
+    federation: Federation, tmp_path: Path
+) -> None:
+    write_start(load_plan("demo", ["model.width=8"]), tmp_path)
+    start = tmp_path / START_FILE
+    model = f"model: {{arch: encoder+head, trainable: head, start: {start}}}"
+    for lab in federation.labs:
+        federation.start(lab)
+    run, plan_sha256 = federation.queue(PLAN.replace("model: {width: 8}", model))
+    federation.approve(plan_sha256)
+    sha256 = hashlib.sha256(start.read_bytes()).hexdigest()
+    shown = federation.run("lab-1", "client", "plans", federation.root / "lab-1")
+    assert f"cytonet:8:sha256:{sha256}" in shown
+    summary = federation.summary(run)
+
+    assert summary["status"] == "completed"
+    assert summary["weights_sha256"] == simulated_weights(federation, tmp_path / "simulated")
+    for lab in federation.labs:
+        [kept] = (federation.root / lab / "runs").glob("*/given.safetensors")
+        assert kept.read_bytes() == start.read_bytes()
+        assert not others_may_read(kept)
 
 
 @pytest.mark.faults  # with the other long runs of processes
