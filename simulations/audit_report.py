@@ -25,6 +25,9 @@ Json = Mapping[str, Any]
 VERSION = 3
 """of audit.json; an older one is not shown"""
 
+PictureRow = tuple[str, list[str], *tuple[Sequence[str], ...]]
+"""name, figures, and lines of pictures"""
+
 _DATA_URI = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 
 
@@ -177,7 +180,7 @@ def _membership(found: Json, drawn: Mapping[str, Figure], *, private: bool) -> s
         figures_ = (f"{part['auc']:.3f}", f"{low:.2f} to {high:.2f}", f"{part['found']:.1%}")
         rows.append([name, verdict, *figures_, number(part["members"]), number(part["others"])])
     at = f"found at {found['false_alarms']:.0%} false alarms"
-    head = ["", "", "AUC", f"{found['confidence']:.0%}", at, "members", "others"]
+    head = ["", "verdict", "AUC", f"{found['confidence']:.0%}", at, "members", "others"]
     caption = "Share of members found against false alarms; on the diagonal there is nothing."
     curve = drawing(drawn["membership"], "membership", "ROC of membership inference", caption)
     return f"{title}<p>{escape(lead)}</p>{scroll(table_of(head, rows, texts=2, wrap=True))}{curve}"
@@ -189,7 +192,7 @@ def _patients(found: Json) -> str:
 
 def _inversion(found: Json, drawn: Mapping[str, Figure]) -> str:
     """Images before and after, and how many images hide each other in a sum."""
-    rows = [("the image", ["", ""], found["images"])]
+    rows: list[PictureRow] = [("the image", ["", ""], found["images"])]
     for way in found["ways"]:
         values = [f"{way['likeness']:.2f}", f"{way['recognised']:.0%}"]
         rows.append((way["way"], values, way["pictures"]))
@@ -234,7 +237,7 @@ def _round(found: Json) -> str:
     if "missing" in found:
         return f"{title}<p>Not replayed: {escape(str(found['missing']))}.</p>"
     rows: list[list[str]] = []
-    pictures: list[tuple[str, list[str], Sequence[str]]] = []
+    pictures: list[PictureRow] = []
     for row in found["rows"]:
         name = row["way"] + (" (this plan)" if row["of_plan"] else "")
         low, high = row["interval"]
@@ -250,8 +253,7 @@ def _round(found: Json) -> str:
                 f"{low:.2f} to {high:.2f}",
             ]
         )
-        pictures.append((f"{name}: rebuilt", [], row["pictures"]))
-        pictures.append(("nearest image trained on", [], row["nearest"]))
+        pictures.append((name, [], row["pictures"], row["nearest"]))
     changed = "".join(f"; {text}" for text in found["changed"])
     lead = (
         f"Round 1 of this run again: {found['labs']} labs, {number(found['images'])} images, "
@@ -261,15 +263,16 @@ def _round(found: Json) -> str:
         "image as training saw it, and against held-out images of the same labs. AUC: how well "
         "likeness tells the two apart; .5 is not at all."
     )
-    head = ["what is sent", "", "best likeness", "held out", "recognised", "held out", "AUC"]
+    head = ["what is sent", "what it shows", "best likeness", "of held-out", "recognised"]
+    head += ["of held-out", "AUC"]
     head.append(f"{found['confidence']:.0%}")
     table = scroll(table_of(head, rows, texts=2, wrap=True))
-    shown = _pictures(["the likest pictures", ""], pictures)
+    shown = _pictures(["", "likest pictures, each above the image trained on"], pictures)
     return f"{title}<p>{escape(lead)}</p>{table}{shown}"
 
 
 def _seat(found: Json) -> str:
-    rows = [("the image", ["", "", "", ""], found["images"])]
+    rows: list[PictureRow] = [("the image", ["", "", "", ""], found["images"])]
     for row in found["rows"]:
         shares = [f"{row[key]:.0%}" for key in ("recognised", "matched", "took_part")]
         rows.append((_place(row), [f"{row['likeness']:.2f}", *shares], row["pictures"]))
@@ -311,19 +314,21 @@ def _collusion(found: Json, drawn: Mapping[str, Figure]) -> str:
     return f"<h3>Collusion</h3><p>{escape(lead)}</p>{curve}{table}"
 
 
-def _pictures(head: Sequence[str], rows: Sequence[tuple[str, list[str], Sequence[str]]]) -> str:
-    """A table whose last column shows pictures."""
+def _pictures(head: Sequence[str], rows: Sequence[PictureRow]) -> str:
+    """A table whose last column shows pictures, one line of them or several."""
     top = "".join(f"<th scope=col>{escape(text)}</th>" for text in head)
-    body = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>"
-        + "".join(f"<td class=num>{escape(value)}</td>" for value in values)
-        + "<td>"
-        + "".join(
+
+    def line(pictures: Sequence[str]) -> str:
+        return "".join(
             f'<img src="{uri}" alt="" width="72" height="72">'
             for uri in map(str, pictures)
             if _DATA_URI.fullmatch(uri)
         )
-        + "</td></tr>"
-        for name, values, pictures in rows
+
+    body = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>"
+        + "".join(f"<td class=num>{escape(value)}</td>" for value in values)
+        + f"<td>{'<br>'.join(map(line, lines))}</td></tr>"
+        for name, values, *lines in rows
     )
-    return scroll(f'<table class="examples"><thead><tr>{top}</tr></thead>{body}</table>')
+    return scroll(f'<table class="examples wrap"><thead><tr>{top}</tr></thead>{body}</table>')

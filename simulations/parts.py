@@ -110,7 +110,9 @@ svg{display:block;width:100%;height:auto;font-family:inherit}
 thead th{vertical-align:bottom}
 tbody th{white-space:nowrap}
 .num{text-align:right;font-variant-numeric:tabular-nums}
-.wrap td{overflow-wrap:anywhere;min-width:15ch}
+.wrap td{overflow-wrap:anywhere}
+.wrap td:not(.num){min-width:15ch}
+.wrap td.num{white-space:nowrap}
 .wrap tbody th{white-space:normal;min-width:12ch}
 .examples img{border-radius:4px;margin:0 3px 0 0}
 .examples td{white-space:nowrap}
@@ -120,6 +122,7 @@ h1{font-size:23px}.lead{font-size:16px}
 .tiles{grid-template-columns:1fr 1fr}.tile dd{font-size:22px}}
 @media print{body{font-size:13px}.grid{grid-template-columns:1fr 1fr}
 .grid.uneven{grid-template-columns:2fr 3fr}th,td{padding-right:6px}
-figure,table{break-inside:avoid}svg{min-width:0!important}
+figure,tr{break-inside:avoid}svg{min-width:0!important}
+.wrap td:not(.num),.wrap tbody th{min-width:0}.examples img{width:48px;height:48px}
 details::details-content{content-visibility:visible;block-size:auto}}
 """

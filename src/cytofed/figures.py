@@ -748,6 +748,7 @@ def membership_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, mark: 
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axes.tick_params(which="minor", length=0)
     axes.set_xlim(least, 1)
     axes.set_ylim(least, 1.05)
     axes.set_xlabel("false alarms")
@@ -803,6 +804,7 @@ def sums_figure(
     axes.axhline(recognisable, color=SECOND, linewidth=1.2, dashes=(4, 2), label=label)
     axes.set_xscale("log")
     axes.set_xticks(images_S)
+    axes.tick_params(which="minor", length=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     axes.set_ylim(0, 1.05)

@@ -23,7 +23,7 @@ _MEASURE = """
   const page = document.documentElement;
   const heading = [...document.querySelectorAll("h2")].find(h => h.textContent == TITLE);
   const top = heading ? heading.closest("section").getBoundingClientRect().top - 16 : 0;
-  const cells = [...document.querySelectorAll("table.wrap td")];
+  const cells = [...document.querySelectorAll("table.wrap td:not(.num)")];
   const narrowest = Math.min(9999, ...cells.map(c => c.getBoundingClientRect().width));
   return JSON.stringify([page.scrollWidth, page.scrollHeight, narrowest, Math.max(0, top)]);
 })()

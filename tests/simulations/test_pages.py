@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cytofed.simulations.attacks import picture_of
 from cytofed.simulations.audit_report import VERSION
 from cytofed.simulations.report import write_report as write_run_report
 from cytofed.simulations.sweep_report import write_report as write_sweep_report
@@ -49,6 +51,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "checks": [check, {**check, "what": "canaries, Steinke"}],
         "leaves": [{"what": "scores", "found": "exact", "verdict": "note", "remark": "r" * 90}],
         "controls": controls,
+        "attacks": made_attacks(),
     }
     (audited / "audit.json").write_text(json.dumps(found))
     swept = home / "sweep"
@@ -58,6 +61,64 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "run": write_run_report(run),
         "sweep": write_sweep_report(swept),
         "audit": write_run_report(audited),
+    }
+
+
+def made_attacks() -> dict[str, Any]:
+    pictures = [picture_of(np.zeros((8, 8, 3), np.float32))] * 4
+    seen = {"likeness": 0.5, "recognised": 0.25, "matched": 0.5, "took_part": 1.0}
+    way = {"way": "clipped and noised", **seen, "pictures": pictures}
+    sums = [{"images": n, **seen, "held_out": 0.3, "noised": 0.1} for n in (1, 24)]
+    of_round = {
+        "way": "secure sum of 12 labs, clipped and noised",
+        "of_plan": True,
+        "likeness": 0.85,
+        "held_out": 0.7,
+        "recognised": 2,
+        "recognised_held_out": 0,
+        "images": 4000,
+        "images_held_out": 1000,
+        "gives_away": True,
+        "auc": 0.51,
+        "interval": [0.49, 0.53],
+        "pictures": pictures,
+        "nearest": pictures,
+    }
+    colluding = [
+        {"colluding": k, "left": 3 - k, "opened": k == 2, "cosine": 0.5, **seen} for k in range(3)
+    ]
+    return {
+        "membership": {"missing": "needs a simulation's folder"},
+        "inversion": {
+            "images": pictures,
+            "sigma": 2.0,
+            "max_norm": 1.0,
+            "recognisable": 0.8,
+            "ways": [way],
+            "sums": sums,
+        },
+        "round": {
+            "labs": 12,
+            "images": 4000,
+            "steps": 8.0,
+            "changed": ["12 of 20 labs, which is easier for the attacker"],
+            "confidence": 0.95,
+            "recognisable": 0.8,
+            "rows": [of_round],
+        },
+        "seat": {
+            "images": pictures,
+            "candidates": 16,
+            "labs": 8,
+            "rows": [{**way, "holds": "one lab's masked upload"}],
+        },
+        "collusion": {
+            "labs": 3,
+            "threshold": 2,
+            "lying_from": 1,
+            "candidates": 16,
+            "curves": [{"cells": 1, "rows": colluding}, {"cells": 6, "rows": colluding}],
+        },
     }
 
 
@@ -94,6 +155,7 @@ def test_browser_has_nothing_to_complain_about_and_nothing_runs_off_the_side(
         ]
     assert desk.width_px == 1200
     assert phone.width_px == 390
+    assert paper.width_px == 794
     assert phone.narrowest_px > 60
     assert brightness(desk.png) > 200
     assert brightness(phone.png) < 80
