@@ -259,9 +259,9 @@ def _round(found: Json) -> str:
         f"Round 1 of this run again: {found['labs']} labs, {number(found['images'])} images, "
         f"{number(round(found['steps']))} steps a lab, the plan's own batches, steps, optimizer, "
         "augmentation and fixed-point sum. Only the net is another: its first layer sees pixels, "
-        f"so it hides less than convolutions do{changed}. Each of its pictures is held against every "
-        "image as training saw it, and against held-out images of the same labs. AUC: how well "
-        "likeness tells the two apart; .5 is not at all."
+        f"so it hides less than convolutions do{changed}. Each of its pictures is held against "
+        "every image as training saw it, and against held-out images of the same labs. AUC: how "
+        "well likeness tells the two apart; .5 is not at all."
     )
     head = ["what is sent", "what it shows", "best likeness", "of held-out", "recognised"]
     head += ["of held-out", "AUC"]

@@ -1,9 +1,9 @@
 """Round 1 of a run once more, over the run's own labs: do its updates show what they are made of?
 
 The plan's own batches, steps, optimizer, augmentation, strategy, draws of patients, clipping, noise
-and fixed-point sum, on the labs' own images. In place of the run's net stands one that hides little:
-one hidden layer whose neurons see all pixels, so that each neuron's part of an update is a picture
-(``cytofed.simulations.attacks``). Convolutions keep more to themselves.
+and fixed-point sum, on the labs' own images. In place of the run's net stands one that hides
+little: one hidden layer whose neurons see all pixels, so that each neuron's part of an update is a
+picture (``cytofed.simulations.attacks``). Convolutions keep more to themselves.
 
 Each picture is held against each image in every form in which training showed it and, as a control,
 against held-out images of the same labs, changed in the same way and as often. Likeness to held-out
