@@ -80,6 +80,8 @@ class OutboxUpdates:
 
     outbox: Outbox = field(repr=False)
     federation: str
+    private: bool
+    """an update is paid for, so it may not be lost"""
 
     def load(self, order: Order) -> Update | None:
         found = self.outbox.take(ledger_order(order, self.federation))
@@ -97,7 +99,8 @@ class OutboxUpdates:
             "loss": update.loss,
             "train_s": update.train_s,
         }
-        self.outbox.keep_update(ledger_order(order, self.federation), header, update.parts)
+        mine = ledger_order(order, self.federation)
+        self.outbox.keep_update(mine, header, update.parts, durable=self.private)
 
 
 @dataclass(frozen=True)
@@ -245,5 +248,5 @@ def open_lab(
         budget=budget if private else None,
         declared_patients=settings.patients_declared if private else None,
         secure=secure,
-        updates=OutboxUpdates(outbox, federation),
+        updates=OutboxUpdates(outbox, federation, private),
     )

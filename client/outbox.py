@@ -88,7 +88,7 @@ class _UpdateHead:
 
 
 class Outbox:
-    """One lab's outbox. Each method is on the disk when it returns.
+    """One lab's outbox. Each method is on the disk when it returns, unless it is told otherwise.
 
     ``key``: 32 bytes, from ``open_key``. ``log``: the lab's egress log.
     """
@@ -113,9 +113,12 @@ class Outbox:
         path = self._answered(order)
         return self._same_update(order) if path is None else self._same_bytes(path)
 
-    def keep_update(self, order: Order, header: Header, parts: Arrays) -> None:
+    def keep_update(
+        self, order: Order, header: Header, parts: Arrays, *, durable: bool = True
+    ) -> None:
         """Keep a round's noised update, encrypted, until the next round.
 
+        ``durable`` off: a crash of the machine may lose it, where making it anew spends nothing.
         Keeping it again changes nothing. Errors: AlreadyAnswered when it is another one.
         """
         path = self._update_path(order)
@@ -146,7 +149,7 @@ class Outbox:
         body = np.empty(len(flat) + _TAG_BYTES, np.uint8).data
         self._cipher.encrypt_into(body_nonce, flat, place + hashlib.sha256(small).digest(), body)
         size = len(small).to_bytes(8, "big")
-        self._write(path, (_MAGIC, size, nonce, small, body_nonce, body))
+        self._write(path, (_MAGIC, size, nonce, small, body_nonce, body), durable=durable)
         self._forget_before(order)
 
     def put(self, order: Order, sealed: Sealed, outgoing: Outgoing) -> None:
@@ -293,10 +296,12 @@ class Outbox:
         found = [_UPDATE.fullmatch(name) for name in names]
         return [int(match[2]) for match in found if match and match[1] == task]
 
-    def _write(self, path: Path, data: Sequence[bytes | memoryview]) -> None:
+    def _write(
+        self, path: Path, data: Sequence[bytes | memoryview], *, durable: bool = True
+    ) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(path, data, mode=0o600)
+            write_atomically(path, data, mode=0o600, durable=durable)
         except OSError as error:
             raise CytofedError(
                 f"the outbox {self.folder} cannot be written: {error.strerror}",

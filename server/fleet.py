@@ -113,8 +113,8 @@ _SEND_AGAIN = 5
 _PUSHES = 20
 """times that a lab may start to upload the reply to one message"""
 
-_SEND_BYTES = 1 << 16
-"""of an answer at a time: what waits to be sent is in memory once more"""
+_SENT_BYTES, _LEAST_SENT_BYTES = 1 << 19, 1 << 16
+"""of all answers at a time, and of each: what waits to be sent is in memory two or three times"""
 
 _CONTENT_OF_PULL = bytes([PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2])
 """tag of the field in which objects travel"""
@@ -406,6 +406,8 @@ class _Calls:
     def __init__(self, link: _Link, *, poll_s: float) -> None:
         self._link, self._poll_s = link, poll_s
         self.state = SimpleNamespace(linkstate_factory=_Holder(link))  # node authentication asks
+        self._sending = 0
+        """answers that are on their way"""
         self._threads = ThreadPoolExecutor(_THREADS, "calls")
         self._signed: dict[int, tuple[str, ...]] = {}
         """the headers with which each node was authenticated last"""
@@ -432,11 +434,17 @@ class _Calls:
             (b"content-length", str(sum(map(len, parts))).encode()),
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        for part in parts:
-            for at in range(0, len(part), _SEND_BYTES):
-                piece = part[at : at + _SEND_BYTES]
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        self._sending += 1
+        try:
+            for part in parts:
+                at = 0
+                while at < len(part):
+                    piece = part[at : at + max(_LEAST_SENT_BYTES, _SENT_BYTES // self._sending)]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    at += len(piece)
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self._sending -= 1
 
     async def _answer(self, request: Request) -> Parts:
         if request.headers.get("content-type") != PROTOBUF_MEDIA_TYPE:
