@@ -261,15 +261,15 @@ def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
     ]
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
-    plain = {_split(row): float(row["macro_f1"]) for row in chosen(rows, privacy__unit="none")}
+    plain = {_split_of(row): float(row["macro_f1"]) for row in chosen(rows, privacy__unit="none")}
     for cells in CELLS:
         shown = []
         for epsilon, limit in EPSILONS.items():
             swept = {"privacy__epsilon": epsilon, "simulation__pseudo_patient_cells": cells}
             found = [
-                (plain[_split(row)], float(row["macro_f1"]))
+                (plain[_split_of(row)], float(row["macro_f1"]))
                 for row in chosen(rows, **swept)
-                if _split(row) in plain
+                if _split_of(row) in plain
             ]
             if not found:
                 shown.append("")
@@ -283,11 +283,6 @@ def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
             patients, without = round(TRAINED / LABS / cells), np.mean(list(plain.values()))
             lines.append(f"| {cells} | {patients} | {without:.3f} | " + " | ".join(shown) + " |")
     return lines, goals, figures
-
-
-def _split(row: Row) -> tuple[int, int]:
-    """Fold and seed: which images a run is scored on."""
-    return row["values"]["evaluation.fold"], row["seed"]
 
 
 def sources_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
