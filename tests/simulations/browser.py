@@ -21,8 +21,9 @@ _PATIENCE_S = 240.0
 _MEASURE = """
 (() => {
   const page = document.documentElement;
-  const heading = [...document.querySelectorAll("h2")].find(h => h.textContent == TITLE);
-  const top = heading ? heading.closest("section").getBoundingClientRect().top - 16 : 0;
+  const heading = [...document.querySelectorAll("h2,h3")].find(h => h.textContent == TITLE);
+  const part = heading && heading.tagName == "H2" ? heading.closest("section") : heading;
+  const top = part ? part.getBoundingClientRect().top - 16 : 0;
   const cells = [...document.querySelectorAll("table.wrap td:not(.num)")];
   const narrowest = Math.min(9999, ...cells.map(c => c.getBoundingClientRect().width));
   return JSON.stringify([page.scrollWidth, page.scrollHeight, narrowest, Math.max(0, top)]);
@@ -101,7 +102,7 @@ class Browser:
         height_px: int | None = None,
         scale: float = 1.0,
     ) -> Shown:
-        """Open ``page`` and picture it: whole, or ``height_px`` of it from a ``section`` on."""
+        """Open ``page`` and picture it: whole, or ``height_px`` of it from a heading on."""
         target = self._call("Target.createTarget", {"url": "about:blank"})["targetId"]
         flat = {"targetId": target, "flatten": True}
         session = self._call("Target.attachToTarget", flat)["sessionId"]

@@ -6,6 +6,7 @@ Takes three directories, each with its report.html. Whatever the browser complai
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -27,10 +28,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(Path(profile))
         for kind, folder in zip(("run", "sweep", "audit"), sys.argv[1:], strict=True):
-            for name, view in VIEWS.items():
-                section = "Audit" if kind == "audit" else ""
+            headings = {kind: ""}
+            if kind == "audit":
+                headings = {"audit": "Audit", "attacks": "Images from updates"}
+            for (part, section), (name, view) in itertools.product(headings.items(), VIEWS.items()):
                 shown = browser.show(Path(folder) / "report.html", section=section, **view)
-                file = FOLDER / f"{kind}{name}.png"
+                file = FOLDER / f"{part}{name}.png"
                 Image.open(io.BytesIO(shown.png)).convert("RGB").save(file, optimize=True)
                 print(f"{file.name}, {file.stat().st_size:,} bytes", *shown.complaints)
         browser.close()
