@@ -505,8 +505,9 @@ def trade_figure(
     costs = [p.x for points in series.values() for p in points]
     if min(costs) > 0 and max(costs) >= 8 * min(costs):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.tick_params(which="minor", length=0)
         axes.set_xticks(sorted(set(costs))) if len(set(costs)) <= 8 else None
     else:
         axes.set_xlim(left=0)
