@@ -171,7 +171,7 @@ def test_private_run_over_an_image_of_the_card_stops(
     asked = SimulationRequest(
         load_plan("demo", changes), tmp_path / "run", request_.data, cache_dir=request_.cache_dir
     )
-    with pytest.raises(InputError, match="were used to train the encoder .*blood"):
+    with pytest.raises(InputError, match=r"were used to train the encoder .*blood"):
         simulate(asked, RunProgress(quiet=True))
 
 
