@@ -41,7 +41,7 @@ from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summar
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict, with_overrides
 from cytofed.plan_check import check_plan, privacy_price, score_prices
-from cytofed.privacy.accounting import across_labs, price, times
+from cytofed.privacy.accounting import across_labs, check_delta, price, times
 from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.terms import terms_of
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
@@ -394,6 +394,10 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
         )
         cells = replace(cells, patients_N=patients_N)
     labs = cut(plan, cells, partition, test_N, private)
+    for k in range(len(labs.names)):
+        # At a lab this is an order refused; here all of it is known before anything is trained.
+        if declared := labs.declared(k):
+            check_delta(plan.privacy.delta, declared)
     _check_unchanged(labs, request.out)
     labs.save()
     make_keys(private, plan, labs.names)

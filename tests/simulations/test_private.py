@@ -106,6 +106,16 @@ def test_declared_patients_too_many_for_delta_are_refused_before_training(
         directly(small(*PRIVATE, "privacy.declared_patients=5000"))
 
 
+def test_more_patients_at_a_virtual_lab_than_delta_allows_are_refused_before_training(
+    small: Small, directly: Simulate
+) -> None:
+    request = small(*PRIVATE, "privacy.delta=0.2")
+    with pytest.raises(InputError, match=r"delta=0\.2.*declared_patients") as refused:
+        directly(request)
+    assert "set privacy.delta=" in str(refused.value.hint)
+    assert not request.out.exists()
+
+
 def test_private_and_secure_go_together(small: Small, directly: Simulate) -> None:
     request = small(
         "privacy.unit=patient",
