@@ -85,9 +85,8 @@ MARGIN = 0.01
 """what the upper end of the interval may be above a condition's limit"""
 WORST_LAB = 0.03
 EPSILONS = {8: 0.03, 3: 0.06, 1: 0.10}
-CELLS = (20, 10, 5, 2)
-"""cells of a pseudo-patient: the fewer they are, the more patients the same images make"""
-LABS = 4
+SIZES = ((4, 20), (4, 10), (4, 5), (4, 2), (2, 2))
+"""labs, and cells of a pseudo-patient: the fewer they are, the more patients the images make"""
 TRAINED = 4611
 """images of bone_marrow_128 outside a test fold"""
 
@@ -127,17 +126,25 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "privacy.sampling_rate": 1,
         "privacy.cells_per_patient": 20,
     }
-    levels: list[dict[str, Any]] = [{"privacy.unit": "none", **HEAD}]
+    levels: list[dict[str, Any]] = [
+        {"labs": labs, "privacy.unit": "none", **HEAD} for labs in sorted({k for k, _ in SIZES})
+    ]
     levels += [
-        {**private, "privacy.epsilon": epsilon, "simulation.pseudo_patient_cells": cells}
-        for cells in CELLS
+        {
+            **private,
+            "labs": labs,
+            "privacy.epsilon": epsilon,
+            "privacy.delta": 1e-3 if patients_a_lab(labs, cells) < 1000 else 5e-4,
+            "simulation.pseudo_patient_cells": cells,
+        }
+        for labs, cells in SIZES
         for epsilon in EPSILONS
     ]
     privacy: dict[str, Any] = {
         "name": "privacy",
         "plan": "marrow",
         "data": marrow,
-        "set": {"partition": "iid", "labs": LABS, "evaluation.every": 100, **fewer},
+        "set": {"partition": "iid", "evaluation.every": 100, **fewer},
         "list": levels,
         "grid": {"evaluation.fold": folds},
         "seeds": seeds,
@@ -174,6 +181,11 @@ def chosen(rows: Sequence[Row], **values: Any) -> list[Row]:
         if row.get("macro_f1") is not None
         and all(row["values"].get(key) == value for key, value in wanted.items())
     ]
+
+
+def patients_a_lab(labs: int, cells: int) -> int:
+    """Pseudo-patients that train at one of so many labs that are alike."""
+    return round(TRAINED / labs / cells)
 
 
 def mean_and_bound(values: Sequence[float]) -> tuple[float, float]:
@@ -254,21 +266,25 @@ def _split_of(row: Row) -> tuple[int, int]:
 def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
     """Table, goals and figures of the sweep ``privacy``."""
     lines = [
-        "| cells a pseudo-patient | patients a lab | without | "
+        "| labs | cells a pseudo-patient | patients a lab | without | "
         + " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS)
         + " |",
-        "|---|---|---|" + "---|" * len(EPSILONS),
+        "|---|---|---|---|" + "---|" * len(EPSILONS),
     ]
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
-    plain = {_split_of(row): float(row["macro_f1"]) for row in chosen(rows, privacy__unit="none")}
-    for cells in CELLS:
+    for labs, cells in SIZES:
+        patients = patients_a_lab(labs, cells)
+        plain = {
+            _split_of(row): float(row["macro_f1"])
+            for row in chosen(rows, labs=labs, privacy__unit="none")
+        }
         shown = []
         for epsilon, limit in EPSILONS.items():
             swept = {"privacy__epsilon": epsilon, "simulation__pseudo_patient_cells": cells}
             found = [
                 (plain[_split_of(row)], float(row["macro_f1"]))
-                for row in chosen(rows, **swept)
+                for row in chosen(rows, labs=labs, **swept)
                 if _split_of(row) in plain
             ]
             if not found:
@@ -276,12 +292,15 @@ def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
                 continue
             price = float(np.mean([a - b for a, b in found]))
             shown.append(f"{np.mean([b for _, b in found]):.3f} ({-price:+.3f})")
-            figures[f"{cells} cells, epsilon {epsilon}"] = price
-            if cells in (20, 5):
-                goals.append(goal(f"price at epsilon {epsilon}, {cells} cells", price, limit))
+            figures[f"{labs} labs of {patients} patients, epsilon {epsilon}"] = price
+            goals.append(
+                goal(f"price at epsilon {epsilon}, {labs} labs of {patients}", price, limit)
+            )
         if any(shown):
-            patients, without = round(TRAINED / LABS / cells), np.mean(list(plain.values()))
-            lines.append(f"| {cells} | {patients} | {without:.3f} | " + " | ".join(shown) + " |")
+            without = f"{np.mean(list(plain.values())):.3f}"
+            lines.append(
+                f"| {labs} | {cells} | {patients} | {without} | " + " | ".join(shown) + " |"
+            )
     return lines, goals, figures
 
 
