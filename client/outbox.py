@@ -9,6 +9,8 @@ under a key of the lab's, until the next round. So no retry trains again, and no
 
     <folder>/<run>/<task>-<round>-<slot>-<order>.sealed    egress record, then the bytes that leave
     <folder>/<run>/<task>-<round>.update                   the noised update, encrypted
+    <folder>/<run>/<task>-<round>.draft                    one that nothing was spent for, likewise
+    <folder>/<run>/<task>.<kind>.spare                     of a former round, to be written over
 
     take         what an order asks for: the same bytes, the same update, or work to be done
     keep_update  after training, before the ledger's release: a crash from here on trains no more
@@ -46,7 +48,8 @@ _NONCE_BYTES = 12
 _MAGIC = b"CYTOOUT1"
 _LABEL = "cytofed/1/outbox"
 _SEALED = re.compile(r"(train|evaluate)-(\d{6,})-(\d{6,})-([0-9a-f]{64})\.sealed")
-_UPDATE = re.compile(r"(train|evaluate)-(\d{6,})\.update")
+_DURABLE, _DRAFT = ".update", ".draft"
+_UPDATE = re.compile(r"(train|evaluate)-(\d{6,})\.(?:update|draft)")
 
 Header = Mapping[str, int | float | str]
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -81,6 +84,7 @@ Answer = SameBytes | SameUpdate | Fresh
 class _UpdateHead:
     """The head of a kept update's file, opened and checked. ``end``: where its body starts."""
 
+    path: Path
     header: Header
     manifest: bytes = field(repr=False)
     digest: bytes
@@ -116,15 +120,14 @@ class Outbox:
     def keep_update(
         self, order: Order, header: Header, parts: Arrays, *, durable: bool = True
     ) -> None:
-        """Keep a round's noised update, encrypted, until the next round.
+        """Keep a round's noised update, encrypted, until one of a later round is written over it.
 
-        ``durable`` off: a crash of the machine may lose it, where making it anew spends nothing.
+        ``durable`` off: a draft, for where making it anew spends nothing: a crash of the machine
+        may lose it, or leave a part of it, which counts as none.
         Keeping it again changes nothing. Errors: AlreadyAnswered when it is another one.
         """
-        path = self._update_path(order)
-        if path.exists():
-            kept = self._same_update(order)
-            assert isinstance(kept, SameUpdate)
+        kept = self._same_update(order)
+        if isinstance(kept, SameUpdate):
             same = list(kept.parts) == list(parts) and all(
                 np.array_equal(kept.parts[name], parts[name]) for name in parts
             )
@@ -149,7 +152,9 @@ class Outbox:
         body = np.empty(len(flat) + _TAG_BYTES, np.uint8).data
         self._cipher.encrypt_into(body_nonce, flat, place + hashlib.sha256(small).digest(), body)
         size = len(small).to_bytes(8, "big")
-        self._write(path, (_MAGIC, size, nonce, small, body_nonce, body), durable=durable)
+        data = (_MAGIC, size, nonce, small, body_nonce, body)
+        path = self._update_path(order, _DURABLE if durable else _DRAFT)
+        self._write(path, data, durable=durable, over=_spare(order, path))
         self._forget_before(order)
 
     def put(self, order: Order, sealed: Sealed, outgoing: Outgoing) -> None:
@@ -169,7 +174,8 @@ class Outbox:
         nonce = os.urandom(_NONCE_BYTES)
         head = nonce + self._cipher.encrypt(nonce, json.dumps(tree).encode(), path.name.encode())
         size = len(head).to_bytes(8, "big")
-        self._write(path, (_MAGIC, size, head, sealed.prefix, sealed.body))
+        data = (_MAGIC, size, head, sealed.prefix, sealed.body)
+        self._write(path, data, over=_spare(order, path))
         self._forget_before(order)
 
     def end_run(self, run: str, federation: str) -> None:
@@ -237,41 +243,54 @@ class Outbox:
         head = self._update_head(order)
         if head is None:
             return Fresh()
-        path = self._update_path(order)
-        body = memoryview(path.read_bytes())[head.end :]
+        body = memoryview(head.path.read_bytes())[head.end :]
         nonce, body = bytes(body[:_NONCE_BYTES]), body[_NONCE_BYTES:]
         try:
             flat = self._cipher.decrypt(nonce, body, self._place(order) + head.digest)
         except (InvalidTag, ValueError):
-            raise _altered(path) from None
+            if head.path.suffix == _DRAFT:
+                return Fresh()
+            raise _altered(head.path) from None
         return SameUpdate(head.header, wire.unpack(wire.Manifest.from_bytes(head.manifest), flat))
 
     def _update_head(self, order: Order) -> _UpdateHead | None:
-        """What a kept update is; None where there is none.
+        """What a kept update is; None where there is none, or a draft of which a part is left.
 
         Errors: AlreadyAnswered where it was made from other weights or for another plan.
         """
-        path = self._update_path(order)
-        if not path.exists():
+        for suffix in (_DURABLE, _DRAFT):
+            path = self._update_path(order, suffix)
+            if path.exists():
+                break
+        else:
             return None
-        start = len(_MAGIC) + 8
-        with path.open("rb") as file:
-            fixed = file.read(start)
-            size = int.from_bytes(fixed[len(_MAGIC) :], "big")
-            if fixed[: len(_MAGIC)] != _MAGIC or size > path.stat().st_size:
-                raise _altered(path)
-            nonce, small = file.read(_NONCE_BYTES), file.read(size)
-            end = file.tell()
         try:
-            head = self._cipher.decrypt(nonce, small, self._place(order) + b" head")
-            fields = wire.Fields.of(head, "kept update")
-        except (InvalidTag, ValueError):
+            fields, digest, end = self._read_update_head(path, self._place(order))
+        except (InvalidTag, ValueError, wire.MalformedMessage):
+            if suffix == _DRAFT:
+                return None
             raise _altered(path) from None
         header, manifest = json.loads(fields.raw("header")), fields.raw("manifest")
         plan, weights = fields.text("plan_sha256"), fields.text("weights_sha256")
         if (plan, weights) != (order.plan_sha256, order.weights_sha256):
             raise _other_weights(order)
-        return _UpdateHead(header, manifest, hashlib.sha256(small).digest(), end)
+        return _UpdateHead(path, header, manifest, digest, end)
+
+    def _read_update_head(self, path: Path, place: bytes) -> tuple[wire.Fields, bytes, int]:
+        """Fields and digest of a kept update's head, and where it ends.
+
+        Errors: InvalidTag, ValueError, MalformedMessage for what is no such file.
+        """
+        start = len(_MAGIC) + 8
+        with path.open("rb") as file:
+            fixed = file.read(start)
+            size = int.from_bytes(fixed[len(_MAGIC) :], "big")
+            if fixed[: len(_MAGIC)] != _MAGIC or size > path.stat().st_size:
+                raise ValueError("not a kept update")
+            nonce, small = file.read(_NONCE_BYTES), file.read(size)
+            end = file.tell()
+        head = self._cipher.decrypt(nonce, small, place + b" head")
+        return wire.Fields.of(head, "kept update"), hashlib.sha256(small).digest(), end
 
     def _check_same_round(self, order: Order, first: Order) -> None:
         if (first.plan_sha256, first.weights_sha256) != (order.plan_sha256, order.weights_sha256):
@@ -282,7 +301,11 @@ class Outbox:
         for path in self._of_run(order).iterdir():
             found = _SEALED.fullmatch(path.name) or _UPDATE.fullmatch(path.name)
             if found and found[1] == order.task and int(found[2]) < order.round:
-                path.unlink(missing_ok=True)
+                spare = _spare(order, path)
+                if spare.exists():
+                    path.unlink()
+                else:
+                    path.rename(spare)
 
     def _sealed(self, folder: Path, task: str) -> Iterator[tuple[int, int, str, Path]]:
         """Round, slot, order hash and path of each kept answer."""
@@ -297,11 +320,11 @@ class Outbox:
         return [int(match[2]) for match in found if match and match[1] == task]
 
     def _write(
-        self, path: Path, data: Sequence[bytes | memoryview], *, durable: bool = True
+        self, path: Path, data: Sequence[bytes | memoryview], *, over: Path, durable: bool = True
     ) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(path, data, mode=0o600, durable=durable)
+            write_atomically(path, data, mode=0o600, durable=durable, over=over)
         except OSError as error:
             raise CytofedError(
                 f"the outbox {self.folder} cannot be written: {error.strerror}",
@@ -317,8 +340,8 @@ class Outbox:
             raise InputError(f"order hash {order.order_sha256!r:.80} is not a SHA-256")
         return self._of_run(order) / name
 
-    def _update_path(self, order: Order) -> Path:
-        return self._of_run(order) / f"{order.task}-{order.round:06d}.update"
+    def _update_path(self, order: Order, suffix: str) -> Path:
+        return self._of_run(order) / f"{order.task}-{order.round:06d}{suffix}"
 
     def _place(self, order: Order) -> bytes:
         """Bound into the encryption: a file moved to another round does not open there."""
@@ -346,6 +369,11 @@ def open_key(path: Path) -> bytes:
 def _run_name(federation: str, run: str) -> str:
     """A run's folder: its name comes from outside and must not be a path."""
     return hashlib.sha256(f"{federation}\n{run}".encode()).hexdigest()[:32]
+
+
+def _spare(order: Order, path: Path) -> Path:
+    """Where what is over is kept, to be written over by the next of its kind."""
+    return path.with_name(f"{order.task}{path.suffix}.spare")
 
 
 def _altered(path: Path) -> VerificationError:

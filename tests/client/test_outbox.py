@@ -146,10 +146,26 @@ def test_the_next_round_forgets_the_last(box: Outbox) -> None:
     box.keep_update(order_of(1), HEADER, parts_of(1))
     put(box, order_of(1))
     box.keep_update(order_of(2), HEADER, parts_of(2))
-    names = [path.name for path in next(box.folder.iterdir()).iterdir()]
-    assert names == ["train-000002.update"]
+    names = {path.name for path in next(box.folder.iterdir()).iterdir()}
+    assert names == {"train-000002.update", "train.update.spare", "train.sealed.spare"}
     with pytest.raises(AlreadyAnswered, match="already answered"):
         box.take(order_of(1))
+
+
+def test_what_is_over_is_written_over(box: Outbox) -> None:
+    """However long a run is, and whether answers grow or shrink."""
+    for round_, length in enumerate((9000, 50, 20_000, 300), 1):
+        kept = parts_of(round_)
+        box.keep_update(order_of(round_), HEADER, kept)
+        sealed = os.urandom(length)
+        put(box, order_of(round_), sealed)
+        answer = box.take(order_of(round_))
+        assert isinstance(answer, SameBytes)
+        assert answer.sealed.endswith(sealed)
+        again = box.take(order_of(round_, 1))
+        assert isinstance(again, SameUpdate)
+        assert np.array_equal(again.parts["weights"], kept["weights"])
+        assert len(list(next(box.folder.iterdir()).iterdir())) <= 4
 
 
 def test_training_and_evaluation_of_a_round_are_apart(box: Outbox) -> None:
@@ -211,6 +227,55 @@ def test_a_changed_file_is_never_sent_or_masked(box: Outbox, log: EgressLog) -> 
     other = Outbox(box.folder, os.urandom(32), log)
     with pytest.raises(VerificationError):
         other.take(order_of(slot=1))
+
+
+def torn(whole: bytes) -> Iterator[bytes]:
+    """What a crash of the machine may leave of a file that was not on the disk yet."""
+    for size in (0, 5, 17, 40, len(whole) // 2, len(whole) - 1):
+        yield whole[:size]
+        yield whole[:size] + bytes(len(whole) - size)
+
+
+def test_a_torn_draft_counts_as_none_and_the_round_is_trained_again(
+    box: Outbox, log: EgressLog
+) -> None:
+    box.keep_update(order_of(), HEADER, parts_of(1), durable=False)
+    [path] = box.folder.rglob("*.draft")
+    whole = path.read_bytes()
+    for number, left in enumerate(torn(whole), 2):
+        path.write_bytes(left)
+        after = reopened(box, log)
+        assert isinstance(after.take(order_of()), Fresh)
+        after.keep_update(order_of(), HEADER, parts_of(number), durable=False)
+        kept = after.take(order_of())
+        assert isinstance(kept, SameUpdate)
+        assert np.array_equal(kept.parts["weights"], parts_of(number)["weights"])
+    put(box, order_of())  # and what was answered stays answered
+    path.write_bytes(b"")
+    assert isinstance(reopened(box, log).take(order_of()), SameBytes)
+    with pytest.raises(AlreadyAnswered):
+        reopened(box, log).take(order_of(weights="cc"))
+
+
+def test_what_was_spent_for_is_on_the_disk_before_anything_goes_on(
+    box: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    box.keep_update(order_of(1), HEADER, parts_of(1), durable=False)
+    assert synced == []
+    box.keep_update(order_of(2), HEADER, parts_of(2))
+    assert [name.startswith(".train-000002.update.") for name in synced] == [True, False]
+    for left in torn(next(box.folder.rglob("*.update")).read_bytes()):
+        next(box.folder.rglob("*.update")).write_bytes(left)
+        with pytest.raises(VerificationError, match="altered"):
+            box.take(order_of(2))
 
 
 def test_an_update_of_another_round_does_not_open(box: Outbox) -> None:
