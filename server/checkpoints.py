@@ -33,7 +33,8 @@ class Progress:
 
 
 def save_progress(folder: Path, progress: Progress, *, plan_sha256: str) -> None:
-    """Write the checkpoint of ``progress`` and remove all but the newest two."""
+    """Write the checkpoint of ``progress``, over the older of two, and remove all but the newest
+    two."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
         "round": str(progress.round),
@@ -41,7 +42,10 @@ def save_progress(folder: Path, progress: Progress, *, plan_sha256: str) -> None
         "records": json.dumps(progress.records),
         "wall_s": repr(progress.wall_s),
     }
-    write_tensors(_file(folder, progress.round), progress.state, metadata)
+    path = _file(folder, progress.round)
+    before = [file for file in sorted(folder.glob("round-*.safetensors")) if file != path]
+    over = before[-2] if len(before) > 1 else None
+    write_tensors(path, progress.state, metadata, over=over)
     for old in sorted(folder.glob("round-*.safetensors"))[:-2]:
         old.unlink(missing_ok=True)
     for part in folder.glob(".*.part"):  # left by a crash in the middle of a write

@@ -20,9 +20,16 @@ _DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64", "<i4": "I32", "|u1": "U8", 
 
 
 def write_tensors(
-    path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]
+    path: Path,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    metadata: Mapping[str, str],
+    *,
+    over: Path | None = None,
 ) -> None:
-    """Write ``path`` atomically: it is the old file or the new one, never a part."""
+    """Write ``path`` atomically: it is the old file or the new one, never a part.
+
+    ``over``: a file that nobody needs, as in ``files.atomically``.
+    """
     head: dict[str, Any] = {"__metadata__": dict(metadata)}
     plain, end = [], 0
     # The widest first: readers map the file and want each array aligned.
@@ -37,7 +44,8 @@ def write_tensors(
         end += little.nbytes
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomically(path) as part, part.open("wb") as file:
+    with atomically(path, over=over) as part, part.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for little in plain:
             file.write(little.reshape(-1).view(np.uint8).data)
+        file.truncate()
