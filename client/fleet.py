@@ -55,7 +55,7 @@ from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED, LedgerHea
 from cytofed.errors import CytofedError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.messages import ERROR_CODE
-from cytofed.objects import deflate, enclosed_in, inflate
+from cytofed.objects import deflate, enclosed, enclosed_in, inflate, with_enclosed
 from cytofed.privacy import wire
 from cytofed.privacy.identity import sign, verify
 from cytofed.privacy.ledger import LedgerRolledBack
@@ -250,12 +250,13 @@ class FleetLink:
                 self._tell_head(answer.content, answer.outgoing.ledger_head)
             reply = Message(answer.content, reply_to=message)
         objects = deflate(reply)
-        request = PushMessagesRequest(
+        announcement = PushMessagesRequest(
             node=self._node,
             messages_list=[message_to_proto(objects.head)],
             message_object_trees=[objects.tree],
             clientapp_runtime_list=[0.0],
         )
+        request = with_enclosed(announcement, objects.announced())
         sizes = objects.sizes()
         self._egress.record(replace(answer.outgoing, objects=sizes))
         self._gate.announce(sizes)
@@ -410,13 +411,16 @@ class _EgressGate:
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         call = context.request.url.path.rpartition("/")[2]
+        asked: Any = context.message
         if call == "push-object":
-            asked: Any = context.message
-            if self._announced.get(asked.object_id) != len(asked.object_content):
-                raise EgressRefused(f"object {asked.object_id:.16} belongs to no logged message")
+            objects = {asked.object_id: asked.object_content}
         else:
+            objects = enclosed_in(asked)
             nbytes = int(context.request.headers.get("content-length", 0))
-            self._egress.routine(_ROUTINE.get(call, call), nbytes)
+            self._egress.routine(_ROUTINE.get(call, call), nbytes - len(enclosed(objects.values())))
+        for number, content in objects.items():
+            if self._announced.get(number) != len(content):
+                raise EgressRefused(f"object {number:.16} belongs to no logged message")
         return call_next(context)
 
 

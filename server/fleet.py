@@ -24,7 +24,7 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,6 +92,7 @@ from cytofed.objects import (
     body_of_piece,
     deflate,
     enclosed,
+    enclosed_in,
     inflate,
     varint,
 )
@@ -409,6 +410,7 @@ class _Calls:
         self._sending = 0
         """answers that are on their way"""
         self._threads = ThreadPoolExecutor(_THREADS, "calls")
+        self._spooling = ThreadPoolExecutor(1, "spool")
         self._signed: dict[int, tuple[str, ...]] = {}
         """the headers with which each node was authenticated last"""
 
@@ -474,8 +476,15 @@ class _Calls:
         number = PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER
         folder = self._link.objects.folder
         with Arriving(number, folder, file_from=_SPOOL_FROM_BYTES) as arriving:
-            async for chunk in request.stream():
-                arriving.feed(chunk)
+            fed: Future[None] | None = None
+            try:
+                async for chunk in request.stream():
+                    # Hashed and written by a thread while the next comes: two are in memory.
+                    await _done(fed)
+                    fed = self._spooling.submit(arriving.feed, chunk)
+                await _done(fed)
+            finally:
+                wait([fed] if fed else [])  # where the body was cut: none is written any more
             others, content = arriving.end()
             told = PushObjectRequest.FromString(others)
             asked = _Push(told.node, told.run_id, told.object_id, told.session_id, content)
@@ -524,7 +533,17 @@ class _Calls:
                 link.uploads[found.session_id] = _Upload(
                     node, metadata.reply_to_message_id, metadata.message_id, delivery.room
                 )
+                self._take_enclosed(asked, found)
         return (found.SerializeToString(), *self._enclosed(call, found))
+
+    def _take_enclosed(self, asked: Any, found: Any) -> None:
+        """Store the small objects that came with a reply's announcement; the rest is asked for."""
+        run_id, wanted = asked.messages_list[0].metadata.run_id, set(found.objects_to_push)
+        for number, content in enclosed_in(asked).items():
+            if number in wanted:
+                self._link.uploads[found.session_id].room -= len(content)
+                self._link.store_object(run_id, found.session_id, number, content)
+                found.objects_to_push.remove(number)
 
     def _enclosed(self, call: str, found: Any) -> Parts:
         """The small objects of a message, which its lab would fetch one by one."""
@@ -588,6 +607,12 @@ _CALLS: Mapping[str, _Call] = {
         ConfirmMessageReceivedRequest, fleet_handlers.confirm_message_received, takes_store=True
     ),
 }
+
+
+async def _done(work: Future[None] | None) -> None:
+    """Return when a thread is done with its work. Errors: those of the work."""
+    if work is not None:
+        await asyncio.wrap_future(work) if not work.done() else work.result()
 
 
 async def _body_of(request: Request) -> bytearray:

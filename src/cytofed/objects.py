@@ -14,8 +14,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
@@ -45,8 +46,13 @@ _ENCLOSED = 1000
 _ENCLOSED_BYTES = 1 << 17
 """most bytes of one"""
 
+_ANNOUNCED_BYTES = 1 << 16
+"""most bytes of all that are enclosed in an announcement: it is a body, read whole"""
+
 _HEAD_BYTES = 64
 """more than the head of a piece has"""
+
+T = TypeVar("T")
 
 _CHUNK, _ARRAY, _RECORD = (kind.__qualname__ for kind in (ArrayChunk, Array, ArrayRecord))
 
@@ -85,18 +91,25 @@ Content = bytes | memoryview | InFile
 
 
 def enclosed(contents: Iterable[bytes]) -> bytes:
-    """Objects as they lie behind an answer to a question for work: a request for each of them
-    would cost more than they do. A field of protobuf that Flower does not know, and passes over."""
+    """Objects as they lie behind an answer to a question for work, or behind the announcement of a
+    reply: a request for each of them would cost more than they do. A field of protobuf that Flower
+    does not know, and passes over."""
     found = bytearray()
     for content in contents:
         found += varint(_ENCLOSED << 3 | 2) + varint(len(content)) + content
     return bytes(found)
 
 
-def enclosed_in(answer: Any) -> dict[str, bytes]:
-    """The objects that came with an answer, by name, which is the hash of each."""
-    fields = [f for f in UnknownFieldSet(answer) if (f.field_number, f.wire_type) == (_ENCLOSED, 2)]
-    return {hashlib.sha256(field.data).hexdigest(): field.data for field in fields}
+def with_enclosed(message: T, contents: Iterable[bytes]) -> T:
+    """A message of protobuf with objects behind it."""
+    whole = cast(Any, message).SerializeToString() + enclosed(contents)
+    return cast(T, type(message).FromString(whole))  # type: ignore[attr-defined]
+
+
+def enclosed_in(message: Any) -> dict[str, bytes]:
+    """The objects that came with a message, by name, which is the hash of each."""
+    found = (f for f in UnknownFieldSet(message) if (f.field_number, f.wire_type) == (_ENCLOSED, 2))
+    return {hashlib.sha256(field.data).hexdigest(): field.data for field in found}
 
 
 def varint(number: int) -> bytes:
@@ -180,6 +193,12 @@ class Objects:
         )
         return [content for content in contents if len(content) <= _ENCLOSED_BYTES]
 
+    def announced(self) -> list[bytes]:
+        """As many of ``small`` as go with an announcement."""
+        small = self.small()
+        ends = accumulate(map(len, small))
+        return [item for item, end in zip(small, ends, strict=True) if end <= _ANNOUNCED_BYTES]
+
     def __contains__(self, number: str) -> bool:
         return number in self._nested
 
@@ -208,13 +227,17 @@ def deflate(message: Message) -> Objects:
 
 
 def cut_to_file(array: Array, file: BinaryIO) -> None:
-    """Cut an array into pieces and move its bytes to a file, from where they will be sent."""
-    pieces = _cut(memoryview(array.data))
-    for piece in pieces:
-        at = file.tell()
-        file.write(piece.data)
-        piece.lie_in(file, at)
-    file.flush()
+    """Cut an array into pieces and move its bytes to an empty file, from where they are sent."""
+    data = memoryview(array.data)
+
+    def write(share: slice) -> _Piece:
+        piece, at = _Piece(data[share]), share.start
+        while at < share.stop:
+            at += os.pwrite(file.fileno(), data[at : share.stop], at)
+        piece.lie_in(file, share.start)
+        return piece
+
+    pieces = in_shares(write, len(data), share=PIECE_BYTES)
     cast(Any, array).data = memoryview(b"")  # first: it clears the pieces
     array.__dict__["_chunks"] = [(piece.object_id, piece) for piece in pieces]
 

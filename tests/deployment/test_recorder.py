@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
 
 import cytofed.client.directory
@@ -28,6 +29,7 @@ from cytofed.client.egress import EgressReport, verify
 from cytofed.client.fleet import _ROUTINE
 from cytofed.client.policy import open_ledger
 from cytofed.documents import Invite
+from cytofed.objects import enclosed, enclosed_in
 from cytofed.plan import from_dict, to_dict
 from cytofed.privacy.terms import terms_of
 from cytofed.server.control import send_command
@@ -162,6 +164,11 @@ def finish(
         federation.until(model.is_file, f"{lab} has the model")
 
 
+def objects_with(announcement: bytes) -> dict[str, bytes]:
+    """The small objects of a reply, which leave with its announcement."""
+    return enclosed_in(PushMessagesRequest.FromString(announcement))
+
+
 @pytest.mark.parametrize("lab", LABS)
 def test_every_object_that_left_is_one_of_a_logged_message(recorded: Recorded, lab: str) -> None:
     sent = set()
@@ -170,6 +177,8 @@ def test_every_object_that_left_is_one_of_a_logged_message(recorded: Recorded, l
             asked = PushObjectRequest.FromString(body)
             assert hashlib.sha256(asked.object_content).hexdigest() == asked.object_id
             sent.add((asked.object_id, len(asked.object_content)))
+        if path.endswith("/push-messages"):
+            sent |= {(number, len(content)) for number, content in objects_with(body).items()}
     logged = {
         (number, size)
         for record in recorded.report(lab).messages
@@ -200,7 +209,8 @@ def test_routine_requests_are_counted_by_kind_and_size(recorded: Recorded, lab: 
     for path, body in recorded.sent[lab]:
         call = path.rpartition("/")[2]
         if path.startswith("/v1/fleet/") and call != "push-object":
-            sent[_ROUTINE[call], len(body)] += 1
+            objects = objects_with(body) if call == "push-messages" else {}
+            sent[_ROUTINE[call], len(body) - len(enclosed(objects.values()))] += 1
     report = recorded.report(lab)
     logged = {
         (kind, size): count
