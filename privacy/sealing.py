@@ -46,6 +46,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
+from cytofed.arrays import in_shares
 from cytofed.errors import InputError, VerificationError
 from cytofed.privacy import wire
 from cytofed.privacy.identity import (
@@ -70,6 +71,7 @@ _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _WRAP_LABEL = b"cytofed/1/seal/wrap"
 _CHUNK_LABEL = b"cytofed/1/seal/chunk"
 _SIGN_LABEL = b"cytofed/1/seal/signature"
+_CHUNKS_A_SHARE = 8  # that one thread encrypts
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -347,11 +349,15 @@ def _encrypt(pieces: list[memoryview], key: bytes, header: _Header) -> memoryvie
     body = np.empty(_body_bytes(header.size), np.uint8).data
     cipher = AESGCM(key)
     data = _chunk_data(header)
-    chunks = zip(_chunks(header.size), _in_chunks(pieces, header.size), strict=True)
-    for (index, start, end, last), plain in chunks:
-        at = start + index * TAG_BYTES
-        out = body[at : at + end - start + TAG_BYTES]
-        cipher.encrypt_into(_nonce(index, last), plain, data, out)
+    chunks = list(zip(_chunks(header.size), _in_chunks(pieces, header.size), strict=True))
+
+    def encrypt_some(share: slice) -> None:
+        for (index, start, end, last), plain in chunks[share]:
+            at = start + index * TAG_BYTES
+            out = body[at : at + end - start + TAG_BYTES]
+            cipher.encrypt_into(_nonce(index, last), plain, data, out)
+
+    in_shares(encrypt_some, len(chunks), share=_CHUNKS_A_SHARE)
     return body.toreadonly()
 
 
