@@ -18,9 +18,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,12 +30,12 @@ from rich.text import Text
 
 from cytofed.errors import InputError, VerificationError
 from cytofed.files import write_atomically
-from cytofed.plan import Plan, load_plan
-from cytofed.privacy.accounting import price, shown, times
+from cytofed.plan import Plan
+from cytofed.privacy.accounting import shown
 from cytofed.privacy.losses import Steps, loss_law
 from cytofed.privacy.terms import Terms, terms_of
-from cytofed.simulations.attacks import attack
 from cytofed.simulations.attacks import lines as attack_lines
+from cytofed.simulations.audit_job import ATTACKS, DECLARED, at_work, control_names
 from cytofed.simulations.audit_report import VERSION, write_figures
 from cytofed.simulations.membership import infer_members
 from cytofed.simulations.membership import lines as membership_lines
@@ -51,8 +50,6 @@ Verdict = Literal["PASS", "VIOLATION", "NOTE"]
 
 SMALL = 5
 """counts below it may single a patient out"""
-DECLARED = 40
-"""patients of a lab, where the run does not tell"""
 _CALIBRATION = 400
 _NOISE_COORDINATES = 1 << 20
 _ESTIMATE = 0.005
@@ -97,28 +94,21 @@ def audit(
         "controls": None,
         "attacks": None,
     }
-    checks: list[Finding] = []
-    if terms is None:
-        checks.append(_nothing_claimed())
-    else:
-        tell("composition")
-        checks += _composition(run, terms)
-        mechanism = _mechanism(run, terms)
-        tell("self-checks")
-        checks += _self_checks(run_dir, run, mechanism)
-        tell("canaries")
-        bounds, found["false_alarms"] = _canaries(run, terms, mechanism)
-        checks += bounds
-    if run.plan.secure_aggregation.enabled:
-        tell("mask keys")
-        checks.append(_mask_keys())
-    if controls:
-        found["controls"] = _controls(terms or _usual_terms(), tell)
+    planted = control_names() if controls else ()
+    with at_work(run_dir, [*[ATTACKS] * attacks, *planted], tell) as parts:
+        if terms is None:
+            checks = [_nothing_claimed()]
+        else:
+            checks, found["false_alarms"] = _claim_checks(run_dir, run, terms, tell)
+        if run.plan.secure_aggregation.enabled:
+            tell("mask keys")
+            checks.append(_mask_keys())
+        if controls:
+            found["controls"] = _controls([parts[name].result() for name in planted])
+        if attacks:
+            found["attacks"] = parts[ATTACKS].result()
     if attacks:
-        found["attacks"] = {
-            **attack(run_dir, terms or _usual_terms(), tell),
-            "membership": infer_members(run_dir, tell),
-        }
+        found["attacks"]["membership"] = infer_members(run_dir, tell)
     leaves = _leaves(run)
     found["checks"] = [asdict(finding) for finding in checks]
     found["leaves"] = [asdict(finding) for finding in leaves]
@@ -128,6 +118,20 @@ def audit(
     write_figures(found, run_dir / "figures")
     write_report(run_dir)
     return found
+
+
+def _claim_checks(
+    run_dir: Path, run: Run, terms: Terms, tell: Callable[[str], None]
+) -> tuple[list[Finding], dict[str, Any]]:
+    """What holds the claim against plan and code, and how often its bounds cry wolf."""
+    tell("composition")
+    checks = _composition(run, terms)
+    mechanism = _mechanism(run, terms)
+    tell("self-checks")
+    checks += _self_checks(run_dir, run, mechanism)
+    tell("canaries")
+    bounds, false_alarms = _canaries(run, terms, mechanism)
+    return checks + bounds, false_alarms
 
 
 def refuse_violation(found: Json) -> None:
@@ -358,29 +362,10 @@ def _mask_keys() -> Finding:
     return _checked("self-check: mask keys of secure aggregation", check)
 
 
-@cache
-def _usual_terms() -> Terms:
-    """Protections that a run without privacy is shown: of a net trained whole, in few steps."""
-    terms = terms_of(load_plan("demo", ["privacy.unit=patient", "model.trainable=all"]))
-    assert terms is not None
-    return terms
+def _controls(rows: Sequence[Json]) -> dict[str, Any]:
+    """The table of planted faults against checks; ``rows``: the code that ships first."""
+    from cytofed.privacy.faults import CHECKS
 
-
-def _controls(terms: Terms, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Known faults against checks, with the run's mechanism; of a run without privacy, the
-    defaults'. One round alone could not show a reset, so there are two at least."""
-    from cytofed.client.training import steady
-    from cytofed.privacy.faults import CHECKS, FAULTS, SHIPPED, look
-
-    if terms.rounds < 2:
-        whole = price([times(terms.training, 2)], terms.delta)
-        terms = replace(terms, rounds=2, guarantee=whole)
-    rows = []
-    with steady(1):
-        for implementation in (SHIPPED, *FAULTS):
-            tell(f"control: {implementation.name}")
-            looked = look(implementation, terms, DECLARED)
-            rows.append({"fault": looked.name, "caught": looked.caught, "checks": looked.found})
     shipped, *faults = rows
     return {
         "checks": list(CHECKS),
@@ -504,11 +489,22 @@ def false_alarms_line(alarms: Json) -> str:
     )
 
 
+_HEADINGS = {
+    "sensitivity replay": "replay",
+    "noise self-test": "noise",
+    "canaries, Steinke": "Steinke",
+    "canaries, Gaussian": "Gaussian",
+    "composition": "composed",
+    "mask keys": "masks",
+}
+"""of checks, for 80 columns"""
+
+
 def _print_controls(controls: Json, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("planted fault", no_wrap=True)
     for check in controls["checks"]:
-        table.add_column(check.replace(", ", ",\n").replace(" ", "\n", 1))
+        table.add_column(_HEADINGS.get(check, check))
     for row in (controls["shipped"], *controls["faults"]):
         marks = ["caught" if row["checks"][check] else "–" for check in controls["checks"]]
         table.add_row(Text(row["fault"]), *marks)

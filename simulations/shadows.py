@@ -373,7 +373,8 @@ def _key(run_dir: Path, number: int) -> bytes:
     return digest.digest()
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """End this process when ``parent`` is gone."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
@@ -381,7 +382,7 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     run_dir, first, step = sys.argv[1:]
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     make_scores(Path(run_dir), first=int(first), step=int(step))
 
 
