@@ -14,10 +14,10 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -37,7 +37,9 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     PullObjectRequest,
+    PullObjectResponse,
     PushObjectRequest,
+    PushObjectResponse,
 )
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -46,6 +48,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cytofed import __version__
 from cytofed.client.directory import ClientDirectory, http_client
@@ -54,8 +57,17 @@ from cytofed.client.policy import open_ledger
 from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED, LedgerHead
 from cytofed.errors import CytofedError, RefusedError, VerificationError
 from cytofed.files import write_atomically
-from cytofed.messages import ERROR_CODE
-from cytofed.objects import deflate, enclosed, enclosed_in, inflate, with_enclosed
+from cytofed.messages import ERROR_CODE, BadMessage
+from cytofed.objects import (
+    Content,
+    deflate,
+    enclosed,
+    enclosed_in,
+    inflate,
+    long_field,
+    split_long_field,
+    with_enclosed,
+)
 from cytofed.privacy import wire
 from cytofed.privacy.identity import sign, verify
 from cytofed.privacy.ledger import LedgerRolledBack
@@ -217,7 +229,7 @@ class FleetLink:
             raise _Withdrawn
         came_along = enclosed_in(found)
 
-        def fetched(number: str) -> bytes:
+        def fetched(number: str) -> bytes | memoryview:
             if number not in wanted:
                 raise ValueError("an object that belongs to another message")
             if number in came_along:
@@ -226,7 +238,7 @@ class FleetLink:
             got = self._call("pull_object", request)
             if not got.object_found or not got.object_available:
                 raise _Withdrawn
-            content: bytes = got.object_content
+            content: memoryview = got.object_content
             return content
 
         message = None
@@ -264,16 +276,13 @@ class FleetLink:
             session = self._call("push_messages", request)
             for number in session.objects_to_push:
                 if number in objects:
-                    self._call(
-                        "push_object",
-                        PushObjectRequest(
-                            node=self._node,
-                            run_id=message.metadata.run_id,
-                            object_id=number,
-                            object_content=objects.content(number),
-                            session_id=session.session_id,
-                        ),
+                    head = PushObjectRequest(
+                        node=self._node,
+                        run_id=message.metadata.run_id,
+                        object_id=number,
+                        session_id=session.session_id,
                     )
+                    self._call("push_object", _Push(head, objects.parts(number)))
         finally:
             self._gate.announce({})
         answer.sent()
@@ -302,10 +311,10 @@ class FleetLink:
         old, self._client = self._client, self._new_client()
         old.close()
 
-    def _new_client(self) -> FleetHttpClient:
+    def _new_client(self) -> _Client:
         context = self._directory.tls()
         auth = _NodeAuth(self._key, self._key.public_key())
-        client = FleetHttpClient(
+        client = _Client(
             self._directory.membership().url, interceptors=[self._gate, auth], verify=context
         )
         client._client.close()
@@ -376,6 +385,61 @@ class FleetLink:
             pause_s = min(pause_s * 1.6, self._times.retry_max_s)
 
 
+@dataclass(frozen=True)
+class _Push:
+    """Flower's PushObjectRequest, whose content is copied once: to where it is sent from."""
+
+    head: PushObjectRequest
+    parts: Sequence[Content] = field(repr=False)
+
+    @property
+    def object_id(self) -> str:
+        return str(self.head.object_id)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.parts))
+
+    def SerializeToString(self, **_: Any) -> bytes:
+        last = long_field(PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER, self.nbytes)
+        return b"".join((self.head.SerializeToString(), last, *(part[:] for part in self.parts)))
+
+
+class _Pulled:
+    """Flower's PullObjectResponse, whose content stays where it has come."""
+
+    object_found = object_available = False
+    object_content = memoryview(b"")
+
+    def ParseFromString(self, body: bytes) -> None:
+        try:
+            others, content = split_long_field(body, PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER)
+        except BadMessage as error:
+            raise DecodeError(error.message) from None
+        head = PullObjectResponse.FromString(others)
+        self.object_found, self.object_available = head.object_found, head.object_available
+        self.object_content = content
+
+
+class _Client(FleetHttpClient):
+    """Flower's client, with less copying of what is large."""
+
+    def PushObject(self, request: _Push) -> PushObjectResponse:
+        return self._large("push-object", "PushObject", request, PushObjectResponse)
+
+    def PullObject(self, request: PullObjectRequest) -> _Pulled:  # type: ignore[override]
+        return self._large("pull-object", "PullObject", request, _Pulled)
+
+    def _large(self, path: str, method: str, request: Any, response: Callable[[], T]) -> T:
+        found: T = cast(Any, self)._unary_unary(
+            path=f"/v1/fleet/{path}",
+            rpc_method=f"/flwr.proto.Fleet/{method}",
+            request=request,
+            response_type=response,
+        )
+        return found
+
+
 class _NodeAuth(NodeAuthHttpInterceptor):
     """Flower's signed headers, made anew every few seconds: they sign the time, which the other
     side lets hold for minutes, and nothing of the request."""
@@ -413,15 +477,18 @@ class _EgressGate:
         call = context.request.url.path.rpartition("/")[2]
         asked: Any = context.message
         if call == "push-object":
-            objects = {asked.object_id: asked.object_content}
+            self._check(asked.object_id, asked.nbytes)
         else:
             objects = enclosed_in(asked)
+            for number, content in objects.items():
+                self._check(number, len(content))
             nbytes = int(context.request.headers.get("content-length", 0))
             self._egress.routine(_ROUTINE.get(call, call), nbytes - len(enclosed(objects.values())))
-        for number, content in objects.items():
-            if self._announced.get(number) != len(content):
-                raise EgressRefused(f"object {number:.16} belongs to no logged message")
         return call_next(context)
+
+    def _check(self, number: str, size: int) -> None:
+        if self._announced.get(number) != size:
+            raise EgressRefused(f"object {number:.16} belongs to no logged message")
 
 
 def note_unknown_head(directory: ClientDirectory, head: str) -> None:

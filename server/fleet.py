@@ -94,7 +94,7 @@ from cytofed.objects import (
     enclosed,
     enclosed_in,
     inflate,
-    varint,
+    long_field,
 )
 from cytofed.server.gate import FLEET_BODIES, Gate, Rate
 from cytofed.server.uploads import Arriving, Spooled
@@ -116,9 +116,6 @@ _PUSHES = 20
 
 _SENT_BYTES, _LEAST_SENT_BYTES = 1 << 19, 1 << 16
 """of all answers at a time, and of each: what waits to be sent is in memory two or three times"""
-
-_CONTENT_OF_PULL = bytes([PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER << 3 | 2])
-"""tag of the field in which objects travel"""
 
 _OBJECTS = 4096
 """most objects in one reply"""
@@ -632,7 +629,8 @@ def _pulled(content: Parts | None) -> Parts:
     head: bytes = PullObjectResponse(object_found=found, object_available=found).SerializeToString()
     if content is None:
         return (head,)
-    return (head + _CONTENT_OF_PULL + varint(sum(map(len, content))), *content)
+    number = PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER
+    return (head + long_field(number, sum(map(len, content))), *content)
 
 
 @dataclass(frozen=True)

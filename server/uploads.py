@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cytofed.messages import BadMessage
+from cytofed.objects import LONG, read_varint
 
 _OTHERS_BYTES = 1 << 12
 """most bytes of all fields but the long one"""
 
 _START_BYTES = 64
-_VARINT, _BYTES = 0, 2
-"""kinds of fields that a body may have"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Arriving:
     """
 
     def __init__(self, number: int, folder: Path, *, file_from: int) -> None:
-        self._tag, self._folder, self._file_from = number << 3 | _BYTES, folder, file_from
+        self._tag, self._folder, self._file_from = number << 3 | LONG, folder, file_from
         self._others, self._pending = bytearray(), b""
         self._size, self._left = -1, 0
         self._start, self._digest = bytearray(), hashlib.sha256()
@@ -69,12 +68,12 @@ class Arriving:
         at = 0
         while at < len(data):
             start = at
-            tag, at = _varint(data, at)
+            tag, at = read_varint(data, at)
             size = 0
-            if tag & 7 == _BYTES:
-                size, at = _varint(data, at)
-            elif tag & 7 == _VARINT:
-                _, at = _varint(data, at)
+            if tag & 7 == LONG:
+                size, at = read_varint(data, at)
+            elif tag & 7 == 0:
+                _, at = read_varint(data, at)
             else:
                 raise BadMessage("a kind of field that no such request has")
             if at < 0 or (tag != self._tag and at + size > len(data)):
@@ -121,15 +120,3 @@ class Arriving:
         while part:
             part = part[self._file.write(part) :]
         return data
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number and where it ends; -1 where that is beyond the data. Errors: BadMessage."""
-    number = 0
-    for place, byte in enumerate(data[at : at + 10] if at >= 0 else ()):
-        number |= (byte & 127) << 7 * place
-        if byte < 128:
-            return number, at + place + 1
-    if 0 <= at <= len(data) - 10:
-        raise BadMessage("a number without an end")
-    return 0, -1

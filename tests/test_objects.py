@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import weakref
@@ -12,13 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cytofed.messages import RAW, array_of, new_message
-from cytofed.objects import PIECE_BYTES, InFile, body_of_piece, cut_to_file, deflate, inflate
+from cytofed.messages import RAW, BadMessage, array_of, new_message
+from cytofed.objects import (
+    PIECE_BYTES,
+    InFile,
+    body_of_piece,
+    cut_to_file,
+    deflate,
+    enclosed_in,
+    inflate,
+    split_long_field,
+    with_enclosed,
+)
 
 ROOM = 1 << 25
 
@@ -188,3 +202,35 @@ def test_damaged_objects_raise_and_give_nothing(data: st.DataObject) -> None:
     except Exception:
         return
     assert isinstance(back, Message)
+
+
+@given(content=st.binary(max_size=300), found=st.booleans())
+def test_a_long_field_is_found_where_it_lies(content: bytes, found: bool) -> None:
+    asked = PullObjectResponse(object_found=found, object_available=found, object_content=content)
+    body = asked.SerializeToString()
+    others, view = split_long_field(body, PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER)
+    assert view == content
+    asked.ClearField("object_content")
+    assert others == asked.SerializeToString()
+
+
+@given(body=st.binary(max_size=300))
+def test_garbage_is_no_message_or_what_protobuf_reads(body: bytes) -> None:
+    number = PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER
+    try:
+        others, content = split_long_field(body, number)
+        read = PullObjectResponse.FromString(others)
+    except (BadMessage, DecodeError):
+        return
+    told = PullObjectResponse.FromString(body)
+    assert content == told.object_content
+    assert (read.object_found, read.object_available) == (told.object_found, told.object_available)
+
+
+def test_objects_behind_a_message_come_with_it_and_change_nothing_else() -> None:
+    asked = PushMessagesRequest(clientapp_runtime_list=[0.5])
+    sent = with_enclosed(asked, [b"one", b"", b"two"])
+    got = PushMessagesRequest.FromString(sent.SerializeToString(deterministic=True))
+    assert list(got.clientapp_runtime_list) == [0.5]
+    assert sorted(enclosed_in(got).values()) == [b"", b"one", b"two"]
+    assert all(hashlib.sha256(data).hexdigest() == n for n, data in enclosed_in(got).items())

@@ -35,7 +35,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
 from cytofed.arrays import in_shares
-from cytofed.messages import RAW, array_of
+from cytofed.messages import RAW, BadMessage, array_of
 
 PIECE_BYTES: int = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 """at which arrays are cut"""
@@ -51,6 +51,9 @@ _ANNOUNCED_BYTES = 1 << 16
 
 _HEAD_BYTES = 64
 """more than the head of a piece has"""
+
+LONG = 2
+"""protobuf's kind of a field of so many bytes; a number is of kind 0"""
 
 T = TypeVar("T")
 
@@ -96,7 +99,7 @@ def enclosed(contents: Iterable[bytes]) -> bytes:
     does not know, and passes over."""
     found = bytearray()
     for content in contents:
-        found += varint(_ENCLOSED << 3 | 2) + varint(len(content)) + content
+        found += long_field(_ENCLOSED, len(content)) + content
     return bytes(found)
 
 
@@ -108,7 +111,9 @@ def with_enclosed(message: T, contents: Iterable[bytes]) -> T:
 
 def enclosed_in(message: Any) -> dict[str, bytes]:
     """The objects that came with a message, by name, which is the hash of each."""
-    found = (f for f in UnknownFieldSet(message) if (f.field_number, f.wire_type) == (_ENCLOSED, 2))
+    found = (
+        f for f in UnknownFieldSet(message) if (f.field_number, f.wire_type) == (_ENCLOSED, LONG)
+    )
     return {hashlib.sha256(field.data).hexdigest(): field.data for field in found}
 
 
@@ -119,6 +124,52 @@ def varint(number: int) -> bytes:
         found.append(number & 127 | 128)
         number >>= 7
     return bytes([*found, number])
+
+
+def read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A number and where it ends; -1 where that is beyond the data.
+
+    Errors: BadMessage for a number without an end.
+    """
+    number = 0
+    for place, byte in enumerate(data[at : at + 10] if at >= 0 else ()):
+        number |= (byte & 127) << 7 * place
+        if byte < 128:
+            return number, at + place + 1
+    if 0 <= at <= len(data) - 10:
+        raise BadMessage("a number without an end")
+    return 0, -1
+
+
+def long_field(number: int, size: int) -> bytes:
+    """What protobuf writes before the ``size`` bytes of a field, which may come last."""
+    return varint(number << 3 | LONG) + varint(size)
+
+
+def split_long_field(body: bytes, number: int) -> tuple[bytes, memoryview]:
+    """A message of protobuf without its long field, and the bytes of that where they lie.
+
+    Protobuf's own reading copies them twice. Errors: BadMessage for what is no such message.
+    """
+    data, others, content, at = memoryview(body), bytearray(), memoryview(b""), 0
+    while at < len(data) and len(others) <= _HEAD_BYTES:
+        start = at
+        tag, at = read_varint(data, at)
+        size, end = read_varint(data, at)
+        if tag & 7 == LONG and end >= 0:
+            at = end = end + size
+        elif tag & 7:
+            raise BadMessage("a kind of field that no such message has")
+        if not start < end <= len(data):
+            raise BadMessage("the message ends within a field")
+        if tag == number << 3 | LONG:
+            content = data[end - size : end]
+        else:
+            others += data[start:end]
+        at = end
+    if at < len(data):
+        raise BadMessage(f"fields of more than {_HEAD_BYTES} bytes beside the content")
+    return bytes(others), content
 
 
 class _Piece(ArrayChunk):

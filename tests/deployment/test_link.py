@@ -240,9 +240,15 @@ def test_head_that_the_ledger_has_is_no_obstacle_and_the_next_one_is_told(line: 
 
 
 def test_object_that_no_logged_message_announced_does_not_leave(line: Line) -> None:
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
     from flwr.proto.message_pb2 import PushObjectRequest
 
     from cytofed.client.egress import EgressRefused
+    from cytofed.client.fleet import _Push
+    from cytofed.objects import with_enclosed
 
+    client = line.link._client
     with pytest.raises(EgressRefused):
-        line.link._client.PushObject(PushObjectRequest(object_id="a" * 64, object_content=b"x"))
+        client.PushObject(_Push(PushObjectRequest(object_id="a" * 64), (b"x",)))
+    with pytest.raises(EgressRefused):
+        client.PushMessages(with_enclosed(PushMessagesRequest(), [b"x"]))
