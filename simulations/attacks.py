@@ -317,7 +317,8 @@ def round_lines(found: Json) -> list[str]:
 def verdict(row: Json) -> str:
     """What a row of the replayed round means."""
     if row["gives_away"]:
-        return f"{row['recognised']:,} of {row['images']:,} cells recognisable"
+        told = f"{row['recognised']:,} of {row['images']:,} cells recognisable"
+        return told if row["noised"] else f"{told}: only noise prevents that"
     if row["interval"][0] > 0.5:
         return "no cell recognisable; pictures are likest to images trained on"
     return "nothing: no more like images trained on than like held-out ones"

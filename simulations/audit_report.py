@@ -22,7 +22,7 @@ from cytofed.simulations.parts import drawing, number, scroll, section, table_of
 
 Json = Mapping[str, Any]
 
-VERSION = 3
+VERSION = 4
 """of audit.json; an older one is not shown"""
 
 PictureRow = tuple[str, list[str], *tuple[Sequence[str], ...]]
@@ -260,8 +260,11 @@ def _round(found: Json) -> str:
         f"{number(round(found['steps']))} steps a lab, the plan's own batches, steps, optimizer, "
         "augmentation and fixed-point sum. Only the net is another: its first layer sees pixels, "
         f"so it hides less than convolutions do{changed}. Each of its pictures is held against "
-        "every image as training saw it, and against held-out images of the same labs. AUC: how "
-        "well likeness tells the two apart; .5 is not at all."
+        "every image as training saw it, and against held-out images of the same labs. "
+        f"Recognised: a likeness of {number(found['recognisable'])} or more, of which at most "
+        f"{found['apart']:.0%} as much is left unexplained as of any held-out image; of held-out "
+        "images the same, which is what chance does. AUC: how well likeness tells the two apart; "
+        ".5 is not at all."
     )
     head = ["what is sent", "what it shows", "best likeness", "of held-out", "recognised"]
     head += ["of held-out", "AUC"]

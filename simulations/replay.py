@@ -7,10 +7,11 @@ picture (``cytofed.simulations.attacks``). Convolutions keep more to themselves.
 
 Each picture is held against each image in every form in which training showed it and, as a control,
 against held-out images of the same labs, changed in the same way and as often. Likeness to held-out
-images is that of any cell to any other; what goes beyond it gives images away.
+images is that of any cell to any other. A cell is recognised in a picture that is like it and not
+nearly as like any held-out image; how often a held-out one is, by the same rule, is chance.
 
-Shapes: N images, V views (images as steps saw them), M pictures, S of them shown, D = 3 H W pixels,
-K labs, C classes, P weights.
+Shapes: N images, V views (images as steps saw them), U patients, M pictures, S of them shown,
+D = 3 H W pixels, K labs, C classes, P weights.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ PASSES = 24_000
 """of images of ``_USUAL_PX``; with more, further labs are left out, which helps the attacker"""
 VIEW_BYTES = 150_000_000
 """of views that pictures are held against; of more images a random choice"""
+APART = 0.5
+"""What a picture leaves unexplained of a cell that is recognised in it (1 - likeness squared), at
+most, as a share of what it leaves of any held-out image. Some pictures are of a plain cell, or of
+a stain alone, and like many images."""
 _USUAL_PX = 48
 _PIXEL_RATE = 0.03
 """at most, where the plan's learning rate is for features or follows from the noise"""
@@ -69,6 +74,7 @@ _ROUND = 1
 
 Uint8s = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +90,14 @@ class Views:
 class Sent:
     """An update (P,) as whoever gets it reads it, what it was trained on, and what it was not.
 
-    ``of_plan``: so a lab of this plan sends, or its coordinator gets, an update.
+    ``of_plan``: so a lab of this plan sends, or its coordinator gets, an update; ``noised``: with
+    the plan's noise in it.
     """
 
     way: str
     update_P: Float32 = field(repr=False)
     of_plan: bool
+    noised: bool
     trained: Views
     held_out: Views
 
@@ -129,6 +137,7 @@ def attack_round(run_dir: Path, terms: Terms) -> dict[str, Any]:
         return {"missing": "needs a simulation's folder with its checkpoints and images"}
     try:
         done = replay(VirtualLabs.load(private), terms)
+        rows = [_row(sent, shown_by(done.pictures_of(sent), sent)) for sent in done.sent]
     except InputError as error:
         return {"missing": error.message}
     return {
@@ -138,7 +147,8 @@ def attack_round(run_dir: Path, terms: Terms) -> dict[str, Any]:
         "changed": list(done.changed),
         "confidence": CONFIDENCE,
         "recognisable": RECOGNISABLE,
-        "rows": [_row(sent, shown_by(done.pictures_of(sent), sent)) for sent in done.sent],
+        "apart": APART,
+        "rows": rows,
     }
 
 
@@ -150,10 +160,11 @@ def _row(sent: Sent, shown: Shown) -> dict[str, Any]:
     return {
         "way": sent.way,
         "of_plan": sent.of_plan,
+        "noised": sent.noised,
         "likeness": float(shown.trained_N.max()),
         "held_out": float(shown.held_out_N.max()),
-        "recognised": int((shown.trained_N >= RECOGNISABLE).sum()),
-        "recognised_held_out": int((shown.held_out_N >= RECOGNISABLE).sum()),
+        "recognised": int(shown.recognised_N.sum()),
+        "recognised_held_out": int(shown.chance_N.sum()),
         "images": len(shown.trained_N),
         "images_held_out": len(shown.held_out_N),
         "gives_away": shown.gives_away,
@@ -191,15 +202,18 @@ def replay(labs: VirtualLabs, terms: Terms | None) -> Replay:
         done = [round_.train(place, its_terms) for place in at]
         steps = float(np.mean([update.steps for update in done]))
         own, secure = its_terms is terms, plan.secure_aggregation.enabled
+        noised = own and terms is not None
         weights_P = done[0].parts["weights"]
         seen, held = done[0].trained, done[0].held_out
-        one.append(Sent(f"one lab's update{way}", weights_P, own and not secure, seen, held))
+        one.append(
+            Sent(f"one lab's update{way}", weights_P, own and not secure, noised, seen, held)
+        )
         if MIN_COHORT <= count <= MAX_COHORT:
             sum_P = secure_sum(plan, strategy, done)
             seen = _joined([update.trained for update in done])
             held = _joined([update.held_out for update in done])
             way = f"secure sum of {count} labs{way}"
-            summed.append(Sent(way, sum_P, own and secure, seen, held))
+            summed.append(Sent(way, sum_P, own and secure, noised, seen, held))
     images = sum(len(place.lab.train) for place in at)
     return Replay(count, images, steps, tuple(changed), (*one, *summed), manifest)
 
@@ -460,25 +474,27 @@ class Shown:
     """How like images the pictures in an update are.
 
     ``trained_N``, ``held_out_N``: of each image the likeness of the picture that is likest to one
-    of its views. ``area``: how well that tells images trained on from the others; clusters are
-    patients.
+    of its views. ``recognised_N``, ``chance_N``: which of them are recognised, by one rule.
+    ``area``: how well likeness tells images trained on from the others; clusters are patients.
     """
 
     trained_N: Float32 = field(repr=False)
     held_out_N: Float32 = field(repr=False)
+    recognised_N: Bools = field(repr=False)
+    chance_N: Bools = field(repr=False)
     area: Area
     pictures_SD: Float32 = field(repr=False)
-    """the likest pictures, each of another image"""
+    """pictures in which a cell is recognised, the likest first, then the likest others"""
     nearest_SD: Float32 = field(repr=False)
     """the views that they are likest to, of images trained on"""
 
     @property
     def gives_away(self) -> bool:
-        """Whether images are recognisable that were trained on, beyond what chance does.
+        """Whether cells are recognised that were trained on, beyond what chance does.
 
-        One is enough where no held-out image is; else Fisher's exact test at 5%.
+        One is enough where no held-out one is; else Fisher's exact test at 5%.
         """
-        ours, theirs = (int((n >= RECOGNISABLE).sum()) for n in (self.trained_N, self.held_out_N))
+        ours, theirs = int(self.recognised_N.sum()), int(self.chance_N.sum())
         if not theirs:
             return ours > 0
         table = [[ours, len(self.trained_N) - ours], [theirs, len(self.held_out_N) - theirs]]
@@ -486,34 +502,84 @@ class Shown:
 
 
 def shown_by(pictures_MD: Float32, sent: Sent) -> Shown:
-    """Hold pictures against what was trained on and what was not; the likest ones are kept."""
+    """Hold pictures against what was trained on and what was not. Errors: InputError."""
+    if not len(sent.held_out.image_V):
+        raise InputError(
+            "pictures are held against held-out images of the lab, and it has none",
+            hint="run again with a larger evaluation.fraction",
+        )
     step = 1 + len(sent.trained.image_V) // 2000
     mean_D = _unit_range(sent.trained.pixels_VD[::step]).mean(axis=0)
-    likest_N, picture_N, view_N = _likest(pictures_MD, sent.trained, mean_D)
-    held_out_N, _, held_N = _likest(pictures_MD, sent.held_out, mean_D)
-    patients = sent.trained.patient_V[view_N], sent.held_out.patient_V[held_N]
+    trained = _Likeness.of(pictures_MD, sent.trained, mean_D)
+    held_out = _Likeness.of(pictures_MD, sent.held_out, mean_D)
+    found_NM = _recognised(trained.likeness_NM, held_out.likeness_NM.max(axis=0))
+    chance_NM = _recognised(held_out.likeness_NM, held_out.likest_of_others())
+    likest_N, held_out_N = trained.likeness_NM.max(axis=1), held_out.likeness_NM.max(axis=1)
     area = area_of(
         np.concatenate([likest_N, held_out_N]),
         np.arange(len(likest_N) + len(held_out_N)) < len(likest_N),
-        np.concatenate(patients),
+        np.concatenate([trained.patient_N, held_out.patient_N]),
     )
-    best = np.argsort(-likest_N)[:SHOWN]
-    nearest_SD = _unit_range(sent.trained.pixels_VD[view_N[best]])
-    return Shown(likest_N, held_out_N, area, pictures_MD[picture_N[best]], nearest_SD)
+    rank_NM = trained.likeness_NM + found_NM  # recognised ones first
+    image_M = rank_NM.argmax(axis=0)
+    best_S = np.argsort(-rank_NM.max(axis=0))[:SHOWN]
+    view_S = [trained.view_of(int(image_M[m]), int(m)) for m in best_S]
+    return Shown(
+        likest_N,
+        held_out_N,
+        np.asarray(found_NM.any(axis=1)),
+        np.asarray(chance_NM.any(axis=1)),
+        area,
+        pictures_MD[best_S],
+        _unit_range(sent.trained.pixels_VD[view_S]),
+    )
 
 
-def _likest(pictures_MD: Float32, views: Views, mean_D: Float32) -> tuple[Float32, Ints, Ints]:
-    """Of each image (N,): its best likeness, the picture that has it, and its view."""
-    likeness, picture = [], []
-    for start in range(0, len(views.image_V), _CHUNK):
-        pixels_VD = _unit_range(views.pixels_VD[start : start + _CHUNK])
-        found_VM = likenesses(pictures_MD, pixels_VD, mean_D)
-        likeness.append(found_VM.max(axis=1))
-        picture.append(found_VM.argmax(axis=1))
-    likeness_V, picture_V = np.concatenate(likeness), np.concatenate(picture)
-    order_V = np.lexsort((-likeness_V, views.image_V))
-    view_N = order_V[np.unique(views.image_V[order_V], return_index=True)[1]]
-    return likeness_V[view_N], picture_V[view_N], view_N
+def _recognised(likeness_NM: Float32, rival_NM: Float32) -> Bools:
+    """``rival_NM``: of the likest other image, held out, to each picture."""
+    left_NM = (1 - likeness_NM**2) / (1 - np.clip(rival_NM, 0, 0.9999) ** 2)
+    return np.asarray((likeness_NM >= RECOGNISABLE) & (left_NM <= APART))
+
+
+@dataclass(frozen=True, eq=False)
+class _Likeness:
+    """Of each image's likest view, by picture."""
+
+    likeness_NM: Float32
+    patient_N: Ints
+    found_VM: Float32
+    """by view, those of an image one after the other"""
+    order_V: Ints
+    first_N: Ints
+
+    @staticmethod
+    def of(pictures_MD: Float32, views: Views, mean_D: Float32) -> _Likeness:
+        order_V = np.argsort(views.image_V, kind="stable")
+        _, first_N = np.unique(views.image_V[order_V], return_index=True)
+        found = [
+            likenesses(pictures_MD, _unit_range(views.pixels_VD[rows]), mean_D)
+            for rows in np.split(order_V, range(_CHUNK, len(order_V), _CHUNK))
+        ]
+        found_VM = np.concatenate(found)
+        likeness_NM = np.maximum.reduceat(found_VM, first_N, axis=0)
+        return _Likeness(likeness_NM, views.patient_V[order_V[first_N]], found_VM, order_V, first_N)
+
+    def likest_of_others(self) -> Float32:
+        """For each image and picture (N, M): the likeness of other patients' likest image."""
+        names_U, patient_N = np.unique(self.patient_N, return_inverse=True)
+        likest_UM = np.full((len(names_U), self.likeness_NM.shape[1]), -1, np.float32)
+        np.maximum.at(likest_UM, patient_N, self.likeness_NM)
+        first_M, picture_M = likest_UM.argmax(axis=0), np.arange(likest_UM.shape[1])
+        best_M = likest_UM.max(axis=0)
+        likest_UM[first_M, picture_M] = -1
+        second_M = likest_UM.max(axis=0)
+        return np.asarray(np.where(patient_N[:, None] == first_M, second_M, best_M))
+
+    def view_of(self, image: int, picture: int) -> int:
+        """The image's view that is likest to a picture."""
+        start = int(self.first_N[image])
+        end = int(self.first_N[image + 1]) if image + 1 < len(self.first_N) else len(self.order_V)
+        return int(self.order_V[start + int(self.found_VM[start:end, picture].argmax())])
 
 
 def _unit_range(pixels_ND: Uint8s) -> Float32:

@@ -72,6 +72,7 @@ def made_attacks() -> dict[str, Any]:
     of_round = {
         "way": "secure sum of 12 labs, clipped and noised",
         "of_plan": True,
+        "noised": True,
         "likeness": 0.85,
         "held_out": 0.7,
         "recognised": 2,
@@ -104,6 +105,7 @@ def made_attacks() -> dict[str, Any]:
             "changed": ["12 of 20 labs, which is easier for the attacker"],
             "confidence": 0.95,
             "recognisable": 0.8,
+            "apart": 0.5,
             "rows": [of_round],
         },
         "seat": {
