@@ -67,7 +67,8 @@ _RESULT_ANSWER_S = 120.0
 _SLOWER, _SLOWEST = 1.3, 12.0
 """Each question for a decision comes later than the one before, up to 12 times ``offer_every_s``:
 people take hours, and each answer is a record in the lab's log."""
-_TLS_BUFFER_BYTES = 1 << 16
+_TLS_BYTES, _MOST_TLS_BYTES, _LEAST_TLS_BYTES = 1 << 20, 1 << 16, 1 << 15
+"""that all connections together read at a time, and each one at most and at least"""
 _SPARE_BYTES = 1 << 22
 """room of a reply beyond its arrays: headers, tallies, shares of secure aggregation"""
 
@@ -142,8 +143,7 @@ class Coordinator:
             timeout_keep_alive=75,
             timeout_graceful_shutdown=3,
         )
-        # Each connection has a buffer of this size for life, a quarter of a MiB if left alone.
-        sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
+        sslproto.SSLProtocol.max_size = _MOST_TLS_BYTES  # of the first connection
         config.load()
         assert config.ssl is not None
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -551,6 +551,11 @@ class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # Each connection has a buffer of this size for life, a quarter of a MiB if left alone.
+        share = min(_MOST_TLS_BYTES, _TLS_BYTES // len(self.connections))
+        sslproto.SSLProtocol.max_size = max(_LEAST_TLS_BYTES, share)  # of the next one
+        # And what waits for a lab that reads slowly, half a MiB if left alone.
+        transport.set_write_buffer_limits(high=_MOST_TLS_BYTES)
         connection = transport.get_extra_info("ssl_object")
         certificate = connection.getpeercert(binary_form=True) if connection else None
         self.app_state: dict[str, Any] = {**self.app_state, CERTIFICATE: certificate or b""}

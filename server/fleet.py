@@ -107,18 +107,22 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 Parts = tuple[Content, ...]
 """bytes one after the other"""
 
-_SPOOL_FROM_BYTES = 1 << 17
+_SPOOL_FROM_BYTES = 1 << 16
 _SEND_AGAIN = 5
 """times that a message is sent again before its lab counts as absent"""
 
 _PUSHES = 20
 """times that a lab may start to upload the reply to one message"""
 
-_SENT_BYTES, _LEAST_SENT_BYTES = 1 << 19, 1 << 16
-"""of all answers at a time, and of each: what waits to be sent is in memory two or three times"""
+_SENT_BYTES, _LEAST_SENT_BYTES = 1 << 19, 1 << 15
+"""that are sent to all labs at a time, and to each: what waits to be sent is in memory several
+times, and each connection keeps buffers of that size"""
 
 _OBJECTS = 4096
 """most objects in one reply"""
+
+_SPOOLING = 4
+"""chunks of uploads that wait to be written"""
 
 _THREADS = 4
 """that handle calls; none of them waits for a lab"""
@@ -404,10 +408,9 @@ class _Calls:
     def __init__(self, link: _Link, *, poll_s: float) -> None:
         self._link, self._poll_s = link, poll_s
         self.state = SimpleNamespace(linkstate_factory=_Holder(link))  # node authentication asks
-        self._sending = 0
-        """answers that are on their way"""
         self._threads = ThreadPoolExecutor(_THREADS, "calls")
         self._spooling = ThreadPoolExecutor(1, "spool")
+        self._behind = threading.Semaphore(_SPOOLING)
         self._signed: dict[int, tuple[str, ...]] = {}
         """the headers with which each node was authenticated last"""
 
@@ -433,17 +436,12 @@ class _Calls:
             (b"content-length", str(sum(map(len, parts))).encode()),
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        self._sending += 1
-        try:
-            for part in parts:
-                at = 0
-                while at < len(part):
-                    piece = part[at : at + max(_LEAST_SENT_BYTES, _SENT_BYTES // self._sending)]
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    at += len(piece)
-            await send({"type": "http.response.body", "body": b""})
-        finally:
-            self._sending -= 1
+        at_once = max(_LEAST_SENT_BYTES, _SENT_BYTES // max(1, len(self._link.sessions)))
+        for part in parts:
+            for at in range(0, len(part), at_once):
+                piece = part[at : at + at_once]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
     async def _answer(self, request: Request) -> Parts:
         if request.headers.get("content-type") != PROTOBUF_MEDIA_TYPE:
@@ -476,9 +474,13 @@ class _Calls:
             fed: Future[None] | None = None
             try:
                 async for chunk in request.stream():
-                    # Hashed and written by a thread while the next comes: two are in memory.
+                    # Hashed and written by a thread while the next comes, if that keeps up.
                     await _done(fed)
-                    fed = self._spooling.submit(arriving.feed, chunk)
+                    if self._behind.acquire(blocking=False):
+                        fed = self._spooling.submit(self._feed, arriving, chunk)
+                    else:
+                        fed = None
+                        arriving.feed(chunk)
                 await _done(fed)
             finally:
                 wait([fed] if fed else [])  # where the body was cut: none is written any more
@@ -487,6 +489,12 @@ class _Calls:
             asked = _Push(told.node, told.run_id, told.object_id, told.session_id, content)
             request.state.protobuf_request = asked
             return await self._aside(self._let_in_and_handle, request, call, asked)
+
+    def _feed(self, arriving: Arriving, chunk: bytes) -> None:
+        try:
+            arriving.feed(chunk)
+        finally:
+            self._behind.release()
 
     def _let_in_and_handle(self, request: Request, call: str, asked: Any) -> Parts:
         return self._handle(call, asked, self._let_in(request, call, asked))

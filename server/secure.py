@@ -6,6 +6,7 @@ the survivors' vectors and with nothing of any single lab.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -259,6 +260,7 @@ class SecureRun:
         )  # fmt: skip
         # What was dealt is not needed once it is delivered, and grows with the cohort's square.
         self._setup, self._next_slot = protocol.delivered(setup), first
+        gc.collect()  # Flower's records are in cycles, and hold all that went to and fro
         return self._setup
 
     def _take_slot(self) -> int:
