@@ -4,9 +4,10 @@ LiRA, Carlini et al., "Membership inference attacks from first principles", IEEE
 arXiv:2112.03570. Of each image the attacker knows how confident models are that were trained with
 it and models that were not (``cytofed.simulations.shadows``); the released model's confidence is
 held against both. Online variant with one variance for all images and for both sides, as the paper
-advises for few shadows; scores of a model are first put on the scale of the others by their median
-and quartiles, since a shadow is trained less than the model that it stands for. A patient's score
-is the mean over the patient's images, against that mean in the shadows.
+advises for few shadows, and for the same reason what training on an image does to its score is
+shrunk to the mean over images; scores of a model are first put on the scale of the others by their
+median and quartiles, since a shadow is trained less than the model that it stands for. A patient's
+score is the mean over the patient's images, against that mean in the shadows.
 
 Members are images that labs trained on, the others held-out images; no patient is on both sides.
 A weak attack is no evidence of privacy: what is printed is "no violation found" at best.
@@ -94,7 +95,7 @@ def report(subjects: Subjects, released_N: Floats, shadow_SN: Floats) -> dict[st
         released_N, shadow_SN, subjects.patient_N, subjects.in_SU, subjects.member_N
     )
     return {
-        "attack": "LiRA, online, one variance (Carlini et al. 2022)",
+        "attack": "LiRA, online, one variance, shrunk (Carlini et al. 2022)",
         "shadows": len(shadow_SN),
         "reduced": list(recipe.reduced),
         "pseudo_patients": subjects.pseudo,
@@ -145,14 +146,22 @@ def _levelled(scores_N: Floats) -> Floats:
 
 
 def likelihood_ratio(released_N: Floats, shadow_SN: Floats, in_SN: Bools) -> Floats:
-    """Log likelihood of "trained on" less that of "not" (N,), both Gaussians of one variance."""
-    in_N, out_N = (
-        (shadow_SN * side_SN).sum(axis=0) / side_SN.sum(axis=0) for side_SN in (in_SN, ~in_SN)
-    )
+    """Log likelihood of "trained on" less that of "not" (N,), both Gaussians of one variance.
+
+    What training on an image does to its score is, of few shadows, mostly noise: each image's
+    figure is drawn to the mean of all by as much as its variance is due to that (James and Stein).
+    """
+    shadows, ins_N = len(shadow_SN), in_SN.sum(axis=0)
+    in_N = (shadow_SN * in_SN).sum(axis=0) / ins_N
+    out_N = (shadow_SN * ~in_SN).sum(axis=0) / (shadows - ins_N)
     off_SN = shadow_SN - np.where(in_SN, in_N, out_N)
     # Two means were taken off each image's scores.
-    variance = float((off_SN**2).mean()) * len(shadow_SN) / max(1, len(shadow_SN) - 2)
-    ratio_N: Floats = (in_N - out_N) * (released_N - (in_N + out_N) / 2) / max(variance, 1e-12)
+    variance = max(float((off_SN**2).mean()) * shadows / max(1, shadows - 2), 1e-12)
+    gain_N = in_N - out_N
+    by_chance = variance * float(np.mean(1 / ins_N + 1 / (shadows - ins_N)))
+    kept = max(0.0, 1 - by_chance / max(float(gain_N.var()), 1e-12))
+    gain_N = gain_N.mean() + kept * (gain_N - gain_N.mean())
+    ratio_N: Floats = gain_N * (released_N - (in_N + out_N) / 2) / variance
     return ratio_N
 
 
