@@ -246,7 +246,7 @@ class Objects:
 
     def announced(self) -> list[bytes]:
         """As many of ``small`` as go with an announcement."""
-        small = self.small()
+        small = sorted(self.small(), key=len)
         ends = accumulate(map(len, small))
         return [item for item, end in zip(small, ends, strict=True) if end <= _ANNOUNCED_BYTES]
 

@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cytofed.client.directory import ClientDirectory
-from cytofed.client.egress import EgressLog, Outgoing
+from cytofed.client.egress import EgressLog, Outgoing, verify
 from cytofed.client.fleet import Answer, FleetLink, unknown_heads
 from cytofed.client.policy import open_ledger
 from cytofed.documents import LedgerHead
@@ -170,6 +170,18 @@ def test_message_and_reply_come_whole_through_both_adapters(line: Line, size: in
     assert not list(line.fleet.spool.iterdir()), "what was collected is gone from the spool"
     assert line.fleet.presence("leeds").online
     assert line.fleet.presence("leeds").version
+
+
+@pytest.mark.parametrize(("size", "requests"), [(10, 0), (100_000, 1), (LARGE, 2)])
+def test_only_large_pieces_take_requests_of_their_own(line: Line, size: int, requests: int) -> None:
+    asked: list[str] = []
+    line.http.event_hooks = {"request": [lambda request: asked.append(request.url.path)]}
+    line.work(lambda _message: Answer(LOGGED, content_of(bytes(size))))
+    assert bytes_of(line.ask(content_of(b"x"))) == bytes(size)
+    assert sum(path.endswith("/push-object") for path in asked) == requests
+    line.link.stop()
+    [record] = verify(line.egress.path, line.lab.identity().public).messages
+    assert sum(record.body["objects"].values()) > size, "what came along is in the log too"
 
 
 def test_message_is_not_given_to_a_connection_whose_lab_asks_on_another(line: Line) -> None:
