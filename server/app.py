@@ -67,7 +67,7 @@ _RESULT_ANSWER_S = 120.0
 _SLOWER, _SLOWEST = 1.3, 12.0
 """Each question for a decision comes later than the one before, up to 12 times ``offer_every_s``:
 people take hours, and each answer is a record in the lab's log."""
-_TLS_BYTES, _MOST_TLS_BYTES, _LEAST_TLS_BYTES = 1 << 20, 1 << 16, 1 << 15
+_TLS_BYTES, _MOST_TLS_BYTES, _LEAST_TLS_BYTES = 1 << 19, 1 << 16, 1 << 14
 """that all connections together read at a time, and each one at most and at least"""
 _SPARE_BYTES = 1 << 22
 """room of a reply beyond its arrays: headers, tallies, shares of secure aggregation"""

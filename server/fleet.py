@@ -114,7 +114,7 @@ _SEND_AGAIN = 5
 _PUSHES = 20
 """times that a lab may start to upload the reply to one message"""
 
-_SENT_BYTES, _LEAST_SENT_BYTES = 1 << 19, 1 << 15
+_SENT_BYTES, _LEAST_SENT_BYTES = 1 << 19, 1 << 14
 """that are sent to all labs at a time, and to each: what waits to be sent is in memory several
 times, and each connection keeps buffers of that size"""
 

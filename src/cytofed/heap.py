@@ -19,9 +19,10 @@ def keep_blocks() -> None:
 
 
 def give_blocks_back() -> None:
-    """Keep blocks of the size of an upload's piece, give whole vectors back: memory is scarcer
-    than time where one process serves all labs."""
-    _set({_MMAP_THRESHOLD: 8 * _MIB, _TRIM_THRESHOLD: 32 * _MIB, _ARENA_MAX: 1})
+    """Keep blocks of the size of what is sent and read at a time, give vectors back, and take
+    nothing for them from among small blocks that stay: memory is scarcer than time where one
+    process serves all labs."""
+    _set({_MMAP_THRESHOLD: _MIB // 2, _TRIM_THRESHOLD: 32 * _MIB, _ARENA_MAX: 1})
 
 
 def _set(options: dict[int, int]) -> None:
