@@ -521,7 +521,11 @@ def _retention(facts: Facts) -> str:
             "the user's cache folder of this machine",
             "delete at will",
         ),
-        ("kept update", "encrypted, for retries", "until the next round or the run's end"),
+        (
+            "kept update",
+            "encrypted, for retries",
+            "until that of the round after next is written over it, or the run's end",
+        ),
         (
             "egress log",
             "signed; personal data of nobody",

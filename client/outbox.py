@@ -3,7 +3,8 @@
 A sealed answer is on the disk before its first byte leaves. Asked again with the very same order,
 the lab sends the very same bytes. Asked for the same round in a later slot (secure aggregation
 needs fresh masks), it masks the very same noised update anew, which is kept for that, encrypted
-under a key of the lab's, until the next round. So no retry trains again, and none spends anything.
+under a key of the lab's, until the next round; the update of the round after that is written over
+it. So no retry trains again, and none spends anything.
 
 ::
 
