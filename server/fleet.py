@@ -477,7 +477,8 @@ class _Calls:
                     # Hashed and written by a thread while the next comes, if that keeps up.
                     await _done(fed)
                     if self._behind.acquire(blocking=False):
-                        fed = self._spooling.submit(self._feed, arriving, chunk)
+                        fed = self._spooling.submit(arriving.feed, chunk)
+                        fed.add_done_callback(lambda _fed: self._behind.release())
                     else:
                         fed = None
                         arriving.feed(chunk)
@@ -489,12 +490,6 @@ class _Calls:
             asked = _Push(told.node, told.run_id, told.object_id, told.session_id, content)
             request.state.protobuf_request = asked
             return await self._aside(self._let_in_and_handle, request, call, asked)
-
-    def _feed(self, arriving: Arriving, chunk: bytes) -> None:
-        try:
-            arriving.feed(chunk)
-        finally:
-            self._behind.release()
 
     def _let_in_and_handle(self, request: Request, call: str, asked: Any) -> Parts:
         return self._handle(call, asked, self._let_in(request, call, asked))
