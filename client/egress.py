@@ -129,7 +129,8 @@ ROUTINE: Mapping[str, int] = MappingProxyType(
     }
 )
 """Messages without content of the lab's, and the most bytes each may have. ``fetch`` asks for an
-object, ``confirm`` says it came, ``push`` announces the hashes of a logged message's objects."""
+object, ``confirm`` says it came, ``push`` announces the hashes of a logged message's objects (the
+small ones go with it, and are the message's, not routine)."""
 
 
 class EgressRefused(RefusedError):

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from cytofed.arrays import Float32, Parts
 from cytofed.errors import InputError
 from cytofed.files import write_atomically
+from cytofed.heap import give_back_the_rest
 from cytofed.messages import (
     BadMessage,
     Kind,
@@ -258,9 +259,11 @@ class SecureRun:
             grid, "accept", setup.requests, 0, absent,
             lambda lab, reply: protocol.check_ready(setup, lab, reply),
         )  # fmt: skip
-        # What was dealt is not needed once it is delivered, and grows with the cohort's square.
+        # What was dealt is not needed once it is delivered.
         self._setup, self._next_slot = protocol.delivered(setup), first
-        gc.collect()  # Flower's records are in cycles, and hold all that went to and fro
+        # What was dealt grows with the cohort's square, and Flower's records hold it in cycles.
+        gc.collect()
+        give_back_the_rest()
         return self._setup
 
     def _take_slot(self) -> int:

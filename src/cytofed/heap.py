@@ -25,8 +25,14 @@ def give_blocks_back() -> None:
     _set({_MMAP_THRESHOLD: _MIB // 2, _TRIM_THRESHOLD: 32 * _MIB, _ARENA_MAX: 1})
 
 
-def _set(options: dict[int, int]) -> None:
+def give_back_the_rest() -> None:
+    """Give the pages of freed small blocks back as well, once there was use for uncommonly many."""
     with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _set(options: dict[int, int]) -> None:
+    with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value in options.items():
             libc.mallopt(option, value)
