@@ -261,10 +261,10 @@ def _round(found: Json) -> str:
         "augmentation and fixed-point sum. Only the net is another: its first layer sees pixels, "
         f"so it hides less than convolutions do{changed}. Each of its pictures is held against "
         "every image as training saw it, and against held-out images of the same labs. "
-        f"Recognised: a likeness of {number(found['recognisable'])} or more, of which at most "
-        f"{found['apart']:.0%} as much is left unexplained as of any held-out image; of held-out "
-        "images the same, which is what chance does. AUC: how well likeness tells the two apart; "
-        ".5 is not at all."
+        f"Recognised: a likeness of {number(found['recognisable'])} or more to a picture that "
+        f"leaves at most {found['apart']:.0%} as much of the cell unexplained as of any held-out "
+        "image. The same rule on held-out images tells what chance does. AUC: how well likeness "
+        "tells the two apart; .5 is not at all."
     )
     head = ["what is sent", "what it shows", "best likeness", "of held-out", "recognised"]
     head += ["of held-out", "AUC"]
