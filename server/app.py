@@ -554,6 +554,8 @@ class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         # Each connection has a buffer of this size for life, a quarter of a MiB if left alone.
         share = min(_MOST_TLS_BYTES, _TLS_BYTES // len(self.connections))
         sslproto.SSLProtocol.max_size = max(_LEAST_TLS_BYTES, share)  # of the next one
+        # What came and is not read yet, of a body that is taken slowly: a quarter of a MiB too.
+        transport.set_read_buffer_limits(high=max(_LEAST_TLS_BYTES, share))
         # And what waits for a lab that reads slowly, half a MiB if left alone.
         transport.set_write_buffer_limits(high=_MOST_TLS_BYTES)
         connection = transport.get_extra_info("ssl_object")
