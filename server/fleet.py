@@ -541,7 +541,7 @@ class _Calls:
         run_id, wanted = asked.messages_list[0].metadata.run_id, set(found.objects_to_push)
         for number, content in enclosed_in(asked).items():
             if number in wanted:
-                self._link.uploads[found.session_id].room -= len(content)
+                _take_room(self._link.uploads[found.session_id], len(content))
                 self._link.store_object(run_id, found.session_id, number, content)
                 found.objects_to_push.remove(number)
 
@@ -579,9 +579,7 @@ class _Calls:
             upload = self._link.uploads.get(asked.session_id) if asked.session_id else None
             if upload is None or upload.node != node:
                 raise HTTPException(403, "not yours")
-            upload.room -= len(asked.object_content)
-            if upload.room < 0:
-                raise HTTPException(413, "the reply is larger than any that was asked for")
+            _take_room(upload, len(asked.object_content))
         elif call == "confirm-message-received":
             own = self._link.deliveries.get(asked.message_object_id)
             if own is None or own.node != node:
@@ -607,6 +605,13 @@ _CALLS: Mapping[str, _Call] = {
         ConfirmMessageReceivedRequest, fleet_handlers.confirm_message_received, takes_store=True
     ),
 }
+
+
+def _take_room(upload: _Upload, size: int) -> None:
+    """Count what came of a reply. Errors: HTTPException 413."""
+    upload.room -= size
+    if upload.room < 0:
+        raise HTTPException(413, "the reply is larger than any that was asked for")
 
 
 async def _done(work: Future[None] | None) -> None:
