@@ -336,7 +336,7 @@ def _train(order: Order, lab: Lab, net: _Net, on_step: OnStep | None) -> Update:
     private = lab.plan.privacy.unit != "none"
     trained = (_train_privately if private else _train_plainly)(order, lab, net, correction, step)
     end_P = models.flatten(net.net, net.manifest)
-    local = LocalRound(order.parts["weights"], end_P, trained.reach)
+    local = LocalRound(order.parts["weights"], end_P, trained.reach, trained.momentum_P)
     parts, remembered = half.finish(order.parts, memory, local)
     if half.local_roles:
         remembered = {**remembered, "own": end_P}
@@ -383,6 +383,7 @@ class _Outcome:
     reach: float
     loss: float
     train_s: float
+    momentum_P: Float32 | None
 
 
 def _train_plainly(
@@ -413,6 +414,7 @@ def _train_plainly(
         reach=trained.reach,
         loss=trained.loss,
         train_s=trained.train_s,
+        momentum_P=trained.momentum_P,
     )
 
 
@@ -457,6 +459,7 @@ def _train_privately(
         loss=math.nan,
         # How long it took says how many patients were drawn: only a simulation tells.
         train_s=trained.train_s if randomness.simulated else 0.0,
+        momentum_P=trained.momentum_P,
     )
 
 

@@ -64,6 +64,7 @@ class PrivatelyTrained:
     train_s: float
     patients: int
     non_finite: int
+    momentum_P: Float32 | None = None
 
 
 def train_privately(
@@ -104,6 +105,7 @@ def train_privately(
         trained = models.manifest(net, plan.model.trainable)
         parameters = training.select(net, trained)
         inner = training.make_optimizer(parameters, settings)
+        momentum = training.Momentum(inner, parameters, settings, correction)
         optimizer = PatientOptimizer(inner, net, mechanism=mechanism, randomness=randomness)
         average = training.Average(parameters, settings.ema)
         reach = training.Reach(settings)
@@ -131,7 +133,12 @@ def train_privately(
         average.finish()
         inner.zero_grad(set_to_none=True)
     return PrivatelyTrained(
-        steps, reach.total, time.perf_counter() - started_s, patients, non_finite
+        steps,
+        reach.total,
+        time.perf_counter() - started_s,
+        patients,
+        non_finite,
+        momentum.at_end(),
     )
 
 

@@ -56,13 +56,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training did. ``loss``: mean over all steps; ``reach``: see ``Reach``."""
+    """What local training did. ``loss``: mean over all steps; ``reach``: see ``Reach``;
+    ``momentum_P``: the optimizer's at the end, where the correction gave one."""
 
     loss: float
     steps: int
     images: int
     reach: float
     train_s: float
+    momentum_P: Float32 | None = None
 
 
 def train(
@@ -107,6 +109,7 @@ def train(
         parameters = select(net, trained)
         trained_part = net if features_NF is None else net.get_submodule("head")
         optimizer = make_optimizer(parameters, settings)
+        momentum = Momentum(optimizer, parameters, settings, correction)
         pull = _Pull(parameters, correction)
         average = Average(parameters, settings.ema)
         level = HeadLevel(net, objective.present_C)
@@ -148,6 +151,7 @@ def train(
         images=images,
         reach=reach.total,
         train_s=time.perf_counter() - started_s,
+        momentum_P=momentum.at_end(),
     )
 
 
@@ -385,7 +389,16 @@ def count_steps(settings: Train, images: int) -> int:
     """Steps of one round for a lab with ``images``, at least one."""
     if settings.steps_per_round is not None:
         return settings.steps_per_round
-    return max(1, round(settings.local_epochs * images / min(settings.batch, images)))
+    if settings.steps_per_epoch is not None:
+        return max(1, round(settings.local_epochs * settings.steps_per_epoch))
+    return max(1, round(settings.local_epochs * images / batch_size(settings, images)))
+
+
+def batch_size(settings: Train, images: int) -> int:
+    """Images of a step for a lab with ``images``, at least one."""
+    if settings.steps_per_epoch is not None:
+        return max(1, round(images / settings.steps_per_epoch))
+    return min(settings.batch, images)
 
 
 def draw_batches(
@@ -393,7 +406,7 @@ def draw_batches(
 ) -> Iterator[npt.NDArray[np.int64]]:
     """Indices of each step's images; every batch is full, an epoch may end inside one."""
     count = len(targets_NC)
-    size = min(settings.batch, count)
+    size = batch_size(settings, count)
     rng = np.random.default_rng(_seeds(seed)[0])
     chance_N = None
     if settings.balance == "sampler":
@@ -446,6 +459,49 @@ class _Pull:
                 gradient.add_(self.parameters[index] - self.start[index], alpha=self.pull)
             if self.offset:
                 gradient.add_(self.offset[index])
+
+
+class Momentum:
+    """Starts the optimizer's momentum where a strategy says, and tells where it ends.
+
+    Errors: InputError for an optimizer that has none.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        settings: Train,
+        correction: Correction | None,
+    ) -> None:
+        self.optimizer, self.parameters = optimizer, parameters
+        self.shared = correction is not None and correction.momentum_P is not None
+        if correction is None or correction.momentum_P is None:
+            return
+        if settings.optimizer != "sgd" or settings.momentum == 0:
+            raise InputError(
+                f"the strategy shares momentum, and train.optimizer={settings.optimizer} with "
+                f"train.momentum={settings.momentum:g} has none to share",
+                hint="set train.optimizer=sgd and train.momentum=0.9",
+            )
+        sizes = [p.numel() for p in parameters]
+        if correction.momentum_P.shape != (sum(sizes),):
+            raise InputError(
+                f"Expected a momentum of shape ({sum(sizes)},), found {correction.momentum_P.shape}"
+            )
+        flat_P = torch.from_numpy(np.array(correction.momentum_P, np.float32))
+        for parameter, part in zip(parameters, torch.split(flat_P, sizes), strict=True):
+            # As the parameter lies in memory: kernels are channels last.
+            buffer = torch.empty_like(parameter, requires_grad=False)
+            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(part.view(parameter.shape))
+
+    def at_end(self) -> Float32 | None:
+        """The momentum (P,) after the last step, where it was given one."""
+        if not self.shared:
+            return None
+        buffers = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
+        momentum_P: Float32 = torch.cat([b.reshape(-1) for b in buffers]).to("cpu").numpy()
+        return momentum_P
 
 
 class Average:

@@ -54,6 +54,8 @@ from cytofed.strategies.strategy import Correction, LocalRound, Strategy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from cytofed.client.private import PrivatelyTrained
+    from cytofed.client.training import Trained
     from cytofed.models import Classifier
 
 PASSES = 24_000
@@ -364,16 +366,17 @@ class _Round:
             pixels.append(_bytes_of(inputs[0])[kept_B])
 
         hook = self.net.register_forward_pre_hook(see)
-        weight, steps, reach = self._trained(lab, cells, half.prepare(down, {}), terms)
+        weight, trained = self._trained(lab, cells, half.prepare(down, {}), terms)
         hook.remove()
         end_P = models.flatten(self.net, self.manifest)
-        parts, _ = half.finish(down, {}, LocalRound(self.start_P, end_P, reach))
+        local = LocalRound(self.start_P, end_P, trained.reach, trained.momentum_P)
+        parts, _ = half.finish(down, {}, local)
         seen = place.views(lab.train, np.concatenate(index), np.concatenate(pixels))
         return _Update(
             lab.name,
             {name: parts[name] for name in half.up},
             weight,
-            steps,
+            trained.steps,
             seen,
             self._held_out(place, len(seen.image_V) / max(1, len(np.unique(seen.image_V)))),
         )
@@ -385,8 +388,8 @@ class _Round:
 
     def _trained(
         self, lab: Lab, cells: Cells, correction: Correction | None, terms: Terms | None
-    ) -> tuple[float, int, float]:
-        """Train in place; weight, steps and reach of the update."""
+    ) -> tuple[float, Trained | PrivatelyTrained]:
+        """Train in place; the update's weight and what was done."""
         from cytofed.client import private, training
 
         plan = self.plan
@@ -403,7 +406,7 @@ class _Round:
                 seed=derive(plan.train.seed, "train", lab.stream, lab.name, _ROUND),
                 device="cpu",
             )
-            return float(len(cells)), plainly.steps, plainly.reach
+            return float(len(cells)), plainly
         assert lab.declared_patients is not None
         privately = private.train_privately(
             self.net,
@@ -418,7 +421,7 @@ class _Round:
             correction=correction,
             device="cpu",
         )
-        return float(lab.declared_patients), privately.steps, privately.reach
+        return float(lab.declared_patients), privately
 
     def _held_out(self, place: _Place, views_each: float) -> Views:
         """Held-out images, changed as often as those trained on were."""

@@ -185,8 +185,17 @@ class VirtualLabs:
 
 
 def baseline_plan(plan: Plan) -> Plan:
-    """The plan of the central model and the labs' own: as much training, nothing federated."""
-    return replace(plan, strategy=StrategySpec(), secure_aggregation=SecureAggregation())
+    """The plan of the central model and the labs' own: as many epochs, nothing federated.
+
+    Rounds that are shorter than an epoch last one here: nobody waits to be averaged.
+    """
+    train = plan.train
+    if train.steps_per_round is None and train.local_epochs < 1:
+        epochs = train.rounds * train.local_epochs
+        rounds = max(1, round(epochs))
+        train = replace(train, rounds=rounds, local_epochs=epochs / rounds)
+    plan = replace(plan, train=train, strategy=StrategySpec())
+    return replace(plan, secure_aggregation=SecureAggregation())
 
 
 def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Path) -> VirtualLabs:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from cytofed.errors import InputError
 from cytofed.plan import StrategySpec
 from cytofed.strategies.fedavg import fedavg
+from cytofed.strategies.fednag import fednag
 from cytofed.strategies.fedopt import fedadam, fedavgm, fedyogi
 from cytofed.strategies.fedprox import fedprox
 from cytofed.strategies.local_norms import local_norms
@@ -21,6 +22,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     for function in (
         fedavg,
         fedprox,
+        fednag,
         fedavgm,
         fedadam,
         fedyogi,

@@ -24,10 +24,14 @@ State = Mapping[str, Float32]
 
 @dataclass(frozen=True)
 class Correction:
-    """Added to every local gradient: ``pull * (w - w_start) + offset_P``."""
+    """Added to every local gradient: ``pull * (w - w_start) + offset_P``.
+
+    ``momentum_P``: what the optimizer's momentum starts from; left out, it starts from rest.
+    """
 
     pull: float = 0.0
     offset_P: Float32 | None = None
+    momentum_P: Float32 | None = None
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class LocalRound:
     """What a lab knows after its local training of one round.
 
     ``reach``: how far a weight would have gone whose gradient was 1 all along; with plain SGD the
-    sum of the learning rates.
+    sum of the learning rates. ``momentum_P``: the optimizer's at the end, where the correction gave
+    one at the start.
     """
 
     start_P: Float32
     end_P: Float32
     reach: float
+    momentum_P: Float32 | None = None
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,11 @@ def _training(summary: Mapping[str, Any], plan: Plan) -> str:
         if train.steps_per_round is not None
         else f"local epochs {train.local_epochs:g}"
     )
+    batch = (
+        f"batch {train.batch}"
+        if train.steps_per_epoch is None
+        else f"{train.steps_per_epoch} batches an epoch"
+    )
     start = "random weights" if plan.model.start == "random" else _text(plan.model.start)
     seed = summary.get("seed", train.seed)
     drift = plan.privacy.noise_drift if plan.privacy.unit != "none" else None
@@ -129,8 +134,8 @@ def _training(summary: Mapping[str, Any], plan: Plan) -> str:
     }[train.mask_absent]
     return (
         "## Training\n\n"
-        f"- {summary.get('rounds', 0)} of {train.rounds} rounds, {per_round}, batch "
-        f"{train.batch}, {train.optimizer}, {rate}, seed {seed}\n"
+        f"- {summary.get('rounds', 0)} of {train.rounds} rounds, {per_round}, "
+        f"{batch}, {train.optimizer}, {rate}, seed {seed}\n"
         f"- Start: {start}; trained part: {plan.model.trainable}\n"
         f"- Class imbalance: {train.balance}; left out of a lab's loss: {absent}"
     )

@@ -73,12 +73,16 @@ class Augment:
 
 @dataclass(frozen=True)
 class Train:
-    """Local training. ``steps_per_round`` replaces ``local_epochs`` where it is given."""
+    """Local training. ``steps_per_round`` replaces ``local_epochs`` where it is given, and
+    ``steps_per_epoch`` replaces ``batch``."""
 
     rounds: int = 10
     local_epochs: float = 1.0
     steps_per_round: int | None = None
     batch: int = 32
+    steps_per_epoch: int | None = None
+    """every lab cuts its images into so many batches: labs of any size make as many steps, and a
+    step of the cohort sees the same share of all images however many labs hold them"""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = 2e-3
     momentum: float = 0.9
@@ -384,6 +388,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _build_strategy(tree: Mapping[str, Any], source: str) -> StrategySpec:
     options = {str(k): v for k, v in tree.items() if k != "name"}
     for key, value in options.items():
+        if isinstance(value, Mapping):
+            raise InputError(
+                f"{source}: strategy.{key} is {shown(value)}, expected a number",
+                hint="options stand beside the name: strategy.momentum=0.5",
+            )
         options[key] = convert(float, value, f"strategy.{key}", source)
     name = convert(str, tree.get("name", "fedavg"), "strategy.name", source)
     return StrategySpec(name=name, options=options)
@@ -414,6 +423,7 @@ def _check_values(plan: Plan) -> None:
     _above_zero("train.local_epochs", train.local_epochs)
     _bound("train.steps_per_round", train.steps_per_round, 1)
     _bound("train.batch", train.batch, 1)
+    _bound("train.steps_per_epoch", train.steps_per_epoch, 1)
     _above_zero("train.lr", train.lr)
     _bound("train.momentum", train.momentum, 0, 0.9999)
     _bound("train.weight_decay", train.weight_decay, 0)

@@ -43,6 +43,14 @@ def check_plan(plan: Plan) -> list[str]:
         )
     _check_scores(plan)
     warnings = []
+    if "momentum" in strategy.lab.up and (
+        plan.train.optimizer != "sgd" or plan.train.momentum == 0
+    ):
+        raise InputError(
+            f"strategy {strategy.name} shares momentum, and train.optimizer="
+            f"{plan.train.optimizer} with train.momentum={plan.train.momentum:g} has none to share",
+            hint="set train.optimizer=sgd and train.momentum=0.9, or strategy.name=fedavg",
+        )
     if "control" in strategy.lab.up and plan.train.optimizer != "sgd":
         warnings.append(
             f"strategy {strategy.name} takes local paths for sums of gradients: that holds with "

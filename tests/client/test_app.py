@@ -27,6 +27,7 @@ from cytofed.messages import (
 )
 from cytofed.plan import Plan, from_dict
 from cytofed.start import START_FILE, Start, read_start, write_start
+from cytofed.strategies import make_strategy
 
 PLAN = from_dict(
     {
@@ -77,8 +78,8 @@ class Desk:
     def train(self, **changes: Any) -> Update:
         reply = self.send(**changes)
         assert not reply.has_error(), reply.error
-        parts = ("weights", "control") if "scaffold" in self.lab.plan.strategy.name else None
-        return unpack_update(reply, parts=parts or ("weights",), size=self.start.manifest.size)
+        parts = make_strategy(self.lab.plan.strategy).lab.up
+        return unpack_update(reply, parts=parts, size=self.start.manifest.size)
 
     def refusal(self, reply: Message) -> str:
         assert reply.has_error()
@@ -256,6 +257,21 @@ def test_local_norms_are_used_in_evaluation_of_the_round_they_were_trained_in(
     with_own = unpack_evaluation(at.send("evaluate", parts=mixed), classes=classes)
     expected = unpack_evaluation(desk(PLAN).send("evaluate", parts=whole), classes=classes)
     assert (with_own.tally.vector_D == expected.tally.vector_D).all()
+
+
+def test_fednag_sends_its_momentum_and_remembers_nothing(desk: Callable[..., Desk]) -> None:
+    plan = replace(
+        with_strategy("fednag"), train=replace(PLAN.train, optimizer="sgd", lr=0.01, warmup=0)
+    )
+    at = desk(plan)
+    zeros = np.zeros_like(at.start.weights_P)
+    first = at.train(round=1, parts={"weights": at.start.weights_P, "momentum": zeros}).parts
+    assert first["momentum"].any()
+    assert not at.lab.memory.load("federation", 2)
+    on = {"weights": at.start.weights_P, "momentum": first["momentum"]}
+    carried = at.train(round=1, parts=on).parts
+    faster = np.linalg.norm(carried["weights"]) / np.linalg.norm(first["weights"])
+    assert faster > 1.3, "it starts with what was shared"
 
 
 def test_scaffold_sends_and_remembers_its_control_variate(desk: Callable[..., Desk]) -> None:

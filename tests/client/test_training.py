@@ -70,10 +70,15 @@ def cells_of(pixels: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Cel
 
 
 def run(
-    cells: Cells, plan: Plan = PLAN, seed: int = 3, net_seed: int = 0, **options: Any
+    cells: Cells,
+    plan: Plan = PLAN,
+    seed: int = 3,
+    net_seed: int = 0,
+    net: models.Classifier | None = None,
+    **options: Any,
 ) -> tuple[Float32, Trained]:
-    """Weights after one round's training, and what it reports."""
-    net = models.build(plan.model, cells.targets_NC.shape[1], seed=net_seed)
+    """Weights after one round's training of a net (a new one unless given), and what it reports."""
+    net = net or models.build(plan.model, cells.targets_NC.shape[1], seed=net_seed)
     options = {"progress_start": 0.0, "progress_end": 1.0, "device": "cpu", **options}
     trained = training.train(net, cells, plan, seed=seed, **options)
     return models.flatten(net, models.manifest(net, "all")), trained
@@ -214,6 +219,16 @@ def test_fractional_epochs_and_steps_per_round_count_steps() -> None:
     assert training.count_steps(replace(settings, steps_per_round=7), 100) == 7
 
 
+def test_with_steps_per_epoch_labs_of_any_size_make_as_many_steps_over_the_same_share() -> None:
+    settings = Train(batch=1000, local_epochs=0.125, steps_per_epoch=64)
+    for images in (5, 640, 6400):
+        assert training.count_steps(settings, images) == 8
+        targets = np.ones((images, 2), bool)
+        sizes = [len(b) for b in training.draw_batches(settings, targets, 8, seed=0)]
+        assert sizes == [max(1, images // 64)] * 8
+    assert training.count_steps(replace(settings, steps_per_round=3), 640) == 3
+
+
 def test_one_epoch_shows_every_image_once_and_batches_are_full() -> None:
     targets = np.ones((23, 2), bool)
     batches = list(training.draw_batches(Train(batch=5), targets, 23, seed=0))
@@ -313,9 +328,52 @@ def test_reach_is_how_far_a_gradient_of_one_carries_a_weight(momentum: float, em
         assert reach.total == pytest.approx(sum(rates))
 
 
+def test_shared_momentum_is_where_the_optimizer_starts_and_where_it_ends() -> None:
+    cells = blobs()
+    plan = changed(optimizer="sgd", momentum=0.9, weight_decay=0.0, steps_per_round=1, warmup=0.0)
+    start, _ = run(cells, replace(plan, train=replace(plan.train, lr=1e-12)))
+    rate = plan.train.lr
+    plain, without = run(cells, plan)
+    gradient = (start - plain) / (1.9 * rate)  # Nesterov's first step from rest
+    given = np.linspace(-0.1, 0.1, len(plain), dtype=np.float32)
+    moved, trained = run(cells, plan, correction=Correction(momentum_P=given))
+    assert without.momentum_P is None
+    assert trained.momentum_P is not None
+    np.testing.assert_allclose(trained.momentum_P, 0.9 * given + gradient, atol=1e-3)
+    np.testing.assert_allclose(
+        moved, start - rate * (gradient + 0.9 * trained.momentum_P), atol=1e-5
+    )
+
+
+def test_two_rounds_that_share_momentum_are_one_round_of_twice_the_steps() -> None:
+    cells = blobs((2, 2, 2, 2))  # one batch of all: which images a step has is no matter
+    still = Augment(flip=False, rotate=False, shift=0, scale=0, stain=0)
+    once = changed(
+        optimizer="sgd", lr=0.01, steps_per_round=6, schedule="constant", warmup=0, augment=still
+    )
+    half = replace(once, train=replace(once.train, steps_per_round=3))
+    zeros = np.zeros_like(run(cells, once)[0])
+    net = models.build(once.model, 4, seed=0)
+    _, first = run(cells, half, net=net, correction=Correction(momentum_P=zeros))
+    twice, _ = run(cells, half, net=net, correction=Correction(momentum_P=first.momentum_P))
+    whole, _ = run(cells, once)
+    np.testing.assert_allclose(twice, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"momentum": 0.0}])
+def test_an_optimizer_without_momentum_has_none_to_share(settings: dict[str, Any]) -> None:
+    plan = changed(**{"optimizer": "sgd", **settings})
+    zeros = np.zeros_like(run(blobs(), plan)[0])
+    with pytest.raises(InputError, match="none to share"):
+        run(blobs(), plan, correction=Correction(momentum_P=zeros))
+
+
 def test_a_correction_of_wrong_size_is_refused() -> None:
     with pytest.raises(InputError, match="correction of shape"):
         run(blobs(), correction=Correction(offset_P=np.zeros(3, np.float32)))
+    sgd = changed(optimizer="sgd", momentum=0.9)
+    with pytest.raises(InputError, match="momentum of shape"):
+        run(blobs(), sgd, correction=Correction(momentum_P=np.zeros(3, np.float32)))
 
 
 @pytest.mark.parametrize("trainable", ["head", "norms"])

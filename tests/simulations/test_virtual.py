@@ -13,10 +13,11 @@ import pytest
 
 from cytofed.client.memory import FolderMemory
 from cytofed.console import RunProgress
+from cytofed.plan import from_dict
 from cytofed.simulations import simulate as simulation
 from cytofed.simulations.partitions import parse_partition
 from cytofed.simulations.simulate import Request
-from cytofed.simulations.virtual import VirtualLabs
+from cytofed.simulations.virtual import VirtualLabs, baseline_plan
 
 Small = Callable[..., Request]
 PARTITIONS = ("iid", "dirichlet:0.3", "classes:2", "quantity:1", "acquisition", "iid+missing:1")
@@ -139,3 +140,18 @@ def test_memories_of_labs_and_runs_are_apart_and_few_files(tmp_path: Path) -> No
     assert memory.load("central", 9) == {}
     assert len(list(tmp_path.rglob("*.safetensors"))) <= 3
     assert memory.load("federation", 8)["control"].tolist() == [7.0] * 3
+
+
+def test_one_place_has_as_many_epochs_in_rounds_of_one() -> None:
+    plan = from_dict(
+        {
+            "train": {"rounds": 300, "local_epochs": 0.07, "optimizer": "sgd"},
+            "strategy": {"name": "fednag"},
+        }
+    )
+    train = baseline_plan(plan).train
+    assert train.rounds == 21
+    assert train.rounds * train.local_epochs == pytest.approx(300 * 0.07)
+    assert baseline_plan(plan).strategy.name == "fedavg"
+    whole_epochs = replace(plan, train=replace(plan.train, rounds=5, local_epochs=2.0))
+    assert baseline_plan(whole_epochs).train.rounds == 5

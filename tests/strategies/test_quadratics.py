@@ -16,6 +16,7 @@ from cytofed.arrays import Float32, Parts
 from cytofed.client.training import Reach
 from cytofed.plan import Train
 from cytofed.strategies.fedavg import fedavg
+from cytofed.strategies.fednag import fednag
 from cytofed.strategies.fedopt import fedadam, fedavgm, fedyogi
 from cytofed.strategies.fedprox import fedprox
 from cytofed.strategies.local_norms import local_norms
@@ -62,14 +63,15 @@ def train(
     """Gradient descent at one lab with the strategy's correction."""
     correction = strategy.lab.prepare(order, memory)
     w_P = order["weights"].copy()
-    velocity_P = np.zeros_like(w_P)
+    given_P = None if correction is None else correction.momentum_P
+    velocity_P = np.zeros_like(w_P) if given_P is None else given_P
     for _ in range(steps):
         gradient_P = lab.gradient(w_P)
         if correction is not None:
             gradient_P = gradient_P + correction.pull * (w_P - order["weights"])
             if correction.offset_P is not None:
                 gradient_P = gradient_P + correction.offset_P
-        velocity_P = momentum * velocity_P + gradient_P
+        velocity_P = (momentum * velocity_P + gradient_P).astype(np.float32)
         w_P = (w_P - lr * (gradient_P + momentum * velocity_P)).astype(np.float32)
     if reach is None:
         settings = Train(optimizer="sgd", momentum=momentum)
@@ -77,7 +79,8 @@ def train(
         for _ in range(steps):
             carried.step(lr)
         reach = carried.total
-    return strategy.lab.finish(order, memory, LocalRound(order["weights"], w_P, reach))
+    ended_P = None if given_P is None else velocity_P
+    return strategy.lab.finish(order, memory, LocalRound(order["weights"], w_P, reach, ended_P))
 
 
 def federate(
@@ -126,6 +129,19 @@ def test_fedavg_moves_by_the_mean_update() -> None:
 
 def test_fedavg_with_one_local_step_is_gradient_descent_on_the_sum() -> None:
     assert distance(federate(fedavg(), rounds=400, steps=1)) < 1e-3
+
+
+def test_fednag_with_one_local_step_is_nesterovs_method_on_the_sum_and_fedavg_is_not() -> None:
+    one_place = [Quadratic(np.mean([k.a_PP for k in LABS], axis=0), optimum(LABS).astype(float))]
+    for rounds in (1, 2, 7, 30):
+        apart = federate(fednag(), rounds=rounds, steps=1, lr=0.05, momentum=0.9)
+        together = federate(fednag(), one_place, rounds=rounds, steps=1, lr=0.05, momentum=0.9)
+        np.testing.assert_allclose(apart, together, atol=1e-4)
+    # One lab that shares with nobody is an optimizer that never stops.
+    whole = federate(fedavg(), one_place, rounds=1, steps=30, lr=0.05, momentum=0.9)
+    np.testing.assert_allclose(whole, together, atol=1e-4)
+    restarted = federate(fedavg(), one_place, rounds=30, steps=1, lr=0.05, momentum=0.9)
+    assert np.abs(restarted - whole).max() > 0.05
 
 
 def test_fedavg_weighs_labs_by_their_images() -> None:
@@ -198,7 +214,7 @@ def test_coordinator_optimizers_reach_the_optimum_with_one_local_step(strategy: 
 
 @pytest.mark.parametrize(
     "strategy",
-    [fedavg(), fedprox(), fedavgm(), fedadam(), fedyogi(), scaffold(), local_norms()],
+    [fedavg(), fedprox(), fedavgm(), fednag(), fedadam(), fedyogi(), scaffold(), local_norms()],
     ids=lambda strategy: strategy.name,
 )
 def test_state_is_float32_and_a_step_leaves_the_old_state_alone(strategy: Strategy) -> None:
