@@ -45,7 +45,7 @@ from scipy.special import stdtrit
 
 from cytofed.console import SweepProgress
 from cytofed.files import write_atomically
-from cytofed.plan import load_plan
+from cytofed.plan import load_plan, to_dict
 from cytofed.simulations.sweep import read_sweep, run_sweep
 
 HERE = Path(__file__).resolve().parent
@@ -71,11 +71,24 @@ CONDITIONS = (
     Condition("classes, Dirichlet .3", 6, "dirichlet:0.3", 0.02),
     Condition("classes, stain, missing", 6, "dirichlet:0.1+stain:0.1+missing:1", 0.03),
 )
-ONE_PLACE: dict[str, Any] = {"labs": 1, "partition": "iid", "strategy.name": "fedavg"}
+ONE_PLACE: dict[str, Any] = {
+    "labs": 1,
+    "partition": "iid",
+    "strategy.name": "fedavg",
+    "train.rounds": 20,
+    "train.local_epochs": 1.0,
+    "train.steps_per_epoch": None,
+    "train.batch": 16,
+    "train.lr": 0.02,
+}
+"""the best training that we know for one place, at as many epochs as the plan has"""
 HEAD: dict[str, Any] = {
     "model.arch": "encoder+head",
     "model.start": "blood",
+    "strategy.name": "scaffold",
     "train.rounds": 60,
+    "train.local_epochs": 1.0,
+    "train.steps_per_epoch": None,
     "train.batch": 32,
     "train.lr": 0.05,
     "evaluation.calibration": 0.0,
@@ -112,13 +125,17 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
     }
     head = {**compared, "name": "head", "set": {**compared["set"], **HEAD, **fewer}}
     alone = {**compared, "name": "alone", "grid": {"evaluation.fold": [0]}, "seeds": [0]}
-    strategy = load_plan("marrow").strategy.name
+    tree = to_dict(load_plan("marrow"))
+    planned = {key: tree[key.split(".")[0]][key.split(".")[1]] for key in ONE_PLACE if "." in key}
     whole = {
         **compared,
         "name": "whole",
-        "set": {"evaluation.every": 100, **fewer},
+        "set": {"evaluation.every": 100},
         # One place is the same for all: trained once a fold and seed, not beside each condition.
-        "list": [ONE_PLACE, *({**labs, "strategy.name": strategy} for labs in conditions)],
+        "list": [
+            {**values, **fewer}
+            for values in (ONE_PLACE, *({**planned, **labs} for labs in conditions))
+        ],
     }
     # As `cytofed plan check` advises where a lab has few patients: all of them in each step.
     private = {

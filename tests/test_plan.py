@@ -220,12 +220,12 @@ def test_privacy_changes_the_defaults_and_nothing_that_the_user_names(tmp_path: 
 
 
 def test_start_of_a_builtin_plan_goes_with_its_architecture() -> None:
-    assert load_plan("marrow").model.start == "blood-head"
+    assert load_plan("marrow").model.start == "blood"
     assert load_plan("marrow", ["model.width=8"]).model.start == "random"
     assert load_plan("marrow", ["model.arch=cytonet"]).model.start == "random"
     named = load_plan("marrow", ["model.arch=encoder+head", "model.start=blood"])
     assert (named.model.arch, named.model.start) == ("encoder+head", "blood")
-    assert load_plan("marrow", ["model.trainable=norms"]).model.start == "blood-head"
+    assert load_plan("marrow", ["model.trainable=norms"]).model.start == "blood"
 
 
 def test_privacy_alone_trains_a_head_on_frozen_public_features(tmp_path: Path) -> None:

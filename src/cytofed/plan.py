@@ -244,7 +244,7 @@ class Plan:
 
 PRIVATE_DEFAULTS: Mapping[str, Any] = {
     "train": {"rounds": 10, "local_epochs": 0.5, "optimizer": "sgd", "lr": 0.3, "warmup": 0.0},
-    "evaluation": {"calibration": 0.0},
+    "evaluation": {"calibration": 0.0, "every": 1},
 }
 """what ``load_plan`` takes under differential privacy where the user names nothing else: few
 steps, since each costs noise on all, SGD, since Adam scales noise up to full steps, and no
