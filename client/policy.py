@@ -174,7 +174,7 @@ def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parame
         if limit is not None:
             rounds = max_rounds(cost, epsilon=limit, delta=delta, before=before)
     per_round, evaluation = bytes_out(offer, parameters)
-    evaluations = -(-plan.train.rounds // plan.evaluation.every) if evaluation else 0
+    evaluations = -(-plan.train.rounds // plan.evaluated_every) if evaluation else 0
     return Price(
         rounds=plan.train.rounds,
         steps_per_round=plan.train.steps_per_round if terms is None else terms.training.steps,

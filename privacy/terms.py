@@ -133,7 +133,7 @@ def terms_of(plan: Plan) -> Terms | None:
         cells_per_unit=settings.cells_per_patient if settings.unit == "patient" else 1,
         guarantee=price([whole], settings.delta),
         evaluation=None if scores is None else Gaussian(settings.unit, scores, 1),
-        evaluate_every=plan.evaluation.every,
+        evaluate_every=plan.evaluated_every,
     )
 
 

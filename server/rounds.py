@@ -145,7 +145,7 @@ def run_rounds(
     """
 
     def is_due(number: int) -> bool:
-        return evaluate_rounds and (number % run.plan.evaluation.every == 0 or number == run.rounds)
+        return evaluate_rounds and (number % run.plan.evaluated_every == 0 or number == run.rounds)
 
     def scored(progress: Progress, known: Scores | None = None) -> Progress:
         number = progress.round

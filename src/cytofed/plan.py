@@ -174,7 +174,8 @@ class Evaluation:
     """which of the 1/fraction disjoint parts is held out, from 0: for cross-validation"""
     calibration: float = 0.0
     """fraction of what is not held out that is kept for the temperature of the released model"""
-    every: int = 1
+    every: int | None = None
+    """rounds from one evaluation to the next; left out: so many that a run has some 20"""
     per_lab: bool | None = None
     sigma: float | None = None
 
@@ -217,6 +218,11 @@ class Plan:
     simulation: Simulation = field(default_factory=Simulation)
 
     @property
+    def evaluated_every(self) -> int:
+        """Rounds from one evaluation to the next; the last round has one in any case."""
+        return self.evaluation.every or max(1, round(self.train.rounds / 20))
+
+    @property
     def reports_per_lab(self) -> bool:
         """Whether scores of single labs are told: by default where nothing protects them."""
         told = self.evaluation.per_lab
@@ -244,7 +250,7 @@ class Plan:
 
 PRIVATE_DEFAULTS: Mapping[str, Any] = {
     "train": {"rounds": 10, "local_epochs": 0.5, "optimizer": "sgd", "lr": 0.3, "warmup": 0.0},
-    "evaluation": {"calibration": 0.0, "every": 1},
+    "evaluation": {"calibration": 0.0},
 }
 """what ``load_plan`` takes under differential privacy where the user names nothing else: few
 steps, since each costs noise on all, SGD, since Adam scales noise up to full steps, and no

@@ -197,7 +197,7 @@ def _costly_ways(plan: Plan, terms: Terms) -> list[str]:
         found.append(
             f"scores raise epsilon from {shown(terms.guarantee.epsilon)} to {shown(total.epsilon)} "
             f"({total.unit}, delta {total.delta:g}, {total.adversary}): raise evaluation.sigma (it "
-            f"is {plan.evaluation.sigma:g}) or evaluation.every (it is {plan.evaluation.every})"
+            f"is {plan.evaluation.sigma:g}) or evaluation.every (it is {plan.evaluated_every})"
         )
     return found
 

@@ -128,9 +128,9 @@ def test_private_and_secure_go_together(small: Small, directly: Simulate) -> Non
     assert summary["privacy"]["labs"]["lab-4"]["epsilon"] > 0
 
 
-@pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "local_norms", "fedadam"])
+@pytest.mark.parametrize("strategy", ["fedprox", "fednag", "scaffold", "local_norms", "fedadam"])
 def test_strategies_train_under_privacy(strategy: str, small: Small, directly: Simulate) -> None:
-    summary = directly(small(*PRIVATE, f"strategy.name={strategy}"))
+    summary = directly(small(*PRIVATE, f"strategy.name={strategy}", "train.optimizer=sgd"))
     assert summary["status"] == "completed"
 
 

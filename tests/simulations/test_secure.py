@@ -86,12 +86,13 @@ def test_a_lab_whose_slot_is_lost_is_asked_again_in_the_next(
     assert np.abs(weights(tmp_path / "plain") - weights(tmp_path / "secure")).max() < 1e-6
 
 
-def test_control_variates_travel_in_the_same_masked_vector(
-    small: Small, directly: Simulate, tmp_path: Path
+@pytest.mark.parametrize("strategy", ["scaffold", "fednag"])
+def test_control_variates_and_momentum_travel_in_the_same_masked_vector(
+    strategy: str, small: Small, directly: Simulate, tmp_path: Path
 ) -> None:
-    scaffold = ("strategy.name=scaffold", "train.rounds=2", "train.optimizer=sgd", "train.lr=0.01")
-    directly(small("simulation.labs=4", *scaffold, out=tmp_path / "plain"))
-    summary = directly(small(*SECURE, *scaffold, out=tmp_path / "secure"))
+    settings = (f"strategy.name={strategy}", "train.optimizer=sgd", "train.lr=0.01")
+    directly(small("simulation.labs=4", *settings, out=tmp_path / "plain"))
+    summary = directly(small(*SECURE, *settings, out=tmp_path / "secure"))
     assert summary["status"] == "completed"
     assert np.abs(weights(tmp_path / "plain") - weights(tmp_path / "secure")).max() < 1e-3
 
