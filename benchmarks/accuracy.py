@@ -132,8 +132,11 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "name": "whole",
         "set": {"evaluation.every": 100},
         # One place is the same for all: trained once a fold and seed, not beside each condition.
+        # Fold after fold: of a sweep that is interrupted, what has run is of all conditions alike.
+        "grid": {},
         "list": [
-            {**values, **fewer}
+            {"evaluation.fold": fold, **values, **fewer}
+            for fold in folds
             for values in (ONE_PLACE, *({**planned, **labs} for labs in conditions))
         ],
     }
