@@ -380,10 +380,14 @@ def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
     say(dump_plan(chosen))
     say(f"\nsha256   {chosen.sha256}")
     say(f"rounds   {cost['rounds']}")
+    up, down = cost["bytes"]["up_per_lab_round"], cost["bytes"]["down_per_lab_round"]
     say(
-        f"bytes    {cost['bytes']['up_per_lab_round']:,} up, "
-        f"{cost['bytes']['down_per_lab_round']:,} down, per lab and round "
+        f"bytes    {up:,} up, {down:,} down, per lab and round "
         f"({cost['bytes']['parameters']:,} parameters)"
+    )
+    say(
+        f"         {up * cost['rounds'] / 1e6:,.1f} MB up, {down * cost['rounds'] / 1e6:,.1f} MB "
+        "down, per lab over the run"
     )
     say(f"privacy  {cost['privacy']['statement']}")
     for name in ("evaluation", "total"):
