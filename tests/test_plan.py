@@ -435,3 +435,13 @@ def test_any_tree_makes_a_plan_or_an_input_error(settings_by_key: dict[str, Any]
 def test_any_value_in_place_of_a_plan_makes_a_plan_or_an_input_error(value: Any) -> None:
     with contextlib.suppress(InputError):
         from_dict(value)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "every", "found"), [(1, None, 1), (20, None, 1), (200, None, 10), (200, 3, 3)]
+)
+def test_a_long_run_is_evaluated_some_twenty_times_unless_the_plan_says_how_often(
+    rounds: int, every: int | None, found: int
+) -> None:
+    plan = from_dict({"train": {"rounds": rounds}, "evaluation": {"every": every}})
+    assert plan.evaluated_every == found
