@@ -45,7 +45,7 @@ def check_that_the_sum_hides(
 ) -> Shown:
     """One lab's update gives cells away; the sum is no more like its images than like others.
 
-    ``above``: how far above chance its area may be for certain.
+    ``above``: how far above chance its area may be.
     """
     sent, alone = found["one lab's update"]
     assert not sent.of_plan
@@ -54,7 +54,7 @@ def check_that_the_sum_hides(
     sent, summed = found[f"secure sum of {labs} labs"]
     assert sent.of_plan
     assert summed.area.low <= 0.5 + above
-    assert summed.area.high < 0.6
+    assert summed.area.high < 0.6 + above
     assert share_recognised(summed) < share_recognised(alone) / 5
     return summed
 
@@ -78,10 +78,10 @@ def test_in_the_marrow_plan_s_round_1_cells_are_recognised_in_one_update_and_har
     plan = load_plan("marrow", ["secure_aggregation.enabled=true", "train.seed=3"])
     data = (real_data / "bone_marrow_128",)
     labs = cut(Request(plan, tmp_path / "run", data=data, cache_dir=cache_dir))
-    # A tenth of the images is in the sum: a little of all of them shows, which only noise hides.
-    summed = check_that_the_sum_hides(replayed(labs), labs=4, above=0.03)
-    assert len(summed.trained_N) > 400
-    assert share_recognised(summed) < 0.005
+    # A twentieth of the images is in the sum: a little of all shows, which only noise hides.
+    summed = check_that_the_sum_hides(replayed(labs), labs=4, above=0.1)
+    assert len(summed.trained_N) > 200
+    assert share_recognised(summed) < 0.01
 
 
 def test_a_sum_over_few_images_gives_some_away_and_says_so(
