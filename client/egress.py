@@ -85,6 +85,7 @@ _OF_TYPE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "update": {
         "weights": ("float32",),
         "control": ("float32",),
+        "momentum": ("float32",),
         "weight": (_NUMBER,),
         "loss": (_NUMBER,),
         "train_s": (_NUMBER,),

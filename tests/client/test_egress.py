@@ -40,9 +40,11 @@ from cytofed.client.egress import (
 from cytofed.errors import CytofedError, InputError, RefusedError
 from cytofed.messages import Evaluation, pack_evaluation
 from cytofed.metrics import Tally
+from cytofed.plan import StrategySpec
 from cytofed.privacy.accounting import PlanCost, SubsampledGaussian
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.ledger import Ledger, LedgerRolledBack, Order
+from cytofed.strategies import STRATEGIES, make_strategy
 
 LEEDS = Identity.generate("leeds")
 YORK = Identity.generate("york")
@@ -112,6 +114,12 @@ def test_no_type_takes_an_image_a_path_or_an_unlisted_field(kind: str) -> None:
                 check_outgoing(replace(UPDATE, type=kind, fields=fields))
     with pytest.raises(EgressRefused, match="twice"):
         check_outgoing(replace(UPDATE, fields=(*UPDATE.fields, UPDATE.fields[0])))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_all_that_a_strategy_sends_may_leave(name: str) -> None:
+    for part in make_strategy(StrategySpec(name)).lab.up:
+        assert FIELDS["update"][part] == ("float32",)
 
 
 def test_every_array_of_an_evaluation_may_leave_and_is_exact_without_noise() -> None:

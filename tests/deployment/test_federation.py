@@ -62,7 +62,9 @@ def test_run_completes_and_every_lab_gets_the_model_that_a_simulation_gives(
 ) -> None:
     for lab in federation.labs:
         federation.start(lab)
-    run, plan_sha256 = federation.queue(PLAN)
+    # Two vectors a round: what a strategy sends besides the weights must be let out and averaged.
+    shared = PLAN.replace("batch: 8}", "batch: 8, optimizer: sgd}\nstrategy: {name: fednag}")
+    run, plan_sha256 = federation.queue(shared)
     federation.approve(plan_sha256)
     summary = federation.summary(run)
 
