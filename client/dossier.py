@@ -161,7 +161,7 @@ def _plan_refs(entries: Iterable[Entry]) -> list[str]:
 
 
 _MEANING = {
-    "update": "change of the model's weights after local training",
+    "update": "change of the model's weights (and momentum, or control variate) after training",
     "masked": "change of weights, or counts, under masks: readable only in the cohort's sum",
     "evaluation": "counts of right and wrong predictions; noised where the plan is private",
     "hello": "the lab's name and, without privacy, how many images it has",
