@@ -42,7 +42,6 @@ from flwr.common.constant import (
     SUPERLINK_NODE_ID,
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
-    ErrorCode,
 )
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -126,13 +125,6 @@ _SPOOLING = 4
 
 _THREADS = 4
 """that handle calls; none of them waits for a lab"""
-
-_GONE = (
-    ErrorCode.NODE_UNAVAILABLE,
-    ErrorCode.MESSAGE_UNAVAILABLE,
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-)
-"""Flower's own words for a lab that is away: the message waits for it instead."""
 
 _log = logging.getLogger("cytofed.coordinator")
 
@@ -314,6 +306,13 @@ class _Link(InMemoryLinkState):
         self.wake.set()
         return stored
 
+    def reply_to(self, message_id: str) -> Message | None:
+        """The reply to a message, whether or not the lab is still there: Flower's own look-up
+        says "unavailable" of a lab that answered and went."""
+        with self.lock:
+            delivery = self.deliveries.get(message_id)
+            return None if delivery is None else self.message_res_store.get(delivery.reply)
+
     def store_object(
         self, run_id: int, session_id: str, object_id: str, object_content: bytes | Spooled
     ) -> bool:
@@ -371,11 +370,12 @@ class _Link(InMemoryLinkState):
         """Mark what the node had in hand: it asks for work, so it does not have it any more."""
         with self.lock:
             for delivery in self.deliveries.values():
-                if delivery.node == node_id and delivery.delivered and not self._whole(delivery):
+                if delivery.node == node_id and delivery.delivered and not self.whole(delivery):
                     delivery.lost = True
                     self.wake.set()
 
-    def _whole(self, delivery: _Delivery) -> bool:
+    def whole(self, delivery: _Delivery) -> bool:
+        """Whether all of the reply has arrived."""
         if not delivery.reply:
             return False
         message = self.message_res_store.get(delivery.reply)
@@ -888,8 +888,10 @@ class FleetGrid(Grid):
             return _failure(waiting, "not in the roster any more")
         delivery = self._link.deliveries.get(waiting.sent)
         online = self._fleet._online(node)
-        if waiting.sent and (delivery is None or delivery.lost or not online):
+        if waiting.sent and (delivery is None or delivery.lost):
             self._withdraw(waiting)
+        elif delivery is not None and not online and not self._link.whole(delivery):
+            self._withdraw(waiting)  # a lab that answered may go; one that did not is sent it again
         if not waiting.sent:
             away_s = time.monotonic() - waiting.held_since
             if not online:
@@ -932,21 +934,18 @@ class FleetGrid(Grid):
 
     def _collect(self, waiting: _Waiting) -> Message | None:
         if not waiting.reply:
-            for reply in self._link.get_message_res({waiting.sent}, self._run.run_id):
-                if reply.has_error():
-                    if reply.error.code in _GONE:
-                        self._withdraw(waiting)
-                        return None
-                    return _reply_to(waiting, reply)
-                waiting.reply = reply.metadata.message_id
-                try:
-                    tree = self._link.object_store.get_object_tree(waiting.reply)
-                except NoObjectInStoreError:
-                    self._withdraw(waiting)
-                    return None
-                waiting.missing = dict.fromkeys(x.object_id for x in iterate_object_tree(tree))
-            if not waiting.reply:
+            reply = self._link.reply_to(waiting.sent)
+            if reply is None:
                 return None
+            if reply.has_error():
+                return _reply_to(waiting, reply)
+            waiting.reply = reply.metadata.message_id
+            try:
+                tree = self._link.object_store.get_object_tree(waiting.reply)
+            except NoObjectInStoreError:
+                self._withdraw(waiting)
+                return None
+            waiting.missing = dict.fromkeys(x.object_id for x in iterate_object_tree(tree))
         store = self._link.objects
         for number in list(waiting.missing):
             if store.has(number):

@@ -103,14 +103,16 @@ class Line:
         client._base_url = "http://testserver"
         self.errors: list[BaseException] = []
 
-    def work(self, respond: Callable[[Message], Answer]) -> None:
+    def work(self, respond: Callable[[Message], Answer]) -> threading.Thread:
         def run() -> None:
             try:
                 self.link.work(respond, idle=lambda: None)
             except BaseException as error:  # for the test's own thread
                 self.errors.append(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
 
     def grid(self) -> FleetGrid:
         return self.fleet.grid(wait_s=120.0, reply_bytes=1 << 25)
@@ -201,6 +203,29 @@ def test_reason_why_there_is_no_answer_reaches_the_round_loop(line: Line) -> Non
     reply = line.ask(content_of(b"x"))
     assert reply.has_error()
     assert reply.error.reason == "paused"
+
+
+@pytest.mark.parametrize("answer", [Answer(LOGGED, content_of(b"y")), Answer(LOGGED, reason="no")])
+def test_answer_of_a_lab_that_has_gone_since_is_not_lost(line: Line, answer: Answer) -> None:
+    def respond(_message: Message) -> Answer:
+        line.link.stop()
+        return answer
+
+    lab = line.work(respond)
+    until = time.monotonic() + 30
+    while not line.fleet.presence("leeds").online:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    grid = line.grid()
+    node = line.fleet.nodes["leeds"]
+    [number] = grid.push_messages([grid.create_message(content_of(b"x"), "train", node, "1", 60.0)])
+    lab.join(60)
+    assert not line.fleet.presence("leeds").online
+    [reply] = grid.pull_messages([number])
+    if answer.content is None:
+        assert reply.error.reason == "no"
+    else:
+        assert bytes_of(reply) == b"y"
 
 
 def test_lab_that_is_off_the_roster_is_a_failure_by_name(line: Line) -> None:
