@@ -8,7 +8,8 @@ image is tested once a seed.
 - ``head``: a head on the frozen ``blood`` encoder, over labs that are alike, that differ by scanner
   and stain, by class, and by all of it; beside each the same in one place and at each lab alone.
 - ``whole``: the built-in ``marrow`` plan, which trains the encoder too, over the same labs and in
-  one place.
+  one place. Where labs have lost images, and have their own stain, one place is without these
+  images and has these stains too.
 - ``alone``: the same with each lab alone, on one fold.
 - ``privacy``: the same encoder, frozen, without privacy and at epsilon 8, 3 and 1 per
   pseudo-patient, for pseudo-patients of several sizes: a curve over the number of patients.
@@ -65,6 +66,14 @@ class Condition:
     limit: float
 
 
+RECIPE: dict[str, Any] = {
+    "train.steps_per_epoch": None,
+    "train.batch": 16,
+    "train.lr": 0.02,
+}
+"""the best training that we know for whole nets in one place, and of labs alone"""
+RIVALS = {key.replace("train.", "simulation.baseline_train."): v for key, v in RECIPE.items()}
+"""the same for the baselines of a run"""
 CONDITIONS = (
     Condition("alike", 8, "iid", 0.005),
     Condition("scanner and stain", 4, "acquisition", 0.01),
@@ -77,11 +86,9 @@ ONE_PLACE: dict[str, Any] = {
     "strategy.name": "fedavg",
     "train.rounds": 20,
     "train.local_epochs": 1.0,
-    "train.steps_per_epoch": None,
-    "train.batch": 16,
-    "train.lr": 0.02,
+    **RECIPE,
 }
-"""the best training that we know for one place, at as many epochs as the plan has"""
+"""whole nets in one place, at as many epochs as the plan has"""
 HEAD: dict[str, Any] = {
     "model.arch": "encoder+head",
     "model.start": "blood",
@@ -125,19 +132,21 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
     }
     head = {**compared, "name": "head", "set": {**compared["set"], **HEAD, **fewer}}
     alone = {**compared, "name": "alone", "grid": {"evaluation.fold": [0]}, "seeds": [0]}
+    alone["set"] = {**compared["set"], **RIVALS}
     tree = to_dict(load_plan("marrow"))
     planned = {key: tree[key.split(".")[0]][key.split(".")[1]] for key in ONE_PLACE if "." in key}
     whole = {
         **compared,
         "name": "whole",
         "set": {"evaluation.every": 100},
-        # One place is the same for all: trained once a fold and seed, not beside each condition.
+        # One place is the same for all whose labs hold all images as they are: trained once a fold
+        # and seed, not beside each condition.
         # Fold after fold: of a sweep that is interrupted, what has run is of all conditions alike.
         "grid": {},
         "list": [
             {"evaluation.fold": fold, **values, **fewer}
             for fold in folds
-            for values in (ONE_PLACE, *({**planned, **labs} for labs in conditions))
+            for values in (ONE_PLACE, *({**planned, **labs, **own(labs)} for labs in conditions))
         ],
     }
     # As `cytofed plan check` advises where a lab has few patients: all of them in each step.
@@ -201,6 +210,12 @@ def chosen(rows: Sequence[Row], **values: Any) -> list[Row]:
         if row.get("macro_f1") is not None
         and all(row["values"].get(key) == value for key, value in wanted.items())
     ]
+
+
+def own(labs: Mapping[str, Any]) -> dict[str, Any]:
+    """Baselines where labs do not hold all images, or not as they are."""
+    changed = "stain" in labs["partition"] or "missing" in labs["partition"]
+    return {"simulation.baselines": "central", **RIVALS} if changed else {}
 
 
 def patients_a_lab(labs: int, cells: int) -> int:

@@ -198,7 +198,8 @@ def run_all(grid: Grid, nodes: Mapping[str, int], world: World) -> Results:
     started = time.monotonic()
     if world.plan.simulation.baselines:
         cohorts = {CENTRAL: {CENTRAL: nodes[CENTRAL]}}
-        cohorts |= {f"local-{name}": {name: labs[name]} for name in world.labs.names}
+        if world.plan.simulation.baselines != "central":
+            cohorts |= {f"local-{name}": {name: labs[name]} for name in world.labs.names}
         with ThreadPoolExecutor(max_workers=len(cohorts)) as threads:
             # All at once: the central model on one core, the labs' own on the others.
             futures = {

@@ -28,7 +28,15 @@ from cytofed.client.opening import absent_classes, kept_for_calibration
 from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
 from cytofed.messages import ERROR_CODE, Order, Update, pack_update, read_parts, unpack_order
-from cytofed.plan import Plan, SecureAggregation, StrategySpec, from_dict, load_plan, to_dict
+from cytofed.plan import (
+    Plan,
+    SecureAggregation,
+    StrategySpec,
+    from_dict,
+    load_plan,
+    to_dict,
+    with_baseline_train,
+)
 from cytofed.privacy.noise import SimulatedRandomness
 from cytofed.privacy.terms import declared_of, terms_of
 from cytofed.simulations.partitions import Partition, Stain
@@ -188,6 +196,7 @@ def baseline_plan(plan: Plan) -> Plan:
     """The plan of the central model and the labs' own: as many epochs, nothing federated.
 
     Rounds that are shorter than an epoch last one here: nobody waits to be averaged.
+    ``simulation.baseline_train`` may say otherwise.
     """
     train = plan.train
     if train.steps_per_round is None and train.local_epochs < 1:
@@ -195,7 +204,7 @@ def baseline_plan(plan: Plan) -> Plan:
         rounds = max(1, round(epochs))
         train = replace(train, rounds=rounds, local_epochs=epochs / rounds)
     plan = replace(plan, train=train, strategy=StrategySpec())
-    return replace(plan, secure_aggregation=SecureAggregation())
+    return with_baseline_train(replace(plan, secure_aggregation=SecureAggregation()))
 
 
 def cut(plan: Plan, cells: Cells, partition: Partition, test_N: Any, folder: Path) -> VirtualLabs:

@@ -91,7 +91,8 @@ OTHER: dict[str, Any] = {
     "evaluation.sigma": 2.0,
     "simulation.labs": 6,
     "simulation.partition": "dirichlet:0.5",
-    "simulation.baselines": True,
+    "simulation.baselines": "central",
+    "simulation.baseline_train": {"batch": 16, "steps_per_epoch": None, "optimizer": "sgd"},
     "simulation.population.dropout": 0.2,
     "simulation.population.stragglers": 0.1,
     "simulation.population.nan_labs": 1,
@@ -105,6 +106,7 @@ WRONG: dict[str, Any] = {
     "labels.scale.field_um": 0,
     "model.arch": "resnet34",
     "model.width": 1e6,
+    "simulation.baselines": "centre",
     "train.rounds": 0,
     "train.local_epochs": -1,
     "train.steps_per_round": 0,
@@ -189,7 +191,7 @@ def test_hash_does_not_depend_on_how_a_number_is_written() -> None:
 
 @pytest.mark.parametrize("key", OTHER)
 def test_set_takes_every_key(key: str) -> None:
-    text = yaml.safe_dump(OTHER[key]).splitlines()[0]
+    text = yaml.safe_dump(OTHER[key], default_flow_style=True, width=1000).splitlines()[0]
     assert value_of(load_plan("demo", [f"{key}={text}"]), key) == OTHER[key]
 
 
@@ -277,6 +279,18 @@ def test_wrong_value_is_named_with_its_key(key: str) -> None:
     shown = str(WRONG[key])
     assert shown in message or f"{WRONG[key]:g}" in message, message
     assert "expect" in message.lower(), "the message says what would be right"
+
+
+@pytest.mark.parametrize("text", ["{rate: 0.1}", "{batch: 0}", "{optimizer: adam}"])
+def test_baselines_train_by_what_a_plan_could_have(text: str) -> None:
+    with pytest.raises(InputError, match=r"^simulation\.baseline_train: "):
+        load_plan("demo", [f"simulation.baseline_train={text}"])
+
+
+def test_recipe_of_baselines_alone_is_refused_with_privacy() -> None:
+    flags = ["privacy.unit=patient", "privacy.epsilon=3", "simulation.baseline_train={batch: 8}"]
+    with pytest.raises(InputError, match="differential privacy"):
+        load_plan("marrow", flags)
 
 
 @pytest.mark.parametrize(

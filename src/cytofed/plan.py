@@ -196,7 +196,11 @@ class Simulation:
     labs: int | None = None
     """left out: one per folder or value for ``sources`` and ``column``, else 4"""
     partition: str = "iid"
-    baselines: bool = False
+    baselines: bool | Literal["central"] = False
+    """whether training in one place and each lab alone run too, or the first only"""
+    baseline_train: Mapping[str, bool | int | float | str | None] | None = None
+    """keys of ``train`` by which the baselines train instead: what suits a federation best is not
+    what suits one place best, and a federation is as good as its strongest rival"""
     population: Population = field(default_factory=Population)
     pseudo_patient_cells: int = 20
 
@@ -315,6 +319,29 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         defaults = _merged(defaults, {"privacy": {"noise_drift": None}})
     layers = (tree, defaults) if builtin else (defaults, tree)
     return _from_layers(_merged(*layers), overrides, source)
+
+
+def with_baseline_train(plan: Plan) -> Plan:
+    """The plan by which baselines train: ``simulation.baseline_train`` is its ``train``.
+
+    Errors: InputError for what is no value of ``train``, or with differential privacy, whose
+    price is that of the plan's own steps.
+    """
+    changed = plan.simulation.baseline_train
+    if not changed:
+        return plan
+    if plan.privacy.unit != "none":
+        raise InputError(
+            "simulation.baseline_train is for plans without differential privacy, found "
+            f"privacy.unit={plan.privacy.unit}",
+            hint="leave it out: private baselines train as the plan does",
+        )
+    tree = to_dict(replace(plan, simulation=replace(plan.simulation, baseline_train=None)))
+    tree["train"] |= changed
+    try:
+        return from_dict(tree)
+    except InputError as error:
+        raise InputError(f"simulation.baseline_train: {error.message}", hint=error.hint) from None
 
 
 def with_overrides(plan: Plan, overrides: Sequence[str]) -> Plan:
@@ -466,6 +493,7 @@ def _check_values(plan: Plan) -> None:
     _bound("simulation.population.stragglers", simulation.population.stragglers, 0, 1)
     _bound("simulation.population.nan_labs", simulation.population.nan_labs, 0)
     _bound("simulation.pseudo_patient_cells", simulation.pseudo_patient_cells, 1)
+    with_baseline_train(plan)
 
 
 def _check_device(device: str) -> None:

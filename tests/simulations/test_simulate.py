@@ -116,6 +116,23 @@ def test_strategy_does_not_change_the_baselines(
     assert plain["weights_sha256"] != other["weights_sha256"]
 
 
+def test_baselines_train_by_a_recipe_of_their_own_where_they_are_given_one(
+    small: Small, directly: Simulate, tmp_path: Path
+) -> None:
+    flags = ("simulation.labs=2", "simulation.baselines=central")
+    plain = directly(small(*flags, out=tmp_path / "plain"))
+    recipe = "simulation.baseline_train={batch: 4, steps_per_epoch: null, optimizer: sgd, lr: 0.1}"
+    other = directly(small(*flags, recipe, out=tmp_path / "other"))
+    assert plain["baselines"]["central"] != other["baselines"]["central"]
+    assert plain["weights_sha256"] == other["weights_sha256"]
+    assert plain["plan_sha256"] == other["plan_sha256"]
+    same = directly(
+        small("simulation.labs=2", "simulation.baselines=true", recipe, out=tmp_path / "same")
+    )
+    assert same["baselines"]["central"] == other["baselines"]["central"]
+    assert other["baselines"]["local"] == {}
+
+
 # --- failures that are played
 
 
