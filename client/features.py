@@ -90,7 +90,7 @@ def _compute(
 
 def _digest(net: models.Classifier, device: torch.device, settings: Train) -> str:
     """What decides the features besides the images."""
-    facts = [_VERSION, torch.__version__, device.type, settings.threads, net.frozen_encoder]
+    facts = [_VERSION, torch.__version__, device.type, settings.threads, net.views]
     digest = hashlib.sha256(repr(facts).encode())
     for name, array in models.tensors_of(net.encoder).items():
         digest.update(f"{name}{array.shape}".encode())

@@ -164,10 +164,12 @@ def predict(
     device: str | torch.device = "auto",
     precision: Precision = "auto",
     stain: Stain | None = None,
+    views: int | None = None,
 ) -> Float32:
     """Probabilities (N, C) float32 of all cells, in their order; rows sum to 1.
 
-    ``features_NF``: their features where they are known already.
+    ``features_NF``: their features where they are known already. ``views``: forms of an image that
+    they are means over, left out as many as the net says.
     """
     place = choose_device(device)
     cast = choose_precision(precision, place)
@@ -180,7 +182,7 @@ def predict(
             if features_NF is None:
                 images_B3HW = models.images_of(load_pixels(cells, index_B, stain).to(place))
                 with autocast(place, cast):
-                    logits_BC = models.logits(net, images_B3HW)
+                    logits_BC = models.logits(net, images_B3HW, views=views)
             else:
                 logits_BC = head(torch.from_numpy(features_NF[index_B]).to(place))
             parts.append(functional.softmax(logits_BC.float(), dim=1).cpu().numpy())

@@ -90,6 +90,17 @@ def test_prediction_on_a_frozen_encoder_does_not_change_when_the_image_is_turned
         assert not torch.allclose(net(turned), net(images()), atol=1e-3)  # a single view's does
 
 
+def test_views_of_a_plan_are_those_of_its_predictions_and_go_with_the_file(tmp_path: Path) -> None:
+    net = with_random_head(models.build(replace(SMALL, views=8), 7, seed=0))
+    turned = torch.rot90(images(), 1, (2, 3))
+    torch.testing.assert_close(models.logits(net, turned), models.logits(net, images()))
+    assert torch.equal(models.logits(net, images(), views=1), net(images()))
+    models.save_model(tmp_path / "m.safetensors", net, replace(INFO, views=8))
+    again, info = models.load_model(tmp_path / "m.safetensors")
+    assert info.views == again.views == 8
+    torch.testing.assert_close(models.logits(again, images()), models.logits(net, images()))
+
+
 def test_eight_views_are_all_different_and_the_first_is_the_image() -> None:
     views = list(models.views_of(images(1)))
     assert torch.equal(views[0], images(1))

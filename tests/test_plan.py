@@ -79,6 +79,7 @@ OTHER: dict[str, Any] = {
     "secure_aggregation.bits": 16,
     "secure_aggregation.range": 0.5,
     "secure_aggregation.control_range": 4.0,
+    "model.views": 8,
     "cohort.min_labs": 2,
     "cohort.approval_days": 1.0,
     "cohort.wait_s": 5.0,

@@ -27,7 +27,8 @@ class ModelInfo:
     """What a model is: enough to rebuild the net and to feed it.
 
     ``codes``: the classes in the order of the outputs. ``encoder``: architecture of the encoder
-    where ``arch`` is ``encoder+head``, else empty.
+    where ``arch`` is ``encoder+head``, else empty. ``views``: forms of an image that predictions
+    are means over.
     """
 
     arch: str
@@ -38,6 +39,7 @@ class ModelInfo:
     field_um: float
     plan_sha256: str = ""
     encoder: str = ""
+    views: int = 1
 
     def to_metadata(self) -> dict[str, str]:
         """As text values, which is all that safetensors keeps."""
@@ -51,6 +53,7 @@ class ModelInfo:
             "size_px": str(self.size_px),
             "field_um": repr(self.field_um),
             "plan_sha256": self.plan_sha256,
+            "views": str(self.views),
         }
 
     @staticmethod
@@ -72,6 +75,7 @@ class ModelInfo:
                 field_um=float(metadata["field_um"]),
                 plan_sha256=metadata["plan_sha256"],
                 encoder=metadata["encoder"],
+                views=int(metadata.get("views", "1")),
             )
         except (KeyError, ValueError) as error:
             raise InputError(f"{source}: its metadata is damaged: {error!r}") from None

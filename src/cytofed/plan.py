@@ -55,6 +55,9 @@ class Model:
     start: str = "random"
     trainable: Literal["all", "head", "norms"] = "all"
     width: int = 32
+    views: Literal[1, 8] = 1
+    """forms of an image (turned, mirrored) that predictions of the final model are means over;
+    earlier rounds are scored on the image as it is. A frozen encoder always sees all 8"""
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ def write_start(plan: Plan, folder: Path) -> None:
         field_um=plan.labels.scale.field_um,
         plan_sha256=plan.sha256,
         encoder=encoder,
+        views=net.views,
     )
     manifest = models.manifest(net, plan.model.trainable)
     write_model(folder / START_FILE, models.tensors_of(net), info)

@@ -12,12 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
+from cytofed import models
 from cytofed.arrays import weights_sha256
+from cytofed.client import training
 from cytofed.console import RunProgress
 from cytofed.errors import InputError
 from cytofed.model_file import read_model
 from cytofed.simulations.population import count
 from cytofed.simulations.simulate import Request, simulate
+from cytofed.simulations.virtual import VirtualLabs
 from cytofed.start import read_start
 
 Small = Callable[..., Request]
@@ -58,6 +61,30 @@ def test_run_directory_holds_what_the_contract_says(small: Small, directly: Simu
     assert [json.loads(line)["round"] for line in lines] == [1, 2]
     page = (request.out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", ""), "the report is self-contained"
+
+
+def test_final_model_is_scored_over_the_views_that_its_file_names_and_earlier_ones_are_not(
+    small: Small, directly: Simulate, tmp_path: Path
+) -> None:
+    one = directly(small("model.views=1", out=tmp_path / "one"))
+    request = small("model.views=8", out=tmp_path / "eight")
+    eight = directly(request)
+    assert one["weights_sha256"] == eight["weights_sha256"]
+    scores = {
+        name: [
+            json.loads(line)["global"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("one", "eight")
+    }
+    assert scores["one"][0] == scores["eight"][0]
+    assert scores["one"][-1] != scores["eight"][-1]
+    labs = VirtualLabs.load(request.out / "checkpoints")
+    net, _ = models.load_model(request.out / "model.safetensors")
+    held_out = labs.cells.take(labs.rows(len(labs.names), 2))
+    probs_NC = training.predict(net, held_out)
+    right = probs_NC.argmax(axis=1) == held_out.class_N
+    assert eight["global"]["accuracy"] == pytest.approx(float(right.mean()))
 
 
 def test_model_file_holds_the_weights_of_the_summary(small: Small, directly: Simulate) -> None:
