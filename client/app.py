@@ -405,7 +405,8 @@ def _train_plainly(
         absent_C=lab.absent_C,
         correction=correction,
         features_NF=net.features(lab, "train"),
-        seed=derive(plan.train.seed, "train", lab.stream, lab.name, order.round),
+        seed=derive(plan.train.seed, "train", lab.stream, lab.name),
+        in_round=order.round,
         device=net.device,
         on_step=on_step,
     )

@@ -32,6 +32,7 @@ from cytofed.client.cells import Cells
 from cytofed.errors import CytofedError, InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan, Train
+from cytofed.seeds import derive
 from cytofed.strategies.strategy import Correction
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -78,6 +79,7 @@ def train(
     correction: Correction | None = None,
     features_NF: Float32 | None = None,
     seed: int,
+    in_round: int = 1,
     device: str | torch.device = "auto",
     stain: Stain | None = None,
     on_step: Callable[[Progress], None] | None = None,
@@ -85,7 +87,8 @@ def train(
     """Train ``net`` in place on ``cells``, from ``progress_start`` to ``progress_end``.
 
     Progress is the share of the whole federation's training, 0 to 1: round r of R is
-    ``(r - 1) / R`` to ``r / R``. The learning rate follows it, so the labs need no state.
+    ``(r - 1) / R`` to ``r / R``. The learning rate follows it, so the labs need no state. ``seed``
+    is that of all of a lab's rounds: with ``in_round`` it says where the one before left off.
     ``features_NF``: those of all cells where the encoder is frozen; the head is trained on them,
     without augmentation.
 
@@ -100,8 +103,9 @@ def train(
     absent_C = None if settings.mask_absent == "none" else absent_C
     objective = make_objective(settings, cells, absent_C, place, public_prior(plan))
     steps = count_steps(settings, len(cells))
-    batches = draw_batches(settings, cells.targets_NC, steps, seed)
-    generator = torch.Generator().manual_seed(_seeds(seed)[1])
+    batches = draw_batches(settings, cells.targets_NC, steps, seed, in_round=in_round)
+    # torch's CPU generator takes 32 bits of a seed.
+    generator = torch.Generator().manual_seed(derive(seed, "changes", in_round) & 0xFFFFFFFF)
     started_s = time.perf_counter()
     with steady(settings.threads):
         net.to(place)
@@ -397,33 +401,41 @@ def count_steps(settings: Train, images: int) -> int:
 
 
 def batch_size(settings: Train, images: int) -> int:
-    """Images of a step for a lab with ``images``, at least one."""
+    """Images of a step for a lab with ``images``, at least one; of a share of them, its whole
+    part, which some steps exceed by one."""
     if settings.steps_per_epoch is not None:
-        return max(1, round(images / settings.steps_per_epoch))
+        return max(1, images // settings.steps_per_epoch)
     return min(settings.batch, images)
 
 
 def draw_batches(
-    settings: Train, targets_NC: Bools, steps: int, seed: int
-) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices of each step's images; every batch is full, an epoch may end inside one."""
+    settings: Train, targets_NC: Bools, steps: int, seed: int, *, in_round: int = 1
+) -> list[npt.NDArray[np.int64]]:
+    """Indices of the images of each step of a round.
+
+    Every epoch has an order of its own, and a round takes on where the one before left off: each
+    image is seen once before any is seen twice, however short rounds are. An epoch may end inside
+    a batch. A balanced sampler draws with replacement.
+    """
     count = len(targets_NC)
-    size = batch_size(settings, count)
-    rng = np.random.default_rng(_seeds(seed)[0])
-    chance_N = None
+    first = (in_round - 1) * steps
+    step_S = np.arange(first, first + steps + 1)
+    if settings.steps_per_epoch is not None and count > settings.steps_per_epoch:
+        start_S = step_S * count // settings.steps_per_epoch
+    else:
+        start_S = step_S * batch_size(settings, count)
     if settings.balance == "sampler":
         shares_NC = targets_NC / targets_NC.sum(axis=1, keepdims=True)
         chance_N = shares_NC @ _inverse(class_counts(targets_NC)).astype(np.float64)
-        chance_N = chance_N / chance_N.sum()
-    waiting = np.zeros(0, np.int64)
-    for _ in range(steps):
-        if chance_N is not None:
-            yield rng.choice(count, size, p=chance_N)
-            continue
-        if len(waiting) < size:
-            waiting = np.concatenate((waiting, rng.permutation(count)))
-        yield waiting[:size]
-        waiting = waiting[size:]
+        rng = np.random.default_rng(derive(seed, "draws", in_round))
+        drawn = rng.choice(count, start_S[-1] - start_S[0], p=chance_N / chance_N.sum())
+    else:
+        epoch_M, place_M = np.divmod(np.arange(start_S[0], start_S[-1]), count)
+        drawn = np.empty_like(place_M)
+        for epoch in np.unique(epoch_M).tolist():
+            order_N = np.random.default_rng(derive(seed, "order", epoch)).permutation(count)
+            drawn[epoch_M == epoch] = order_N[place_M[epoch_M == epoch]]
+    return np.split(drawn, start_S[1:-1] - start_S[0])
 
 
 def load_pixels(cells: Cells, index_B: npt.NDArray[np.int64], stain: Stain | None) -> Tensor:
@@ -653,12 +665,3 @@ def steady(threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
-
-
-def _seeds(seed: int) -> tuple[int, int]:
-    """Two independent seeds, of the order and of augmentation.
-
-    torch's CPU generator takes 32 bits of a seed, so a plan's 63 bits are mixed down first.
-    """
-    order, changes = np.random.SeedSequence(seed).generate_state(2)
-    return int(order), int(changes)

@@ -256,12 +256,12 @@ def stand_in(size_px: int, classes: int) -> Classifier:
 
 def _labs_in_time(labs: VirtualLabs, plan: Plan, terms: Terms | None) -> int:
     """How many labs are replayed: a secure sum's least number, and more while there is time."""
-    from cytofed.client.training import count_steps
+    from cytofed.client.training import batch_size, count_steps
 
     area, passes = (plan.labels.scale.size_px / _USUAL_PX) ** 2, 0.0
     for number in range(len(labs.names)):
         images = len(labs.rows(number, 1))
-        passes += area * count_steps(plan.train, images) * min(plan.train.batch, images)
+        passes += area * count_steps(plan.train, images) * batch_size(plan.train, images)
         if terms is not None:  # twice: clipped, and clipped and noised
             drawn = terms.training.sampling_rate * (labs.declared(number) or 0)
             cells = min(images, drawn * terms.cells_per_unit)
@@ -273,10 +273,10 @@ def _labs_in_time(labs: VirtualLabs, plan: Plan, terms: Terms | None) -> int:
 
 def _kept_share(labs: VirtualLabs, plan: Plan, count: int) -> float:
     """Share of images whose views are kept, so that all fit into ``VIEW_BYTES``."""
-    from cytofed.client.training import count_steps
+    from cytofed.client.training import batch_size, count_steps
 
     held = [len(labs.rows(number, 1)) for number in range(count)]
-    seen = [count_steps(plan.train, n) * min(plan.train.batch, n) for n in held]
+    seen = [count_steps(plan.train, n) * batch_size(plan.train, n) for n in held]
     return min(1.0, VIEW_BYTES / (3 * plan.labels.scale.size_px**2 * max(1, sum(seen))))
 
 
@@ -403,7 +403,8 @@ class _Round:
                 progress_end=end,
                 absent_C=lab.absent_C,
                 correction=correction,
-                seed=derive(plan.train.seed, "train", lab.stream, lab.name, _ROUND),
+                seed=derive(plan.train.seed, "train", lab.stream, lab.name),
+                in_round=_ROUND,
                 device="cpu",
             )
             return float(len(cells)), plainly

@@ -238,6 +238,28 @@ def test_one_epoch_shows_every_image_once_and_batches_are_full() -> None:
     assert sorted(np.concatenate(batches)[:23]) == list(range(23))
 
 
+@pytest.mark.parametrize(("images", "share"), [(23, 8), (640, 80), (645, 80), (5, 8)])
+def test_rounds_shorter_than_an_epoch_show_every_image_once_before_any_twice(
+    images: int, share: int
+) -> None:
+    settings = Train(batch=3, local_epochs=0.25, steps_per_epoch=share)
+    targets = np.ones((images, 2), bool)
+    steps = training.count_steps(settings, images)
+    assert steps == share // 4
+    rounds = [
+        np.concatenate(training.draw_batches(settings, targets, steps, seed=0, in_round=number))
+        for number in range(1, 9)
+    ]
+    seen = np.bincount(np.concatenate(rounds), minlength=images)
+    if images >= share:
+        assert seen.tolist() == [2] * images, "eight quarters are two epochs to the image"
+    assert seen.max() - seen.min() <= 1
+    again = training.draw_batches(settings, targets, steps, seed=0, in_round=5)
+    np.testing.assert_array_equal(np.concatenate(again), rounds[4])
+    if images > 8:
+        assert not np.array_equal(rounds[4], rounds[0]), "another epoch, another order"
+
+
 def test_sampler_draws_classes_alike() -> None:
     targets = np.eye(3, dtype=bool)[np.repeat([0, 1], [90, 10])]
     plan = Train(batch=50, balance="sampler")
