@@ -105,9 +105,9 @@ def features(net: nn.Module, images_B3HW: Tensor, *, views: int | None = None) -
     """What the head sees, (B, F), without gradients: the mean over ``views``, else over the net's.
 
     Layers tell left from right, which says nothing about a cell: it lies on a slide any way round.
-    A net that is trained on turned cells learns most of that (8 views add some .01 to its macro
-    F1), a frozen one does not: linear probe on marrow, encoder trained on blood, .755 against .628
-    with one view. The mean over the symmetries of the square does not change with them (Cohen &
+    A net that is trained on turned cells learns most of that (on marrow 4 views make macro F1 .819
+    .833, as 8 do), a frozen one does not: linear probe on marrow, encoder trained on blood, .755
+    against .628 with one view. The mean over the symmetries of the square does not change with them (Cohen &
     Welling 2016, arXiv:1602.07576).
     """
     classifier = _classifier(net)
@@ -117,7 +117,7 @@ def features(net: nn.Module, images_B3HW: Tensor, *, views: int | None = None) -
 
 
 def views_of(images_B3HW: Tensor) -> Iterator[Tensor]:
-    """Square images as they are, turned and mirrored: all 8 forms, first the image itself."""
+    """Square images as they are, turned by quarters, then the same mirrored: all 8 forms."""
     for view in range(VIEWS):
         turned = torch.rot90(images_B3HW, view % 4, (2, 3))
         turned = turned.flip(3) if view >= 4 else turned

@@ -55,9 +55,10 @@ class Model:
     start: str = "random"
     trainable: Literal["all", "head", "norms"] = "all"
     width: int = 32
-    views: Literal[1, 8] = 1
-    """forms of an image (turned, mirrored) that predictions of the final model are means over;
-    earlier rounds are scored on the image as it is. A frozen encoder always sees all 8"""
+    views: Literal[1, 4, 8] = 1
+    """forms of an image that predictions of the final model are means over: 4, turned by quarters,
+    or 8, mirrored too. Earlier rounds are scored on the image as it is. A frozen encoder always
+    sees all 8"""
 
 
 @dataclass(frozen=True)
