@@ -315,13 +315,8 @@ def run_sweep(
     """
     _prepare_folder(sweep, out, resume=resume)
     with _locked(out) as lock:
-        rows: dict[str, dict[str, Any]] = {}
-        waiting = []
-        for run in sweep.runs:
-            if _is_finished(out / _RUNS / run.name):
-                rows[run.name] = _row(sweep, run, out)
-            else:
-                waiting.append(run)
+        rows = {row["run"]: row for row in finished_rows(sweep, out)}
+        waiting = [run for run in sweep.runs if run.name not in rows]
         watch.finished(len(rows))
         most = min(jobs or _cores(), _jobs_that_fit(sweep))
 
@@ -334,6 +329,12 @@ def run_sweep(
     found = summarised(sweep.name, sweep.keys, ordered, text=sweep.text)
     _write(found, out)
     return found
+
+
+def finished_rows(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
+    """Rows of the runs that are finished in ``out``, in the sweep's order."""
+    finished = [run for run in sweep.runs if _is_finished(out / _RUNS / run.name)]
+    return [_row(sweep, run, out) for run in finished]
 
 
 def _write(found: dict[str, Any], out: Path) -> None:
