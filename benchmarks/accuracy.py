@@ -147,7 +147,7 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "list": [
             {"evaluation.fold": fold, **values, **fewer}
             for fold in folds
-            for values in (ONE_PLACE, *({**planned, **labs, **own(labs)} for labs in conditions))
+            for values in (ONE_PLACE, *({**planned, **labs, **rivals(labs)} for labs in conditions))
         ],
     }
     # As `cytofed plan check` advises where a lab has few patients: all of them in each step.
@@ -199,6 +199,12 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
     }
 
 
+def rivals(labs: Mapping[str, Any]) -> dict[str, Any]:
+    """Baselines where labs do not hold all images, or not as they are."""
+    changed = "stain" in labs["partition"] or "missing" in labs["partition"]
+    return {"simulation.baselines": "central", **RIVALS} if changed else {}
+
+
 # --- what came out
 
 
@@ -211,12 +217,6 @@ def chosen(rows: Sequence[Row], **values: Any) -> list[Row]:
         if row.get("macro_f1") is not None
         and all(row["values"].get(key) == value for key, value in wanted.items())
     ]
-
-
-def own(labs: Mapping[str, Any]) -> dict[str, Any]:
-    """Baselines where labs do not hold all images, or not as they are."""
-    changed = "stain" in labs["partition"] or "missing" in labs["partition"]
-    return {"simulation.baselines": "central", **RIVALS} if changed else {}
 
 
 def patients_a_lab(labs: int, cells: int) -> int:

@@ -565,7 +565,7 @@ def _predict(
         features_NF=features_NF,
         device=net.device,
         precision=lab.plan.train.precision,
-        # Of a model that is trained further nobody needs the last hundredth, at 8 times the price.
+        # What is trained further can be scored more cheaply, on the image as it is.
         views=1 if order.round < lab.plan.train.rounds else None,
     )
 

@@ -115,7 +115,7 @@ class Partition:
     about: tuple[str, ...]  # what sets a lab apart, for people: "site = leeds"
     lab_N: NDArray[np.int64]
     keep_N: NDArray[np.bool_]
-    missing_KC: NDArray[np.bool_]  # classes that +missing took from a lab: absent in its loss
+    missing_KC: NDArray[np.bool_]  # classes that +missing took from a lab
     stains: tuple[Stain | None, ...]
     shared_units: int
     class_N: NDArray[np.int64]  # -1: coarse label

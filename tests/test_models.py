@@ -101,6 +101,14 @@ def test_views_of_a_plan_are_those_of_its_predictions_and_go_with_the_file(tmp_p
     torch.testing.assert_close(models.logits(again, images()), models.logits(net, images()))
 
 
+@pytest.mark.parametrize("views", [0, -1, 3, 10**9])
+def test_file_that_names_other_views_is_damaged(views: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    models.save_model(path, models.build(SMALL, 7, seed=0), replace(INFO, views=views))
+    with pytest.raises(InputError, match="metadata is damaged"):
+        models.load_model(path)
+
+
 def test_eight_views_are_all_different_and_the_first_is_the_image() -> None:
     views = list(models.views_of(images(1)))
     assert torch.equal(views[0], images(1))

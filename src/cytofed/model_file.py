@@ -66,6 +66,9 @@ class ModelInfo:
                 hint="take a model.safetensors that cytofed wrote",
             )
         try:
+            views = int(metadata.get("views", "1"))
+            if views not in (1, 4, 8):
+                raise ValueError(f"views is {views}, expected 1, 4 or 8")
             return ModelInfo(
                 arch=metadata["architecture"],
                 width=int(metadata["width"]),
@@ -75,7 +78,7 @@ class ModelInfo:
                 field_um=float(metadata["field_um"]),
                 plan_sha256=metadata["plan_sha256"],
                 encoder=metadata["encoder"],
-                views=int(metadata.get("views", "1")),
+                views=views,
             )
         except (KeyError, ValueError) as error:
             raise InputError(f"{source}: its metadata is damaged: {error!r}") from None

@@ -106,7 +106,7 @@ def features(net: nn.Module, images_B3HW: Tensor, *, views: int | None = None) -
 
     Layers tell left from right, which says nothing about a cell: it lies on a slide any way round.
     A net that is trained on turned cells learns most of that (on marrow 4 views make macro F1 .819
-    .833, as 8 do), a frozen one does not: linear probe on marrow, encoder trained on blood, .755
+    .834, as 8 do), a frozen one does not: linear probe on marrow, encoder trained on blood, .755
     against .628 with one view. The mean over the symmetries of the square does not change with them
     (Cohen & Welling 2016, arXiv:1602.07576).
     """

@@ -326,7 +326,7 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
 
 
 def with_baseline_train(plan: Plan) -> Plan:
-    """The plan by which baselines train: ``simulation.baseline_train`` is its ``train``.
+    """The plan by which baselines train: ``simulation.baseline_train`` over its ``train``.
 
     Errors: InputError for what is no value of ``train``, or with differential privacy, whose
     price is that of the plan's own steps.
