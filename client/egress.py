@@ -413,6 +413,8 @@ class EgressLog:
         self._sent: dict[tuple[str, int], dict[str, int]] = {}
         self._routine: Counter[tuple[str, int]] = Counter()
         self._allowed = 0
+        self._certain = True
+        """whether what is known here is what is on the disk: not after an interrupted write"""
         try:
             self._file = os.open(path, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
@@ -445,7 +447,7 @@ class EgressLog:
             if self._file < 0:
                 return
             try:
-                if self._allowed:
+                if self._allowed and self._certain:
                     self._write([("routine", self._settled(allowed=0))])
             finally:
                 os.close(self._file)
@@ -574,6 +576,11 @@ class EgressLog:
     def _write(self, rows: Sequence[tuple[Kind, dict[str, Any]]]) -> list[Record]:
         if self._file < 0:
             raise CytofedError(f"the egress log {self.path} is closed")
+        if not self._certain:  # Ctrl-C or SIGTERM can come at any line
+            raise CytofedError(
+                f"writing the egress log {self.path} was interrupted",
+                hint="start again: what is in it is read anew",
+            )
         records, lines, head = [], [], self._head
         for offset, (kind, body) in enumerate(rows, start=1):
             number, at = self._number + offset, self._clock()
@@ -584,6 +591,7 @@ class EgressLog:
             records.append(Record(number, at, kind, body, head))
         size = os.fstat(self._file).st_size
         data = b"".join(lines)
+        self._certain = False
         try:
             written = 0
             while written < len(data):
@@ -592,12 +600,14 @@ class EgressLog:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, size)
+                self._certain = True
             raise CytofedError(
                 f"the egress log {self.path} cannot be written: {error.strerror}",
                 hint="nothing leaves until it can be",
             ) from error
         for record in records:
             self._remember(record)
+        self._certain = True
         _note_head(self.path, self._number, self._head)
         return records
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import resource
@@ -11,6 +13,8 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -45,6 +49,9 @@ from cytofed.privacy.accounting import PlanCost, SubsampledGaussian
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.ledger import Ledger, LedgerRolledBack, Order
 from cytofed.strategies import STRATEGIES, make_strategy
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 LEEDS = Identity.generate("leeds")
 YORK = Identity.generate("york")
@@ -306,6 +313,51 @@ def test_kill_9_at_any_moment_leaves_every_sent_message_in_the_log(path: Path) -
         sent += child.stdout.read().split()[:-1]  # the last line may be torn
     report = write(path)
     assert set(sent) <= {record.hash for record in report.messages}
+
+
+class InterruptedAt:
+    """Ctrl-C or SIGTERM before the ``last``-th line of the package that runs within the block."""
+
+    def __init__(self, last: int) -> None:
+        self.left = last
+
+    def __enter__(self) -> None:
+        sys.settrace(self.enter)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def enter(self, frame: FrameType, _event: str, _argument: object) -> TraceFunction | None:
+        return self.line if "cytofed" in frame.f_code.co_filename else None
+
+    def line(self, _frame: FrameType, event: str, _argument: object) -> TraceFunction | None:
+        self.left -= event == "line"
+        if not self.left:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self.line
+
+
+def test_an_interruption_at_any_line_leaves_a_log_that_opens(tmp_path: Path) -> None:
+    for last in itertools.count(1):
+        path = tmp_path / f"{last}.jsonl"
+        EgressLog.create(path, LEEDS)
+        interrupted = False
+        with EgressLog(path, LEEDS) as log:
+            log.record(UPDATE)
+            log.routine("poll", 90)
+            try:
+                with InterruptedAt(last):
+                    log.record(replace(UPDATE, sha256="22" * 32))
+            except KeyboardInterrupt:
+                interrupted = True
+            with contextlib.suppress(CytofedError):  # as a lab that ends says good-bye
+                log.routine("deactivate", 90)
+        shas = [r.body["sha256"] for r in write(path, replace(UPDATE, sha256="33" * 32)).messages]
+        assert shas in (["11" * 32, "33" * 32], ["11" * 32, "22" * 32, "33" * 32])
+        if not interrupted:
+            assert last > 50
+            return
 
 
 def test_a_full_disk_stops_the_message_and_leaves_the_log_whole(path: Path) -> None:
