@@ -250,7 +250,8 @@ class Daemon:
 
     def _to_order(self, message: Message, kind: str) -> Answer:
         parcel = unpack_parcel(message)
-        entry = self._plans.approved(parcel.run)
+        # A result comes again where the coordinator never learnt that it is here.
+        entry = self._plans.approved(parcel.run, over=kind == "query.result")
         offer = entry.offer
         self._check_start(offer, parcel)
         opened = unseal(
@@ -396,7 +397,8 @@ class Daemon:
         with open_ledger(self._settings) as book:
             self._plans.ended(offer.run, book)
         self._outbox.end_run(offer.run, self._ledger_name(offer))
-        self._open = None
+        if self._open is not None and self._open.run == offer.run:
+            self._open = None
         told = f"run {offer.run} {text_of(content, 'status')}"
         self._note(f"{told}: cytofed client model DIR --out FILE" if model else told)
         return self._received(offer, parcel, "query.result")

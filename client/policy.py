@@ -439,11 +439,14 @@ class PlanBook:
         path = self._path(offer)
         return self._read(path) if path.exists() else None
 
-    def approved(self, run: str) -> Entry:
-        """The approved plan of a run. Errors: NotApproved (exit 3)."""
+    def approved(self, run: str, *, over: bool = False) -> Entry:
+        """The approved plan of a run; with ``over`` also of one that has ended.
+
+        Errors: NotApproved (exit 3).
+        """
         found = [e for e in self.entries() if e.run == run]
         for entry in reversed(found):
-            if entry.state == "approved" and not entry.ended:
+            if entry.state == "approved" and (over or not entry.ended):
                 return entry
         hint = f"cytofed client approve DIR {found[-1].plan_sha256}" if found else ""
         raise NotApproved(f"no plan of run {run} is approved at this lab", hint=hint)

@@ -231,6 +231,18 @@ def test_bytes_out_are_those_of_the_vectors(secure: bool) -> None:
 # --- decisions
 
 
+def test_a_run_that_is_over_gets_its_result_again_and_nothing_else(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        plans.approve(entry.plan_sha256, lab, book)
+        plans.ended("r1", book)
+    assert plans.approved("r1", over=True).ended
+    with pytest.raises(NotApproved):
+        plans.approved("r1")
+
+
 def test_nothing_is_approved_until_somebody_approves(plans: PlanBook, lab: Settings) -> None:
     entry = offered(plans, offer_of())
     assert entry.state == "waiting"

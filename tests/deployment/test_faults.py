@@ -152,6 +152,8 @@ def completed(federation: Federation, run: str) -> None:
         federation.until(result.is_file, f"{lab} has the model of {run}")
         told = json.loads(result.read_text())
         assert told["weights_sha256"] == summary["weights_sha256"]
+        delivered = federation.coordinator / "runs" / run / "private" / "delivered" / lab
+        federation.until(delivered.is_file, f"the coordinator knows that {lab} has the model")
         if summary["privacy"]["unit"] == "patient":
             tasks = [(task, number) for task in ("evaluate", "train") for number in (1, 2)]
             assert spent(federation, lab, run) == tasks
