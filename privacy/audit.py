@@ -12,7 +12,8 @@ coordinate. Two lower bounds come of the guesses:
   the declared sampling rate and steps, those with more noise than a certain sigma would not let
   anyone guess so well. Close to the truth, and true only of that family.
 
-A bound above the claim is a violation. A bound below it proves nothing: "no violation found".
+A bound above the claim, for two sets of canaries, is a violation. A bound below it proves nothing:
+"no violation found".
 
 Shapes: M canaries, S seeds.
 """
@@ -104,7 +105,7 @@ class OneRun:
 
 @dataclass(frozen=True)
 class FalseAlarms:
-    """Of ``audits`` of a correct mechanism, how many each bound called a violation."""
+    """How many bounds were above the claim, of ``audits`` looks at a correct mechanism."""
 
     audits: int
     steinke: int
@@ -154,11 +155,21 @@ def audit_one_run(
     new_randomness: Callable[[], Randomness] = SystemRandomness,
     coins: np.random.Generator | None = None,
 ) -> OneRun:
-    """Canaries through the optimizer that trains, and both bounds. The types are test seams."""
+    """Canaries through the optimizer that trains, and both bounds. The types are test seams.
+
+    Where a bound is above the claim, all is done again with new canaries, and that is what counts:
+    of a correct mechanism every few hundredth bound is above it (``calibrate``).
+    """
     coins = coins or np.random.default_rng()
-    took_part_M = coins.random(claim.canaries) < 0.5
-    loss_M = canary_losses(claim, took_part_M, optimizer_type, new_randomness())
-    return bounds(claim, count(loss_M, took_part_M, plan_guesses(claim)))
+    plan, randomness = plan_guesses(claim), new_randomness()
+
+    def look() -> OneRun:
+        took_part_M = coins.random(claim.canaries) < 0.5
+        loss_M = canary_losses(claim, took_part_M, optimizer_type, randomness)
+        return bounds(claim, count(loss_M, took_part_M, plan))
+
+    first = look()
+    return look() if any(bound.violated for bound in first.bounds) else first
 
 
 def canary_losses(

@@ -481,10 +481,10 @@ def render_audit(found: Json, console: Console, *, run_dir: Path) -> None:
 
 
 def false_alarms_line(alarms: Json) -> str:
-    """How often the bounds cry wolf."""
+    """How often the bounds are wrong; one that is above the claim is looked at again."""
     promised = f"{1 - alarms['confidence']:.0%}"
     return (
-        f"false alarms in {alarms['audits']} audits of a correct mechanism: Steinke "
+        f"above the claim in {alarms['audits']} looks at a correct mechanism: Steinke "
         f"{alarms['steinke']}, Gaussian {alarms['gaussian']} (at most {promised} are promised)"
     )
 

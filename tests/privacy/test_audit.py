@@ -14,7 +14,7 @@ from cytofed.errors import InputError, VerificationError
 from cytofed.plan import load_plan
 from cytofed.privacy import audit, faults
 from cytofed.privacy.accounting import epsilon_for
-from cytofed.privacy.audit import Claim, audit_one_run, calibrate, steinke_bound
+from cytofed.privacy.audit import Bound, Claim, audit_one_run, calibrate, steinke_bound
 from cytofed.privacy.gradients import Correction, Mechanism, PatientOptimizer, Step
 from cytofed.privacy.losses import Steps, loss_law
 from cytofed.privacy.maskcheck import check_mask_keys, check_mask_secrets
@@ -107,6 +107,26 @@ def test_a_claim_of_half_the_truth_is_a_violation() -> None:
         coins=np.random.default_rng(1),
     )
     assert run.gaussian.violated
+
+
+def test_a_bound_above_the_claim_is_a_violation_only_if_new_canaries_say_so_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audit, "CANARIES", 200)
+
+    def seen(of_truth: float) -> Bound:
+        return audit_one_run(
+            claim(of_truth * claim().epsilon),
+            new_randomness=lambda: SimulatedRandomness(5, "audit"),
+            coins=np.random.default_rng(5),
+        ).gaussian
+
+    once, again, both = seen(10.0), seen(0.75), seen(0.2)
+    assert again.claimed < once.lower  # the first canaries were lucky
+    assert again.lower < again.claimed
+    assert not again.violated
+    assert both.lower == again.lower
+    assert both.violated
 
 
 def test_a_step_that_releases_nothing_stops_the_audit() -> None:
