@@ -253,6 +253,8 @@ class _Link(InMemoryLinkState):
     def __init__(self, spool: Path) -> None:
         self.objects = _SpooledStore(spool)
         super().__init__(NoOpFederationManager(), self.objects)
+        # Flower takes these two in either order, where an upload ends for good as one begins.
+        self._lock_object_push_sessions = self.lock
         self.wake = threading.Event()
         self.deliveries: dict[str, _Delivery] = {}
         self.uploads: dict[str, _Upload] = {}
