@@ -1,6 +1,6 @@
 """How near a federation comes to training in one place, and what privacy costs in accuracy.
 
-``python benchmarks/accuracy.py [--quick] [--out DIR] [--part NAME ...] [--json]``
+``python benchmarks/accuracy.py [--quick] [--out DIR] [--part NAME ...] [--finished] [--write]``
 
 Sweeps of ``cytofed simulate`` on real marrow images, five folds of two seeds each: every
 image is tested once a seed.
@@ -11,16 +11,18 @@ image is tested once a seed.
   one place. Where labs have lost images, and have their own stain, one place is without these
   images and has these stains too.
 - ``alone``: the same with each lab alone, on one fold.
+- ``longer``: the same nets of labs that are alike, and in one place, trained up to three times as
+  long: where the limit is.
 - ``privacy``: the same encoder, frozen, without privacy and at epsilon 8, 3 and 1 per
   pseudo-patient, for pseudo-patients of several sizes: a curve over the number of patients.
 - ``sources``: a marrow lab and a blood lab with label schemes of their own, from random weights.
 
 Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
-sweep only writes its tables again; ``--finished`` shows those of what has run so far. Of two
-cores, ``head`` takes half an hour, ``privacy`` an hour, ``whole`` five and ``alone`` one;
-``--quick`` is one fold of one seed at a tenth of the training, to see that all of it works. Tables
-and plots of each sweep go to DIR, and what is finished of the whole benchmark into docs/results.md
-between its two marks.
+sweep only writes its table again; ``--finished`` shows that of what has run so far. Of two
+cores, ``head`` takes half an hour, ``privacy`` an hour, ``whole`` five, ``alone`` and ``longer``
+one each; ``--quick`` is one fold of one seed at a tenth of the training, to see that all of it
+works. A finished part's table goes into docs/results.md between the part's marks, with a plot
+beside it; with ``--finished --write`` also one of which a part has run, and it says how much.
 
 A condition's gap is central minus federated macro F1 on the same test images, over folds and
 seeds; its bound is the upper end of a one-sided 95 % t-interval. Folds of a seed share training
@@ -43,16 +45,17 @@ from typing import Any
 
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 from cytofed.console import SweepProgress
+from cytofed.figures import Gap, Point, gap_figure, save, trade_figure
 from cytofed.files import write_atomically
 from cytofed.plan import load_plan, to_dict
 from cytofed.simulations.sweep import finished_rows, read_sweep, run_sweep
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results.md"
-BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 
 Row = Mapping[str, Any]
 
@@ -110,6 +113,7 @@ SIZES = ((4, 20), (4, 10), (4, 5), (4, 2), (2, 2))
 """labs, and cells of a pseudo-patient: the fewer they are, the more patients the images make"""
 TRAINED = 4611
 """images of bone_marrow_128 outside a test fold"""
+EPOCHS = (20, 40, 60)
 
 
 def data_folder() -> Path:
@@ -190,13 +194,32 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         },
         "seeds": [0],
     }
+    longer = {
+        **whole,
+        "name": "longer",
+        "list": [
+            {"evaluation.fold": 0, **values, "train.rounds": rounds, **fewer}
+            for epochs in (EPOCHS[:1] if quick else EPOCHS)
+            for values, rounds in (
+                (ONE_PLACE, epochs),
+                ({**planned, **conditions[0]}, rounds_of(epochs)),
+            )
+        ],
+        "seeds": [0],
+    }
     return {
         "head": head,
         "privacy": privacy,
         "sources": sources,
         "whole": whole,
         "alone": alone,
+        "longer": longer,
     }
+
+
+def rounds_of(epochs: int) -> int:
+    """Rounds of the ``marrow`` plan that are so many epochs."""
+    return round(epochs / load_plan("marrow").train.local_epochs)
 
 
 def rivals(labs: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,18 +261,28 @@ def goal(name: str, value: float, limit: float, op: str = "<=") -> dict[str, Any
     return {"name": name, "value": round(value, 4), "op": op, "limit": limit, "met": met}
 
 
-def skew_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
-    """Table, goals and figures of ``head``, ``whole`` and ``alone``.
+@dataclass(frozen=True)
+class Found:
+    """What a part has shown: its table, its goals, figures for JSON, and a plot."""
+
+    lines: list[str]
+    goals: list[dict[str, Any]]
+    figures: dict[str, Any]
+    plot: Figure | None = None
+
+
+def skew_results(rows: Sequence[Row]) -> Found:
+    """Of ``head``, ``whole`` and ``alone``.
 
     One place is a run's own baseline, or the run of one lab over the same fold and seed.
     """
-    lines = [
-        "| labs | runs | federated | in one place | gap | bound | worst lab "
-        "| worst lab, in one place | alone |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    table = [
+        ["labs", "runs", "federated", "in one place", "gap", "bound", "worst lab",
+         "worst lab, in one place", "alone"]
+    ]  # fmt: skip
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
+    gaps: list[Gap] = []
     one_place = {_split_of(row): float(row["macro_f1"]) for row in chosen(rows, labs=1)}
     for condition in CONDITIONS:
         found = [
@@ -259,7 +292,8 @@ def skew_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], 
         found = [row for row in found if row["central_macro_f1"] is not None]
         if not found:
             continue
-        gap, bound = mean_and_bound([row["central_macro_f1"] - row["macro_f1"] for row in found])
+        each = [float(row["central_macro_f1"]) - float(row["macro_f1"]) for row in found]
+        gap, bound = mean_and_bound(each)
         told = {
             "federated": _mean(found, "macro_f1"),
             "central": _mean(found, "central_macro_f1"),
@@ -271,8 +305,10 @@ def skew_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], 
         }
         figures[condition.name] = told
         shown = ["" if value is None else f"{value:.3f}" for value in told.values()]
-        shown[2:4] = [f"{gap:+.3f}", f"{bound:+.3f}"]
-        lines.append(f"| {condition.labs}: {condition.name} | {len(found)} | {' | '.join(shown)} |")
+        shown[2:4] = [f"{gap:+.3f}", "" if math.isinf(bound) else f"{bound:+.3f}"]
+        name = f"{condition.labs}: {condition.name}"
+        table.append([name, str(len(found)), *shown])
+        gaps.append(Gap(name, tuple(each), gap, told["bound"], condition.limit))
         goals.append(goal(f"gap, {condition.name}", gap, condition.limit))
         if math.isfinite(bound):
             goals.append(goal(f"bound, {condition.name}", bound, condition.limit + MARGIN))
@@ -285,7 +321,17 @@ def skew_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], 
     alike = figures.get(CONDITIONS[0].name)
     if alike:
         goals.append(goal("macro F1 in one place", alike["central"], 0.88, ">="))
-    return lines, goals, figures
+    plot = gap_figure(gaps) if gaps else None
+    return Found(_markdown(table), goals, figures, plot)
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    """A table without the columns in which nothing stands below the head."""
+    if len(table) == 1:
+        return []
+    full = [column for column in zip(*table, strict=True) if any(column[1:])]
+    head, *rows = zip(*full, strict=True)
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(full), *rows)]
 
 
 def _mean(rows: Sequence[Row], key: str) -> Any:
@@ -299,8 +345,8 @@ def _split_of(row: Row) -> tuple[int, int]:
     return int(row["values"]["evaluation.fold"]), int(row["seed"])
 
 
-def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
-    """Table, goals and figures of the sweep ``privacy``."""
+def privacy_results(rows: Sequence[Row]) -> Found:
+    """Of ``privacy``: for each number of patients the price of each epsilon."""
     lines = [
         "| labs | cells a pseudo-patient | patients a lab | without | "
         + " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS)
@@ -309,6 +355,8 @@ def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
     ]
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
+    curves: dict[str, list[Point]] = {}
+    levels: dict[str, float] = {}
     for labs, cells in SIZES:
         patients = patients_a_lab(labs, cells)
         plain = {
@@ -327,21 +375,25 @@ def privacy_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
                 shown.append("")
                 continue
             price = float(np.mean([a - b for a, b in found]))
-            shown.append(f"{np.mean([b for _, b in found]):.3f} ({-price:+.3f})")
+            score = float(np.mean([b for _, b in found]))
+            shown.append(f"{score:.3f} ({-price:+.3f})")
             figures[f"{labs} labs of {patients} patients, epsilon {epsilon}"] = price
+            curves.setdefault(f"epsilon {epsilon}", []).append(Point(patients, score))
             goals.append(
                 goal(f"price at epsilon {epsilon}, {labs} labs of {patients}", price, limit)
             )
         if any(shown):
-            without = f"{np.mean(list(plain.values())):.3f}"
+            without = float(np.mean(list(plain.values())))
+            levels[""] = max(without, levels.get("", 0.0))
             lines.append(
-                f"| {labs} | {cells} | {patients} | {without} | " + " | ".join(shown) + " |"
+                f"| {labs} | {cells} | {patients} | {without:.3f} | " + " | ".join(shown) + " |"
             )
-    return lines, goals, figures
+    plot = trade_figure(curves, levels, label="patients a lab", joined=True) if curves else None
+    return Found(lines, goals, figures, plot)
 
 
-def sources_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
-    """Table and figures of the sweep ``sources``."""
+def sources_results(rows: Sequence[Row]) -> Found:
+    """Of ``sources``."""
     lines = ["| classes masked at a lab | runs | macro F1 |", "|---|---|---|"]
     figures: dict[str, Any] = {}
     for masked in ("missing", "none"):
@@ -349,7 +401,30 @@ def sources_results(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Any]
         if found:
             figures[masked] = score = float(np.mean([row["macro_f1"] for row in found]))
             lines.append(f"| {masked} | {len(found)} | {score:.3f} |")
-    return lines, [], figures
+    return Found(lines, [], figures)
+
+
+def longer_results(rows: Sequence[Row]) -> Found:
+    """Of ``longer``: macro F1 after so many epochs, each a training of its own."""
+    lines = ["| epochs | in one place | 8 labs, alike |", "|---|---|---|"]
+    figures: dict[str, Any] = {}
+    curves: dict[str, list[Point]] = {"in one place": [], "8 labs, alike": []}
+    for epochs in EPOCHS:
+        shown = []
+        for name, labs, rounds in (
+            ("in one place", 1, epochs),
+            ("8 labs, alike", CONDITIONS[0].labs, rounds_of(epochs)),
+        ):
+            found = chosen(rows, labs=labs, train__rounds=rounds)
+            shown.append(f"{_mean(found, 'macro_f1'):.3f}" if found else "")
+            if found:
+                figures[f"{name}, {epochs} epochs"] = score = _mean(found, "macro_f1")
+                curves[name].append(Point(epochs, score))
+        if any(shown):
+            lines.append(f"| {epochs} | {' | '.join(shown)} |")
+    curves = {name: points for name, points in curves.items() if points}
+    plot = trade_figure(curves, {}, label="epochs", joined=True) if curves else None
+    return Found(lines, [], figures, plot)
 
 
 RESULTS_OF = {
@@ -358,21 +433,27 @@ RESULTS_OF = {
     "sources": sources_results,
     "whole": skew_results,
     "alone": skew_results,
+    "longer": longer_results,
 }
 
 
-def write_results(tables: Mapping[str, Sequence[str]], place: Path) -> None:
-    """Put the tables between the marks of ``place``; what people wrote around them stays."""
+def write_results(part: str, found: Found, told: str, place: Path) -> None:
+    """Put a part's table between its marks in ``place``, its plot beside it; what people wrote
+    around the marks stays. ``told``: how many runs it is of."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    parts = [f"Made by `python benchmarks/accuracy.py` on {machine}.", ""]
-    for part, lines in tables.items():
-        parts += [f"### {part}", "", *lines, ""]
+    lines = [f"`python benchmarks/accuracy.py --part {part}`, {machine}: {told}.", "", *found.lines]
+    if found.plot is not None:
+        plot = place.parent / place.stem / f"{part}.svg"
+        plot.parent.mkdir(exist_ok=True)
+        save(found.plot, plot)
+        lines += ["", f"![{part}]({plot.relative_to(place.parent)})"]
+    begin, end = (f"<!-- accuracy, {part}: {edge} -->" for edge in ("begin", "end"))
     text = place.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{place} lacks the marks {BEGIN} and {END}")
-    write_atomically(place, "\n".join([head + BEGIN, *parts, END + tail]))
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"{place} lacks the marks {begin} and {end}")
+    write_atomically(place, "\n".join([before + begin, *lines, end + after]))
 
 
 def main() -> None:
@@ -383,6 +464,7 @@ def main() -> None:
         "--finished", action="store_true", help="tables of the runs that are there; train nothing"
     )
     parser.add_argument("--part", action="append", choices=sorted(RESULTS_OF), help="[all]")
+    parser.add_argument("--write", action="store_true", help="put them into docs/results.md too")
     parser.add_argument("--json", action="store_true", help="accepted: the last line is JSON")
     options = parser.parse_args()
     data = data_folder()
@@ -390,7 +472,6 @@ def main() -> None:
         raise SystemExit(f"real data not found in {data}: set CYTOFED_TEST_DATA")
     out = options.out or Path("runs") / ("accuracy-quick" if options.quick else "accuracy")
     out.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, list[str]] = {}
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
     for part, tree in sweeps(data, quick=options.quick).items():
@@ -404,11 +485,13 @@ def main() -> None:
         else:
             with SweepProgress(len(sweep.runs)) as watch:
                 rows = run_sweep(sweep, out / part, resume=True, watch=watch)["runs"]
-        tables[part], more, figures[part] = RESULTS_OF[part](rows)
-        goals += [{**goal, "name": f"{part}: {goal['name']}"} for goal in more]
-        print("\n".join([f"## {part}", *tables[part], ""]), file=sys.stderr)
-    if not (options.quick or options.part or options.finished):
-        write_results(tables, RESULTS)
+        found = RESULTS_OF[part](rows)
+        figures[part] = found.figures
+        goals += [{**goal, "name": f"{part}: {goal['name']}"} for goal in found.goals]
+        print("\n".join([f"## {part}", *found.lines, ""]), file=sys.stderr)
+        done = len(chosen(rows))
+        if done and (options.write or not (options.quick or options.finished)):
+            write_results(part, found, f"{done} of {len(sweep.runs)} runs", RESULTS)
     line = {"name": "accuracy", "quick": options.quick, "ours": figures, "peer": {}, "goals": goals}
     print(json.dumps(line))
 

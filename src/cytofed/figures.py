@@ -517,6 +517,40 @@ def trade_figure(
     return _legend_below(figure, axes)
 
 
+@dataclass(frozen=True)
+class Gap:
+    """What a federation loses against one place: each run, their mean, the upper end of its
+    interval (None for a single run), and the most that is hoped for."""
+
+    name: str
+    each: tuple[float, ...]
+    mean: float
+    bound: float | None
+    limit: float
+
+
+@_styled
+def gap_figure(gaps: Sequence[Gap]) -> Figure:
+    """Macro F1 in one place minus federated, a row for each kind of labs."""
+    figure = Figure(figsize=(5.6, 1.2 + 0.4 * len(gaps)))
+    axes = figure.subplots()
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    told: Sequence[str | None] = ("each run", "upper end of the mean", "mean", "goal for the mean")
+    for y, gap in enumerate(gaps):
+        each, end, mean, limit = told if y == 0 else (None,) * 4
+        axes.plot(gap.each, [y] * len(gap.each), "o", color=MUTED, markersize=3.5, label=each)
+        until = gap.mean if gap.bound is None else gap.bound
+        axes.plot([gap.mean, until], [y, y], color=FIRST, linewidth=2.4, label=end)
+        axes.plot(gap.mean, y, "s", color=FIRST, markersize=6, label=mean)
+        axes.plot([gap.limit] * 2, [y - 0.3, y + 0.3], color=SECOND, linewidth=2, label=limit)
+    axes.set_yticks(range(len(gaps)), [_clip(gap.name, 30) for gap in gaps])
+    axes.set_ylim(len(gaps) - 0.4, -0.6)
+    axes.set_xlabel("macro F1 in one place minus federated")
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    return _legend_below(figure, axes)
+
+
 @_styled
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as SVG or PDF, by the file's ending; same figure, same bytes."""

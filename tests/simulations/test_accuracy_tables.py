@@ -1,0 +1,88 @@
+"""What ``benchmarks/accuracy.py`` makes of the runs of its sweeps."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "accuracy.py"
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("accuracy_benchmark", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(labs: int, partition: str, fold: int, score: float, **more: Any) -> dict[str, Any]:
+    values = {"labs": labs, "partition": partition, "evaluation.fold": fold}
+    empty = dict.fromkeys(
+        ("central_macro_f1", "worst_lab_macro_f1", "central_worst_lab_macro_f1", "local_macro_f1")
+    )
+    return {"values": values, "seed": 0, "macro_f1": score, **empty, **more}
+
+
+def test_a_gap_is_against_one_place_on_the_same_fold_and_its_bound_students_t(
+    accuracy: ModuleType,
+) -> None:
+    rows = [row(1, "iid", fold, one) for fold, one in enumerate((0.80, 0.84))]
+    rows += [row(8, "iid", fold, score) for fold, score in enumerate((0.79, 0.85))]
+    rows += [row(8, "iid", 2, 0.9), row(8, "iid", 3, None)]  # no rival; did not finish
+    found = accuracy.skew_results(rows)
+    assert found.figures["alike"]["gap"] == pytest.approx(0.0)
+    # 6.314 standard errors of the mean of two, each .01 from it.
+    assert found.figures["alike"]["bound"] == pytest.approx(6.3138 * 0.01, abs=1e-4)
+    met = {goal["name"]: goal["met"] for goal in found.goals}
+    assert met["gap, alike"]
+    assert not met["bound, alike"]
+    assert found.lines[2] == "| 8: alike | 2 | 0.820 | 0.820 | +0.000 | +0.063 |"
+
+
+def test_a_runs_own_baseline_goes_before_the_run_of_one_lab(accuracy: ModuleType) -> None:
+    hard = accuracy.CONDITIONS[-1]
+    rows = [row(1, "iid", 0, 0.85), row(hard.labs, hard.partition, 0, 0.80, central_macro_f1=0.82)]
+    assert accuracy.skew_results(rows).figures[hard.name]["gap"] == pytest.approx(0.02)
+
+
+def test_tables_go_between_the_marks_of_their_part_and_nothing_else_changes(
+    accuracy: ModuleType, tmp_path: Path
+) -> None:
+    place = tmp_path / "results.md"
+    marks = "<!-- accuracy, {0}: begin -->\n{1}\n<!-- accuracy, {0}: end -->\n"
+    place.write_text(f"before\n{marks.format('head', 'old')}between\n{marks.format('whole', 'x')}")
+    found = accuracy.skew_results([row(1, "iid", 0, 0.8), row(8, "iid", 0, 0.7)])
+    accuracy.write_results("head", found, "2 of 4 runs", place)
+    text = place.read_text()
+    assert text.startswith("before\n<!-- accuracy, head: begin -->\n")
+    assert text.endswith(f"<!-- accuracy, head: end -->\nbetween\n{marks.format('whole', 'x')}")
+    assert "old" not in text
+    assert "2 of 4 runs." in text
+    assert "| 8: alike | 1 | 0.700 | 0.800 | +0.100 |" in text
+    assert "![head](results/head.svg)" in text
+    assert "8: alike" in (tmp_path / "results" / "head.svg").read_text()
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        accuracy.write_results("alone", found, "", place)
+
+
+def test_every_part_has_marks_in_the_results_and_its_sweep_can_be_read(
+    accuracy: ModuleType, tmp_path: Path
+) -> None:
+    text = accuracy.RESULTS.read_text()
+    for name in ("bone_marrow_128", "pbc_128"):
+        (tmp_path / name).mkdir()
+    for quick in (True, False):
+        for part, tree in accuracy.sweeps(tmp_path, quick=quick).items():
+            assert f"<!-- accuracy, {part}: begin -->" in text
+            file = tmp_path / f"{part}.yaml"
+            file.write_text(accuracy.yaml.safe_dump(tree, sort_keys=False))
+            assert accuracy.read_sweep(file).runs
