@@ -178,8 +178,8 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "name": "privacy",
         "plan": "marrow",
         "data": marrow,
-        "set": {"partition": "iid", "evaluation.every": 100, **fewer},
-        "list": levels,
+        "set": {"partition": "iid", "evaluation.every": 100},
+        "list": [{**level, **fewer} for level in levels],
         "grid": {"evaluation.fold": folds},
         "seeds": seeds,
     }

@@ -24,7 +24,7 @@ def accuracy() -> ModuleType:
     return module
 
 
-def row(labs: int, partition: str, fold: int, score: float, **more: Any) -> dict[str, Any]:
+def row(labs: int, partition: str, fold: int, score: float | None, **more: Any) -> dict[str, Any]:
     values = {"labs": labs, "partition": partition, "evaluation.fold": fold}
     empty = dict.fromkeys(
         ("central_macro_f1", "worst_lab_macro_f1", "central_worst_lab_macro_f1", "local_macro_f1")
