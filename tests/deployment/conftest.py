@@ -113,8 +113,9 @@ class Federation:
             if found:
                 return found
             time.sleep(0.1)
-        logs = "".join(f"\n--- {f.name}\n{f.read_text()[-3000:]}" for f in self.root.glob("*.log"))
-        raise AssertionError(f"waited in vain until {what}{logs}")
+        ended = {who: p.returncode for who, p in self.running.items() if p.poll() is not None}
+        logs = "".join(f"\n--- {f.name}\n{f.read_text()[-1500:]}" for f in self.root.glob("*.log"))
+        raise AssertionError(f"waited in vain until {what}; ended by themselves: {ended}{logs}")
 
     # --- from an empty folder to a finished run
 
