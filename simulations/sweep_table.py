@@ -38,6 +38,8 @@ SCORES = (
     "central_macro_f1",
     "central_worst_lab_macro_f1",
     "local_macro_f1",
+    "best_local_macro_f1",
+    "labs_that_gain",
 )
 """columns whose mean and interval over seeds is told"""
 _TIMES = ("wall_s", "train_s", "overhead_s", "workers")
@@ -52,6 +54,12 @@ def row_of(
     baselines = summary.get("baselines") or {}
     local = [float(s["macro_f1"]) for s in (baselines.get("local") or {}).values()]
     central = [float(s["macro_f1"]) for s in (baselines.get("central_labs") or {}).values()]
+    labs = summary.get("labs") or {}
+    gains = [
+        float(labs[lab]["macro_f1"]) >= float(own["macro_f1"])
+        for lab, own in (baselines.get("local_own") or {}).items()
+        if lab in labs
+    ]
     privacy = summary.get("privacy") or {}
     whole = privacy.get("total") or privacy
     wire = summary.get("wire") or {}
@@ -75,6 +83,8 @@ def row_of(
         "central_macro_f1": (baselines.get("central") or {}).get("macro_f1"),
         "central_worst_lab_macro_f1": min(central, default=None),
         "local_macro_f1": float(np.mean(local)) if local else None,
+        "best_local_macro_f1": max(local, default=None),
+        "labs_that_gain": float(np.mean(gains)) if gains else None,
         "privacy_unit": unit,
         "epsilon": whole.get("epsilon"),
         "delta": privacy.get("delta"),

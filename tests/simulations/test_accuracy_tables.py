@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from cytofed.simulations.sweep_table import SCORES
+
 FILE = Path(__file__).parents[2] / "benchmarks" / "accuracy.py"
 
 
@@ -26,10 +28,7 @@ def accuracy() -> ModuleType:
 
 def row(labs: int, partition: str, fold: int, score: float | None, **more: Any) -> dict[str, Any]:
     values = {"labs": labs, "partition": partition, "evaluation.fold": fold}
-    empty = dict.fromkeys(
-        ("central_macro_f1", "worst_lab_macro_f1", "central_worst_lab_macro_f1", "local_macro_f1")
-    )
-    return {"values": values, "seed": 0, "macro_f1": score, **empty, **more}
+    return {"values": values, "seed": 0, **dict.fromkeys(SCORES), "macro_f1": score, **more}
 
 
 def test_a_gap_is_against_one_place_on_the_same_fold_and_its_bound_students_t(
@@ -52,6 +51,15 @@ def test_a_runs_own_baseline_goes_before_the_run_of_one_lab(accuracy: ModuleType
     hard = accuracy.CONDITIONS[-1]
     rows = [row(1, "iid", 0, 0.85), row(hard.labs, hard.partition, 0, 0.80, central_macro_f1=0.82)]
     assert accuracy.skew_results(rows).figures[hard.name]["gap"] == pytest.approx(0.02)
+
+
+def test_labs_gain_if_the_federation_is_above_the_best_of_them(accuracy: ModuleType) -> None:
+    own = {"local_macro_f1": 0.6, "best_local_macro_f1": 0.75, "labs_that_gain": 0.875}
+    found = accuracy.skew_results([row(8, "iid", 0, 0.7, central_macro_f1=0.7, **own)])
+    met = {goal["name"]: goal["met"] for goal in found.goals}
+    assert not met["gain over the best lab alone, alike"]
+    assert not met["labs that gain on their own, alike"]
+    assert found.lines[2] == "| 8: alike | 1 | 0.700 | 0.700 | +0.000 | 0.600 | 0.750 | 0.875 |"
 
 
 def test_tables_go_between_the_marks_of_their_part_and_nothing_else_changes(
