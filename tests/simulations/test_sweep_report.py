@@ -123,6 +123,23 @@ def test_status_tells_whether_some_or_all_runs_are_lost() -> None:
     assert summarised("x", KEYS, rows, text="")["status"] == "failed"
 
 
+def test_a_lab_gains_where_its_own_images_fare_no_worse_than_alone() -> None:
+    scores = {"lab-1": 0.7, "lab-2": 0.9, "lab-3": 0.5}
+    made = made_summary(0.7, labs=3, epsilon=None, status="completed") | {
+        "labs": {lab: {"macro_f1": score} for lab, score in scores.items()},
+        "baselines": {
+            "central": {"macro_f1": 0.8},
+            "central_labs": {"lab-1": {"macro_f1": 0.8}, "lab-2": {"macro_f1": 0.6}},
+            "local": {"lab-1": {"macro_f1": 0.3}, "lab-2": {"macro_f1": 0.5}},
+            "local_own": {"lab-1": {"macro_f1": 0.7}, "lab-2": {"macro_f1": 0.95}},
+        },
+    }
+    found = row_of("a", KEYS, dict.fromkeys(KEYS), PLAN, made)
+    assert found["labs_that_gain"] == 0.5
+    assert (found["local_macro_f1"], found["best_local_macro_f1"]) == (0.4, 0.5)
+    assert (found["central_macro_f1"], found["central_worst_lab_macro_f1"]) == (0.8, 0.6)
+
+
 # --- tables
 
 
