@@ -249,8 +249,7 @@ class Coordinator:
             if waiting:
                 self._carry_out(waiting[0])
                 gc.collect()
-            for folder in folders:
-                self._deliver(folder)
+            self._deliver_all()
             if not waiting:
                 self._wake.wait(self._settings.offer_every_s)
             self._wake.clear()
@@ -433,6 +432,7 @@ class Coordinator:
             if self._ending.is_set():
                 raise Stopped("the coordinator stops")
             if any(lab not in folder.decisions(offer) for lab in undecided):
+                self._deliver_all()  # people may take days to decide
                 self._ending.wait(pause_s)
                 pause_s = min(pause_s * _SLOWER, self._settings.offer_every_s * _SLOWEST)
 
@@ -490,6 +490,14 @@ class Coordinator:
             secure,
             release=model.released,
         )
+
+    def _deliver_all(self) -> None:
+        """Send results that labs do not have yet; trouble with one is no trouble of other runs."""
+        for folder in RunFolder.all(self._directory.runs):
+            try:
+                self._deliver(folder)
+            except (CytofedError, OSError) as error:
+                _log.warning("run %s: its result cannot be sent: %s", folder.name, error)
 
     def _deliver(self, folder: RunFolder) -> None:
         """Send the result to the labs of the cohort that are there and do not have it yet."""

@@ -373,6 +373,23 @@ def test_lab_that_never_comes_back_is_absent_by_name(standing: Federation) -> No
     standing.start("lab-3")
 
 
+@pytest.mark.faults
+def test_lab_that_was_away_gets_its_result_while_the_next_plan_waits(standing: Federation) -> None:
+    run = queue(standing, SHORT)
+    approved_by_two(standing, run)
+    standing.kill("lab-3")
+    approve(standing, run, "lab-2")
+    without_lab_3(standing, run)
+    waiting = queue(standing, PLAN)
+    standing.start("lab-3")
+    directory = ClientDirectory.open(standing.root / "lab-3")
+    result = directory.root / "models" / directory.run_folder(run).name / "result.json"
+    standing.until(result.is_file, "lab-3 has the model")
+    assert standing.state(waiting)["phase"] == "approval"
+    send_command(standing.coordinator / "control.sock", "stop-run", run=waiting)
+    assert standing.summary(waiting)["status"] == "failed"
+
+
 # --- two of the same, and too little room
 
 
