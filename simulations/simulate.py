@@ -528,6 +528,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
     updates = sum(len(record["received"]) for record in records)
     orders = sum(len(record["expected"]) for record in records)
     workers = world.request.jobs or max(1, (os.cpu_count() or 1) // plan.train.threads)
+    train_wall_s = train_s / min(workers, len(labs.names))
     return {
         "status": status(run, results.federation),
         "plan_name": plan.name,
@@ -556,8 +557,8 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
         },
         "timing": {
             "wall_s": round(wall_s, 2),
-            "train_s": round(train_s / workers, 2),
-            "overhead_s": round(max(0.0, wall_s - baselines_s - train_s / workers), 2),
+            "train_s": round(train_wall_s, 2),
+            "overhead_s": round(max(0.0, wall_s - baselines_s - train_wall_s), 2),
             "baselines_s": round(baselines_s, 2),
             "workers": workers,
             "lab_train_s": round(train_s, 2),

@@ -131,6 +131,11 @@ def test_two_worker_processes_give_the_weights_of_one(
     assert workers["global"] == here["global"]
 
 
+def test_one_lab_is_not_said_to_train_on_several_cores(small: Small, directly: Simulate) -> None:
+    timing = directly(small("simulation.labs=1", jobs=4))["timing"]
+    assert timing["train_s"] == timing["lab_train_s"] > 0
+
+
 @pytest.mark.parametrize("strategy", ["scaffold", "local_norms"])
 def test_strategy_does_not_change_the_baselines(
     strategy: str, small: Small, directly: Simulate, tmp_path: Path
