@@ -12,16 +12,16 @@ image is tested once a seed.
   images and has these stains too.
 - ``alone``: the same with each lab alone, on one fold.
 - ``longer``: the same nets of labs that are alike, and in one place, trained three and six times
-  as long: where the limit is.
+  as long, and on larger images: where the limit is.
 - ``privacy``: the same encoder, frozen, without privacy and at epsilon 8, 3 and 1 per
   pseudo-patient, for pseudo-patients of several sizes: a curve over the number of patients.
 - ``sources``: a marrow lab and a blood lab with label schemes of their own, from random weights.
 
 Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
 sweep only writes its table again; ``--finished`` shows that of what has run so far. Of two
-cores, ``head`` takes half an hour, ``privacy`` an hour, ``whole`` five, ``alone`` and ``longer``
-one each; ``--quick`` is one fold of one seed at a tenth of the training, to see that all of it
-works. A finished part's table goes into docs/results.md between the part's marks, with a plot
+cores, ``head`` takes half an hour, ``privacy`` an hour, ``whole`` five, ``alone`` one and
+``longer`` two; ``--quick`` is one fold of one seed at a tenth of the training, to see that all of
+it works. A finished part's table goes into docs/results.md between the part's marks, with a plot
 beside it; with ``--finished --write`` also one of which a part has run, and it says how much.
 
 A condition's gap is central minus federated macro F1 on the same test images, over folds and
@@ -115,8 +115,28 @@ SIZES = ((4, 20), (4, 10), (4, 5), (4, 2), (2, 2))
 """labs, and cells of a pseudo-patient: the fewer they are, the more patients the images make"""
 TRAINED = 4611
 """images of bone_marrow_128 outside a test fold"""
-EPOCHS = (20, 40, 60, 120)
-"""of ``longer``; the last in one place only"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A learning curve of ``longer``: each number of epochs is a training of its own."""
+
+    name: str
+    labs: int
+    size_px: int
+    epochs: tuple[int, ...]
+
+    def rounds(self, epochs: int) -> int:
+        """Rounds of so many epochs."""
+        per_round = 1.0 if self.labs == 1 else load_plan("marrow").train.local_epochs
+        return round(epochs / per_round)
+
+
+LINES = (
+    Line("in one place", 1, 64, (20, 40, 60, 120)),
+    Line("8 labs, alike", 8, 64, (20, 40, 60)),
+    Line("in one place, 96 pixels", 1, 96, (20, 60)),
+)
 
 
 def data_folder() -> Path:
@@ -201,13 +221,15 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         **whole,
         "name": "longer",
         "list": [
-            {"evaluation.fold": 0, **values, "train.rounds": rounds, **fewer}
-            for epochs in (EPOCHS[:1] if quick else EPOCHS)
-            for values, rounds in (
-                (ONE_PLACE, epochs),
-                ({**planned, **conditions[0]}, rounds_of(epochs)),
-            )
-            if values is ONE_PLACE or epochs != EPOCHS[-1]
+            {
+                "evaluation.fold": 0,
+                **(ONE_PLACE if line.labs == 1 else {**planned, **conditions[0]}),
+                "train.rounds": line.rounds(epochs),
+                "labels.scale.size_px": line.size_px,
+                **fewer,
+            }
+            for line in LINES
+            for epochs in (line.epochs[:1] if quick else line.epochs)
         ],
         "seeds": [0],
     }
@@ -219,11 +241,6 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "alone": alone,
         "longer": longer,
     }
-
-
-def rounds_of(epochs: int) -> int:
-    """Rounds of the ``marrow`` plan that are so many epochs."""
-    return round(epochs / load_plan("marrow").train.local_epochs)
 
 
 def rivals(labs: Mapping[str, Any]) -> dict[str, Any]:
@@ -414,26 +431,28 @@ def sources_results(rows: Sequence[Row]) -> Found:
 
 
 def longer_results(rows: Sequence[Row]) -> Found:
-    """Of ``longer``: macro F1 after so many epochs, each a training of its own."""
-    lines = ["| epochs | in one place | 8 labs, alike |", "|---|---|---|"]
+    """Of ``longer``: macro F1 after so many epochs."""
+    table = [["epochs", *(line.name for line in LINES)]]
     figures: dict[str, Any] = {}
-    curves: dict[str, list[Point]] = {"in one place": [], "8 labs, alike": []}
-    for epochs in EPOCHS:
+    curves: dict[str, list[Point]] = {}
+    for epochs in sorted({epochs for line in LINES for epochs in line.epochs}):
         shown = []
-        for name, labs, rounds in (
-            ("in one place", 1, epochs),
-            ("8 labs, alike", CONDITIONS[0].labs, rounds_of(epochs)),
-        ):
-            found = chosen(rows, labs=labs, train__rounds=rounds)
-            shown.append(f"{_mean(found, 'macro_f1'):.3f}" if found else "")
-            if found:
-                figures[f"{name}, {epochs} epochs"] = score = _mean(found, "macro_f1")
-                curves[name].append(Point(epochs, score))
+        for line in LINES:
+            found = chosen(
+                rows,
+                labs=line.labs,
+                train__rounds=line.rounds(epochs),
+                labels__scale__size_px=line.size_px,
+            )
+            score = _mean(found, "macro_f1") if found else None
+            shown.append("" if score is None else f"{score:.3f}")
+            if score is not None:
+                figures[f"{line.name}, {epochs} epochs"] = score
+                curves.setdefault(line.name, []).append(Point(epochs, score))
         if any(shown):
-            lines.append(f"| {epochs} | {' | '.join(shown)} |")
-    curves = {name: points for name, points in curves.items() if points}
+            table.append([str(epochs), *shown])
     plot = trade_figure(curves, {}, label="epochs", joined=True) if curves else None
-    return Found(lines, [], figures, plot)
+    return Found(_markdown(table), [], figures, plot)
 
 
 RESULTS_OF = {

@@ -62,6 +62,20 @@ def test_labs_gain_if_the_federation_is_above_the_best_of_them(accuracy: ModuleT
     assert found.lines[2] == "| 8: alike | 1 | 0.700 | 0.700 | +0.000 | 0.600 | 0.750 | 0.875 |"
 
 
+def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType) -> None:
+    rows = []
+    for tree in accuracy.sweeps(Path(), quick=False)["longer"]["list"]:
+        score = tree["train.rounds"] / (4000 if tree["labs"] == 8 else 200)
+        score += tree["labels.scale.size_px"] / 1000
+        rows.append({**row(tree["labs"], "iid", 0, score), "values": tree})
+    assert accuracy.longer_results(rows).lines[2:] == [
+        "| 20 | 0.164 | 0.264 | 0.196 |",
+        "| 40 | 0.264 | 0.464 |  |",
+        "| 60 | 0.364 | 0.664 | 0.396 |",
+        "| 120 | 0.664 |  |  |",
+    ]
+
+
 def test_tables_go_between_the_marks_of_their_part_and_nothing_else_changes(
     accuracy: ModuleType, tmp_path: Path
 ) -> None:
