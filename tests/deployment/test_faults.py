@@ -363,23 +363,25 @@ def test_slow_lab_is_absent_by_name_and_does_not_hold_up_the_others(standing: Fe
     standing.start("lab-3")
 
 
+def ended_while_lab_3_is_away(federation: Federation) -> tuple[str, str]:
+    """A run that lab-3 approved and then left with a kill; why it was absent."""
+    run = queue(federation, SHORT)
+    approved_by_two(federation, run)
+    federation.kill("lab-3")
+    approve(federation, run, "lab-2")
+    return run, without_lab_3(federation, run)
+
+
 @pytest.mark.faults
 def test_lab_that_never_comes_back_is_absent_by_name(standing: Federation) -> None:
-    run = queue(standing, SHORT)
-    approved_by_two(standing, run)
-    standing.kill("lab-3")
-    approve(standing, run, "lab-2")
-    assert "not connected" in without_lab_3(standing, run)
+    run, why = ended_while_lab_3_is_away(standing)
+    assert "not connected" in why, run
     standing.start("lab-3")
 
 
 @pytest.mark.faults
 def test_lab_that_was_away_gets_its_result_while_the_next_plan_waits(standing: Federation) -> None:
-    run = queue(standing, SHORT)
-    approved_by_two(standing, run)
-    standing.kill("lab-3")
-    approve(standing, run, "lab-2")
-    without_lab_3(standing, run)
+    run, _ = ended_while_lab_3_is_away(standing)
     waiting = queue(standing, PLAN)
     standing.start("lab-3")
     directory = ClientDirectory.open(standing.root / "lab-3")
