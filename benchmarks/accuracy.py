@@ -1,6 +1,7 @@
 """How near a federation comes to training in one place, and what privacy costs in accuracy.
 
-``python benchmarks/accuracy.py [--quick] [--out DIR] [--part NAME ...] [--finished] [--write]``
+``python benchmarks/accuracy.py [--quick] [--out DIR] [--part NAME ...] [--recorded] [--finished]
+[--write]``
 
 Sweeps of ``cytofed simulate`` on real marrow images, five folds of two seeds each: every
 image is tested once a seed.
@@ -12,17 +13,21 @@ image is tested once a seed.
   images and has these stains too.
 - ``alone``: the same with each lab alone, on one fold.
 - ``longer``: the same nets of labs that are alike, and in one place, trained three and six times
-  as long, and on larger images: where the limit is.
+  as long, and on larger images: where the limit is, and whether labs still reach it.
 - ``privacy``: the same encoder, frozen, without privacy and at epsilon 8, 3 and 1 per
   pseudo-patient, for pseudo-patients of several sizes: a curve over the number of patients.
 - ``sources``: a marrow lab and a blood lab with label schemes of their own, from random weights.
 
 Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
 sweep only writes its table again; ``--finished`` shows that of what has run so far. Of two
-cores, ``head`` takes half an hour, ``privacy`` an hour, ``whole`` five, ``alone`` one and
-``longer`` two; ``--quick`` is one fold of one seed at a tenth of the training, to see that all of
-it works. A finished part's table goes into docs/results.md between the part's marks, with a plot
-beside it; with ``--finished --write`` also one of which a part has run, and it says how much.
+cores, ``head`` takes half an hour, ``privacy`` an hour, ``whole`` two (five where the processor
+does not multiply in bfloat16), ``alone`` half of one and ``longer`` two; ``--quick`` is one fold
+of one seed at a tenth of the training, to see that all of it works.
+
+A finished part's table goes into docs/results.md between the part's marks, with its plot and the
+rows of its runs, one a line, in docs/results; with ``--finished --write`` also one of which a part
+has run, and it says how much. ``--recorded`` takes these rows for runs of the same plan, and runs
+what is left: so a grid can be run on several days and machines.
 
 A condition's gap is central minus federated macro F1 on the same test images, over folds and
 seeds; its bound is the upper end of a one-sided 95 % t-interval. Folds of a seed share training
@@ -35,13 +40,14 @@ test images fare no worse with the federated model than with its own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +60,11 @@ from cytofed.console import SweepProgress
 from cytofed.figures import Gap, Point, gap_figure, save, trade_figure
 from cytofed.files import write_atomically
 from cytofed.plan import load_plan, to_dict
-from cytofed.simulations.sweep import finished_rows, read_sweep, run_sweep
+from cytofed.simulations.sweep import Sweep, SweptRun, finished_rows, read_sweep, run_sweep
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results.md"
+"""tables; plots and rows are in the folder of that name beside it"""
 
 Row = Mapping[str, Any]
 
@@ -135,7 +142,8 @@ class Line:
 LINES = (
     Line("in one place", 1, 64, (20, 40, 60, 120)),
     Line("8 labs, alike", 8, 64, (20, 40, 60)),
-    Line("in one place, 96 pixels", 1, 96, (20, 60)),
+    Line("in one place, 96 pixels", 1, 96, (20, 60, 120)),
+    Line("8 labs, alike, 96 pixels", 8, 96, (20, 60)),
 )
 
 
@@ -228,8 +236,9 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
                 "labels.scale.size_px": line.size_px,
                 **fewer,
             }
-            for line in LINES
-            for epochs in (line.epochs[:1] if quick else line.epochs)
+            # The longest first: so no core waits for the other at the end.
+            for line in reversed(LINES)
+            for epochs in (line.epochs[:1] if quick else reversed(line.epochs))
         ],
         "seeds": [0],
     }
@@ -465,6 +474,45 @@ RESULTS_OF = {
 }
 
 
+def identity(run: SweptRun) -> str:
+    """Of what a run trains and on which labs, on any machine: its folder's name has paths in it."""
+    plan = run.request.plan
+    told = json.dumps([to_dict(plan), plan.sha256], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def read_rows(file: Path, sweep: Sweep) -> dict[str, Row]:
+    """What ``file`` has on record of a sweep's runs, by their names here; no other row counts."""
+    recorded = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        row = json.loads(line)
+        recorded[row.pop("run")] = row
+    names = {identity(run): run.name for run in sweep.runs}
+    return {names[key]: {"run": names[key], **recorded[key]} for key in names.keys() & recorded}
+
+
+def write_rows(file: Path, sweep: Sweep, rows: Sequence[Row]) -> None:
+    """Put the rows of finished runs on record, one a line in the sweep's order."""
+    keys = {run.name: identity(run) for run in sweep.runs}
+    kept = [{**row, "run": keys[row["run"]]} for row in chosen(rows)]
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
+
+
+def rows_of(
+    sweep: Sweep, out: Path, recorded: Mapping[str, Row], *, finished: bool
+) -> Sequence[Row]:
+    """Rows of a sweep in its order: of what is on record, and of what has run in ``out``; unless
+    ``finished``, what is left runs first."""
+    # A run with a folder stays in the sweep, which takes no folder that is not of its own.
+    left = [r for r in sweep.runs if r.name not in recorded or (out / "runs" / r.name).exists()]
+    if left and not finished:
+        with SweepProgress(len(left)) as watch:
+            run_sweep(replace(sweep, runs=tuple(left)), out, resume=True, watch=watch)
+    found = {**recorded, **{row["run"]: row for row in finished_rows(sweep, out)}}
+    return [found[run.name] for run in sweep.runs if run.name in found]
+
+
 def write_results(part: str, found: Found, told: str, place: Path) -> None:
     """Put a part's table between its marks in ``place``, its plot beside it; what people wrote
     around the marks stays. ``told``: how many runs it is of."""
@@ -491,6 +539,9 @@ def main() -> None:
     parser.add_argument(
         "--finished", action="store_true", help="tables of the runs that are there; train nothing"
     )
+    parser.add_argument(
+        "--recorded", action="store_true", help="count the rows in docs/results, run what is left"
+    )
     parser.add_argument("--part", action="append", choices=sorted(RESULTS_OF), help="[all]")
     parser.add_argument("--write", action="store_true", help="put them into docs/results.md too")
     parser.add_argument("--json", action="store_true", help="accepted: the last line is JSON")
@@ -505,20 +556,19 @@ def main() -> None:
     for part, tree in sweeps(data, quick=options.quick).items():
         if options.part and part not in options.part:
             continue
-        file = out / f"{part}.yaml"
-        write_atomically(file, yaml.safe_dump(tree, sort_keys=False))
-        sweep = read_sweep(file)
-        if options.finished:
-            rows = finished_rows(sweep, out / part)
-        else:
-            with SweepProgress(len(sweep.runs)) as watch:
-                rows = run_sweep(sweep, out / part, resume=True, watch=watch)["runs"]
+        swept = out / f"{part}.yaml"
+        write_atomically(swept, yaml.safe_dump(tree, sort_keys=False))
+        sweep = read_sweep(swept)
+        file = RESULTS.parent / RESULTS.stem / f"{part}.jsonl"
+        recorded = read_rows(file, sweep) if options.recorded else {}
+        rows = rows_of(sweep, out / part, recorded, finished=options.finished)
         found = RESULTS_OF[part](rows)
         figures[part] = found.figures
         goals += [{**goal, "name": f"{part}: {goal['name']}"} for goal in found.goals]
         print("\n".join([f"## {part}", *found.lines, ""]), file=sys.stderr)
         done = len(chosen(rows))
         if done and (options.write or not (options.quick or options.finished)):
+            write_rows(file, sweep, rows)
             write_results(part, found, f"{done} of {len(sweep.runs)} runs", RESULTS)
     line = {"name": "accuracy", "quick": options.quick, "ours": figures, "peer": {}, "goals": goals}
     print(json.dumps(line))

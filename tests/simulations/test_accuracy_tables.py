@@ -69,10 +69,10 @@ def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType
         score += tree["labels.scale.size_px"] / 1000
         rows.append({**row(tree["labs"], "iid", 0, score), "values": tree})
     assert accuracy.longer_results(rows).lines[2:] == [
-        "| 20 | 0.164 | 0.264 | 0.196 |",
-        "| 40 | 0.264 | 0.464 |  |",
-        "| 60 | 0.364 | 0.664 | 0.396 |",
-        "| 120 | 0.664 |  |  |",
+        "| 20 | 0.164 | 0.264 | 0.196 | 0.296 |",
+        "| 40 | 0.264 | 0.464 |  |  |",
+        "| 60 | 0.364 | 0.664 | 0.396 | 0.696 |",
+        "| 120 | 0.664 |  | 0.696 |  |",
     ]
 
 
@@ -94,6 +94,43 @@ def test_tables_go_between_the_marks_of_their_part_and_nothing_else_changes(
     assert "8: alike" in (tmp_path / "results" / "head.svg").read_text()
     with pytest.raises(SystemExit, match="lacks the marks"):
         accuracy.write_results("alone", found, "", place)
+
+
+def read_part(accuracy: ModuleType, data: Path, part: str) -> Any:
+    """Its sweep over a data folder of nothing."""
+    for name in ("bone_marrow_128", "pbc_128"):
+        (data / name).mkdir(parents=True, exist_ok=True)
+    file = data / f"{part}.yaml"
+    file.write_text(accuracy.yaml.safe_dump(accuracy.sweeps(data, quick=False)[part]))
+    return accuracy.read_sweep(file)
+
+
+def test_rows_on_record_count_for_the_same_labs_and_plan_wherever_the_data_are(
+    accuracy: ModuleType, tmp_path: Path
+) -> None:
+    there = read_part(accuracy, tmp_path / "there", "whole")
+    scored = [
+        {**row(1, "iid", 0, i / 100), "run": run.name} for i, run in enumerate(there.runs[:12])
+    ]
+    file = tmp_path / "whole.jsonl"
+    accuracy.write_rows(file, there, [*scored, {"run": there.runs[12].name, "macro_f1": None}])
+    here = read_part(accuracy, tmp_path / "here", "whole")
+    assert here.runs[0].name != there.runs[0].name  # names have the data's path in them
+    recorded = accuracy.read_rows(file, here)
+    rows = accuracy.rows_of(here, tmp_path / "out", recorded, finished=True)
+    assert [row["run"] for row in rows] == [run.name for run in here.runs[:12]]
+    assert [row["macro_f1"] for row in rows] == [row["macro_f1"] for row in scored]
+    # The sweep of other labs, whose plan is the same but for its simulation.
+    assert accuracy.read_rows(file, read_part(accuracy, tmp_path / "here", "alone")) == {}
+
+
+def test_nothing_runs_again_that_is_on_record(accuracy: ModuleType, tmp_path: Path) -> None:
+    sweep = read_part(accuracy, tmp_path, "whole")  # its data can't be trained on
+    scored = [{**row(1, "iid", 0, 0.5), "run": run.name} for run in sweep.runs]
+    file = tmp_path / "rows" / "whole.jsonl"
+    accuracy.write_rows(file, sweep, scored)
+    recorded = accuracy.read_rows(file, sweep)
+    assert len(accuracy.rows_of(sweep, tmp_path / "out", recorded, finished=False)) == 50
 
 
 def test_every_part_has_marks_in_the_results_and_its_sweep_can_be_read(
