@@ -38,7 +38,7 @@ from cytofed.privacy.secagg import check_rules
 from cytofed.sealed_message import new_content
 from cytofed.secure_round import public_bound
 from cytofed.server import pki
-from cytofed.server.asking import ask, ask_each, content_of
+from cytofed.server.asking import Pauses, ask, ask_each, content_of
 from cytofed.server.checkpoints import Progress, Record, load_progress, save_progress
 from cytofed.server.control import Command, serve_commands
 from cytofed.server.directory import ServerDirectory
@@ -65,7 +65,7 @@ _OFFER_ANSWER_S = 120.0
 """a lab that has approved reads its images before it answers"""
 _RESULT_ANSWER_S = 120.0
 _MOST_RESULT_PAUSE_S = 3600.0
-"""between two tries to give a result to a lab that does not take it, each twice the one before"""
+"""between two tries to give a result to a lab that does not take it"""
 _SLOWER, _SLOWEST = 1.3, 12.0
 """Each question for a decision comes later than the one before, up to 12 times ``offer_every_s``:
 people take hours, and each answer is a record in the lab's log."""
@@ -88,8 +88,8 @@ class Coordinator:
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._watch = _Log()
-        self._not_taken: dict[tuple[str, str], tuple[float, float]] = {}
-        """run and lab of a result: when it was sent last, and the pause after that"""
+        self._pauses = Pauses(self._settings.offer_every_s, _MOST_RESULT_PAUSE_S)
+        """of results that a lab does not take; each refusal is a record in its log, for ever"""
         self._refresh()
 
     def serve(self) -> None:
@@ -507,7 +507,7 @@ class Coordinator:
             for lab in state.cohort
             if not folder.delivered(lab)
             and self._fleet.presence(lab).online
-            and time.monotonic() >= sum(self._not_taken.get((folder.name, lab), (0.0, 0.0)))
+            and self._pauses.over((folder.name, lab))
         ]
         if state.phase not in ENDED or not missing:
             return
@@ -542,20 +542,16 @@ class Coordinator:
                 if reply is not None and reply.has_content():
                     folder.deliver(lab)
                 else:
-                    self._note_not_taken(folder, lab)
+                    _log.warning(
+                        "run %s: %s has not taken the result; again in %.0f s",
+                        folder.name,
+                        lab,
+                        self._pauses.refused((folder.name, lab)),
+                    )
         except Stopped:
             return
         finally:
             gc.collect()
-
-    def _note_not_taken(self, folder: RunFolder, lab: str) -> None:
-        """Try later: each refusal is a record in the lab's log, for ever."""
-        _, before_s = self._not_taken.get((folder.name, lab), (0.0, 0.0))
-        pause_s = max(self._settings.offer_every_s, min(2 * before_s, _MOST_RESULT_PAUSE_S))
-        self._not_taken[folder.name, lab] = time.monotonic(), pause_s
-        _log.warning(
-            "run %s: %s has not taken the result; again in %.0f s", folder.name, lab, pause_s
-        )
 
 
 class _Server(uvicorn.Server):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -85,3 +85,26 @@ def content_of(message: Message | None) -> Message:
     if message.has_error():
         raise BadMessage(message.error.reason or f"error {message.error.code}")
     return message
+
+
+class Pauses:
+    """When to ask again for what was refused: ``first_s`` later, then each time twice as long."""
+
+    def __init__(
+        self, first_s: float, most_s: float, *, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._first_s, self._most_s, self._now = first_s, most_s, now
+        self._until: dict[Hashable, tuple[float, float]] = {}
+        """the end of a pause, and its length"""
+
+    def over(self, key: Hashable) -> bool:
+        """Whether to ask now; yes of what was never refused."""
+        end, _ = self._until.get(key, (0.0, 0.0))
+        return self._now() >= end
+
+    def refused(self, key: Hashable) -> float:
+        """Begin the next pause; returns its seconds."""
+        _, before_s = self._until.get(key, (0.0, 0.0))
+        pause_s = max(self._first_s, min(2 * before_s, self._most_s))
+        self._until[key] = self._now() + pause_s, pause_s
+        return pause_s

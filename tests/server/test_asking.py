@@ -1,0 +1,33 @@
+"""When the coordinator asks again."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cytofed.server.asking import Pauses
+
+
+@given(first_s=st.floats(0.01, 100), most_s=st.floats(100, 10_000), refusals=st.integers(1, 30))
+def test_each_pause_is_twice_the_one_before_up_to_the_longest(
+    first_s: float, most_s: float, refusals: int
+) -> None:
+    pauses = Pauses(first_s, most_s, now=lambda: 0.0)
+    told = [pauses.refused("lab-1") for _ in range(refusals)]
+    assert told == [min(first_s * 2**k, most_s) for k in range(refusals)]
+
+
+def test_nothing_is_asked_again_within_its_pause_and_others_do_not_wait_with_it() -> None:
+    clock = [5.0]
+    pauses = Pauses(2.0, 60.0, now=lambda: clock[0])
+    assert pauses.over(("run", "lab-1"))  # never refused
+    pauses.refused(("run", "lab-1"))
+    clock[0] = 6.9
+    assert not pauses.over(("run", "lab-1"))
+    assert pauses.over(("run", "lab-2"))
+    assert pauses.over(("another run", "lab-1"))
+    clock[0] = 7.0
+    assert pauses.over(("run", "lab-1"))
+    pauses.refused(("run", "lab-1"))
+    clock[0] = 10.9
+    assert not pauses.over(("run", "lab-1"))
