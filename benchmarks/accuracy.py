@@ -118,7 +118,7 @@ MARGIN = 0.01
 """what the upper end of the interval may be above a condition's limit"""
 WORST_LAB = 0.03
 EPSILONS = {8: 0.03, 3: 0.06, 1: 0.10}
-SIZES = ((4, 20), (4, 10), (4, 5), (4, 2), (2, 2))
+SIZES = ((4, 20), (4, 10), (4, 5), (4, 2), (4, 1), (2, 2))
 """labs, and cells of a pseudo-patient: the fewer they are, the more patients the images make"""
 TRAINED = 4611
 """images of bone_marrow_128 outside a test fold"""
