@@ -73,6 +73,7 @@ def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType
         "| 40 | 0.264 | 0.464 |  |  |",
         "| 60 | 0.364 | 0.664 | 0.396 | 0.696 |",
         "| 120 | 0.664 |  | 0.696 |  |",
+        "| 240 |  |  | 1.296 |  |",
     ]
 
 
