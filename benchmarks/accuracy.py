@@ -11,18 +11,19 @@ image is tested once a seed.
 - ``whole``: the built-in ``marrow`` plan, which trains the encoder too, over the same labs and in
   one place. Where labs have lost images, and have their own stain, one place is without these
   images and has these stains too.
-- ``alone``: the same with each lab alone, on one fold.
+- ``alone``: the same with each lab alone, and scored lab by lab, on two folds.
 - ``longer``: the same nets of labs that are alike, and in one place, trained three and six times
   as long, and on larger images: where the limit is, and whether labs still reach it.
 - ``privacy``: the same encoder, frozen, without privacy and at epsilon 8, 3 and 1 per
   pseudo-patient, for pseudo-patients of several sizes: a curve over the number of patients.
-- ``sources``: a marrow lab and a blood lab with label schemes of their own, from random weights.
+- ``sources``: a marrow lab and a blood lab with label schemes of their own, from random weights, by
+  the classes that their losses leave out; in one place and at each lab alone too.
 
 Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
 sweep only writes its table again; ``--finished`` shows that of what has run so far. Of two
-cores, ``head`` takes half an hour, ``privacy`` an hour, ``whole`` two (five where the processor
-does not multiply in bfloat16), ``alone`` half of one and ``longer`` two; ``--quick`` is one fold
-of one seed at a tenth of the training, to see that all of it works.
+cores, ``head`` takes half an hour, ``privacy``, ``alone`` and ``sources`` one each, ``longer`` two
+and ``whole`` three (six or seven where the processor does not multiply in bfloat16); ``--quick``
+is one fold of one seed at a tenth of the training, to see that all of it works.
 
 A finished part's table goes into docs/results.md between the part's marks, with its plot and the
 rows of its runs, one a line, in docs/results; with ``--finished --write`` also one of which a part
@@ -120,6 +121,12 @@ WORST_LAB = 0.03
 EPSILONS = {8: 0.03, 3: 0.06, 1: 0.10}
 SIZES = ((4, 20), (4, 10), (4, 5), (4, 2), (4, 1), (2, 2))
 """labs, and cells of a pseudo-patient: the fewer they are, the more patients the images make"""
+MASKS = ("declared", "missing", "none")
+"""``train.mask_absent``: the plan's way first"""
+BASELINES = (
+    "central_macro_f1", "central_worst_lab_macro_f1", "local_macro_f1", "best_local_macro_f1",
+)  # fmt: skip
+"""what a row has of one place and of labs alone"""
 TRAINED = 4611
 """images of bone_marrow_128 outside a test fold"""
 
@@ -167,7 +174,7 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "seeds": seeds,
     }
     head = {**compared, "name": "head", "set": {**compared["set"], **HEAD, **fewer}}
-    alone = {**compared, "name": "alone", "grid": {"evaluation.fold": [0]}, "seeds": [0]}
+    alone = {**compared, "name": "alone", "grid": {"evaluation.fold": folds[:2]}, "seeds": [0]}
     alone["set"] = {**compared["set"], **RIVALS}
     tree = to_dict(load_plan("marrow"))
     planned = {key: tree[key.split(".")[0]][key.split(".")[1]] for key in ONE_PLACE if "." in key}
@@ -219,10 +226,11 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "plan": "marrow",
         "data": [marrow, str(data / "pbc_128")],
         "set": {"partition": "sources", "model.start": "random", **fewer},
-        "grid": {
-            "train.mask_absent": ["missing", "none"],
-            "evaluation.fold": [0] if quick else [0, 1],
-        },
+        "list": [
+            {"simulation.baselines": True, **RIVALS, "train.mask_absent": MASKS[0]},
+            *({"train.mask_absent": masked} for masked in MASKS[1:]),
+        ],
+        "grid": {"evaluation.fold": folds[:2]},
         "seeds": [0],
     }
     longer = {
@@ -301,15 +309,57 @@ class Found:
     plot: Figure | None = None
 
 
+HEADS = (
+    "labs", "runs", "federated", "in one place", "gap", "bound", "worst lab",
+    "worst lab, in one place", "alone", "best lab alone", "labs that gain",
+)  # fmt: skip
+"""columns of a comparison; those in which nothing stands are left out"""
+
+
+def compared_with_one_place(name: str, found: Sequence[Row]) -> tuple[list[str], dict[str, Any]]:
+    """Rows of one condition, each with one place's score: a line of the table, and its figures."""
+    gap, bound = mean_and_bound(_gaps(found))
+    told = {
+        "federated": _mean(found, "macro_f1"),
+        "central": _mean(found, "central_macro_f1"),
+        "gap": gap,
+        "bound": None if math.isinf(bound) else bound,
+        "worst_lab": _mean(found, "worst_lab_macro_f1"),
+        "worst_lab_in_one_place": _mean(found, "central_worst_lab_macro_f1"),
+        "alone": _mean(found, "local_macro_f1"),
+        "best_alone": _mean(found, "best_local_macro_f1"),
+        "labs_that_gain": _mean(found, "labs_that_gain"),
+    }
+    shown = ["" if value is None else f"{value:.3f}" for value in told.values()]
+    shown[2:4] = [f"{gap:+.3f}", "" if math.isinf(bound) else f"{bound:+.3f}"]
+    return [name, str(len(found)), *shown], told
+
+
+def _gaps(found: Sequence[Row]) -> tuple[float, ...]:
+    return tuple(float(row["central_macro_f1"]) - float(row["macro_f1"]) for row in found)
+
+
+def goals_of_labs(name: str, told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each lab may expect: more than it has alone, and about what one place gives it."""
+    goals = []
+    if told["best_alone"] is not None:
+        gain = told["federated"] - told["best_alone"]
+        goals.append(goal(f"gain over the best lab alone, {name}", gain, 0.0, ">="))
+    if told["labs_that_gain"] is not None:
+        share = told["labs_that_gain"]
+        goals.append(goal(f"labs that gain on their own, {name}", share, 1.0, ">="))
+    if told["worst_lab_in_one_place"] is not None:
+        below = told["worst_lab_in_one_place"] - told["worst_lab"]
+        goals.append(goal(f"worst lab below central, {name}", below, WORST_LAB))
+    return goals
+
+
 def skew_results(rows: Sequence[Row]) -> Found:
     """Of ``head``, ``whole`` and ``alone``.
 
     One place is a run's own baseline, or the run of one lab over the same fold and seed.
     """
-    table = [
-        ["labs", "runs", "federated", "in one place", "gap", "bound", "worst lab",
-         "worst lab, in one place", "alone", "best lab alone", "labs that gain"]
-    ]  # fmt: skip
+    table = [list(HEADS)]
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
     gaps: list[Gap] = []
@@ -322,37 +372,16 @@ def skew_results(rows: Sequence[Row]) -> Found:
         found = [row for row in found if row["central_macro_f1"] is not None]
         if not found:
             continue
-        each = [float(row["central_macro_f1"]) - float(row["macro_f1"]) for row in found]
-        gap, bound = mean_and_bound(each)
-        told = {
-            "federated": _mean(found, "macro_f1"),
-            "central": _mean(found, "central_macro_f1"),
-            "gap": gap,
-            "bound": None if math.isinf(bound) else bound,
-            "worst_lab": _mean(found, "worst_lab_macro_f1"),
-            "worst_lab_in_one_place": _mean(found, "central_worst_lab_macro_f1"),
-            "alone": _mean(found, "local_macro_f1"),
-            "best_alone": _mean(found, "best_local_macro_f1"),
-            "labs_that_gain": _mean(found, "labs_that_gain"),
-        }
-        figures[condition.name] = told
-        shown = ["" if value is None else f"{value:.3f}" for value in told.values()]
-        shown[2:4] = [f"{gap:+.3f}", "" if math.isinf(bound) else f"{bound:+.3f}"]
         name = f"{condition.labs}: {condition.name}"
-        table.append([name, str(len(found)), *shown])
-        gaps.append(Gap(name, tuple(each), gap, told["bound"], condition.limit))
-        goals.append(goal(f"gap, {condition.name}", gap, condition.limit))
-        if math.isfinite(bound):
-            goals.append(goal(f"bound, {condition.name}", bound, condition.limit + MARGIN))
-        if told["best_alone"] is not None:
-            gain = told["federated"] - told["best_alone"]
-            goals.append(goal(f"gain over the best lab alone, {condition.name}", gain, 0.0, ">="))
-        if told["labs_that_gain"] is not None:
-            share = told["labs_that_gain"]
-            goals.append(goal(f"labs that gain on their own, {condition.name}", share, 1.0, ">="))
-        if told["worst_lab_in_one_place"] is not None:
-            below = told["worst_lab_in_one_place"] - told["worst_lab"]
-            goals.append(goal(f"worst lab below central, {condition.name}", below, WORST_LAB))
+        line, told = compared_with_one_place(name, found)
+        table.append(line)
+        figures[condition.name] = told
+        gaps.append(Gap(name, _gaps(found), told["gap"], told["bound"], condition.limit))
+        goals.append(goal(f"gap, {condition.name}", told["gap"], condition.limit))
+        if told["bound"] is not None:
+            limit = condition.limit + MARGIN
+            goals.append(goal(f"bound, {condition.name}", told["bound"], limit))
+        goals += goals_of_labs(condition.name, told)
     alike = figures.get(CONDITIONS[0].name)
     if alike:
         goals.append(goal("macro F1 in one place", alike["central"], 0.88, ">="))
@@ -428,15 +457,30 @@ def privacy_results(rows: Sequence[Row]) -> Found:
 
 
 def sources_results(rows: Sequence[Row]) -> Found:
-    """Of ``sources``."""
-    lines = ["| classes masked at a lab | runs | macro F1 |", "|---|---|---|"]
+    """Of ``sources``: by which classes each lab's loss leaves out.
+
+    One place and the labs alone have all their images at hand, so what a federation masks does
+    not concern them: they are trained beside one of the runs of a split.
+    """
+    table = [["classes masked at a lab", *HEADS[1:]]]
+    goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
-    for masked in ("missing", "none"):
-        found = chosen(rows, train__mask_absent=masked)
+    beside = {
+        _split_of(row): {key: row[key] for key in BASELINES}
+        for row in chosen(rows)
+        if row["central_macro_f1"] is not None
+    }
+    for masked in MASKS:
+        found = [
+            {**row, **beside[_split_of(row)]}
+            for row in chosen(rows, train__mask_absent=masked)
+            if _split_of(row) in beside
+        ]
         if found:
-            figures[masked] = score = float(np.mean([row["macro_f1"] for row in found]))
-            lines.append(f"| {masked} | {len(found)} | {score:.3f} |")
-    return Found(lines, [], figures)
+            line, figures[masked] = compared_with_one_place(masked, found)
+            table.append(line)
+            goals += goals_of_labs(f"masked {masked}", figures[masked])
+    return Found(_markdown(table), goals, figures)
 
 
 def longer_results(rows: Sequence[Row]) -> Found:

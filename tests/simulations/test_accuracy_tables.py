@@ -62,6 +62,30 @@ def test_labs_gain_if_the_federation_is_above_the_best_of_them(accuracy: ModuleT
     assert found.lines[2] == "| 8: alike | 1 | 0.700 | 0.700 | +0.000 | 0.600 | 0.750 | 0.875 |"
 
 
+def test_two_sources_are_compared_with_one_place_and_with_each_lab_whatever_is_masked(
+    accuracy: ModuleType,
+) -> None:
+    beside = {
+        "central_macro_f1": 0.7,
+        "central_worst_lab_macro_f1": 0.6,
+        "local_macro_f1": 0.2,
+        "best_local_macro_f1": 0.3,
+    }
+    rows = [row(2, "sources", 0, 0.72, worst_lab_macro_f1=0.55, labs_that_gain=0.5, **beside)]
+    rows += [row(2, "sources", 0, 0.65, worst_lab_macro_f1=0.5), row(2, "sources", 1, 0.1)]
+    for masked, each in zip(("declared", "none", "none"), rows, strict=True):
+        each["values"] = {**each["values"], "train.mask_absent": masked}
+    found = accuracy.sources_results(rows)
+    assert found.lines[2:] == [
+        "| declared | 1 | 0.720 | 0.700 | -0.020 | 0.550 | 0.600 | 0.200 | 0.300 | 0.500 |",
+        "| none | 1 | 0.650 | 0.700 | +0.050 | 0.500 | 0.600 | 0.200 | 0.300 |  |",
+    ]
+    met = {goal["name"]: goal["met"] for goal in found.goals}
+    assert not met["labs that gain on their own, masked declared"]
+    assert met["gain over the best lab alone, masked none"]
+    assert not met["worst lab below central, masked none"]
+
+
 def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType) -> None:
     rows = []
     for tree in accuracy.sweeps(Path(), quick=False)["longer"]["list"]:
