@@ -150,7 +150,7 @@ LINES = (
     Line("in one place", 1, 64, (20, 40, 60, 120)),
     Line("8 labs, alike", 8, 64, (20, 40, 60)),
     Line("in one place, 96 pixels", 1, 96, (20, 60, 120, 240)),
-    Line("8 labs, alike, 96 pixels", 8, 96, (20, 60)),
+    Line("8 labs, alike, 96 pixels", 8, 96, (20, 60, 120)),
 )
 
 
