@@ -121,8 +121,21 @@ WORST_LAB = 0.03
 EPSILONS = {8: 0.03, 3: 0.06, 1: 0.10}
 SIZES = ((4, 20), (4, 10), (4, 5), (4, 2), (4, 1), (2, 2))
 """labs, and cells of a pseudo-patient: the fewer they are, the more patients the images make"""
-MASKS = ("declared", "missing", "none")
-"""``train.mask_absent``: the plan's way first"""
+MORE_STEPS: dict[str, Any] = {
+    "train.rounds": 3000,
+    "train.local_epochs": 2 / 300,
+    "train.steps_per_epoch": 300,
+    "evaluation.every": 500,
+}
+"""the labs of ``sources`` have four times the images of marrow's: batches as small as those"""
+SOURCES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("declared", {}),
+    ("missing", {}),
+    ("none", {}),
+    ("declared", MORE_STEPS),
+    ("none", MORE_STEPS),
+)
+"""``train.mask_absent``, the plan's way first, and what else is not the plan's"""
 BASELINES = (
     "central_macro_f1", "central_worst_lab_macro_f1", "local_macro_f1", "best_local_macro_f1",
 )  # fmt: skip
@@ -221,14 +234,15 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "grid": {"evaluation.fold": folds},
         "seeds": seeds,
     }
+    beside = {"simulation.baselines": True, **RIVALS}
     sources = {
         "name": "sources",
         "plan": "marrow",
         "data": [marrow, str(data / "pbc_128")],
-        "set": {"partition": "sources", "model.start": "random", **fewer},
+        "set": {"partition": "sources", "model.start": "random"},
         "list": [
-            {"simulation.baselines": True, **RIVALS, "train.mask_absent": MASKS[0]},
-            *({"train.mask_absent": masked} for masked in MASKS[1:]),
+            {**more, **fewer, **(beside if i == 0 else {}), "train.mask_absent": masked}
+            for i, (masked, more) in enumerate(SOURCES)
         ],
         "grid": {"evaluation.fold": folds[:2]},
         "seeds": [0],
@@ -457,7 +471,7 @@ def privacy_results(rows: Sequence[Row]) -> Found:
 
 
 def sources_results(rows: Sequence[Row]) -> Found:
-    """Of ``sources``: by which classes each lab's loss leaves out.
+    """Of ``sources``: by which classes each lab's loss leaves out, and in how many steps.
 
     One place and the labs alone have all their images at hand, so what a federation masks does
     not concern them: they are trained beside one of the runs of a split.
@@ -470,16 +484,18 @@ def sources_results(rows: Sequence[Row]) -> Found:
         for row in chosen(rows)
         if row["central_macro_f1"] is not None
     }
-    for masked in MASKS:
+    for masked, more in SOURCES:
+        steps = more.get("train.steps_per_epoch")
         found = [
             {**row, **beside[_split_of(row)]}
-            for row in chosen(rows, train__mask_absent=masked)
+            for row in chosen(rows, train__mask_absent=masked, train__steps_per_epoch=steps)
             if _split_of(row) in beside
         ]
         if found:
-            line, figures[masked] = compared_with_one_place(masked, found)
+            name = f"{masked}, {steps} steps an epoch" if steps else masked
+            line, figures[name] = compared_with_one_place(name, found)
             table.append(line)
-            goals += goals_of_labs(f"masked {masked}", figures[masked])
+            goals += goals_of_labs(f"masked {name}", figures[name])
     return Found(_markdown(table), goals, figures)
 
 
