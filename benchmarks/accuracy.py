@@ -127,7 +127,7 @@ MORE_STEPS: dict[str, Any] = {
     "train.steps_per_epoch": 300,
     "evaluation.every": 500,
 }
-"""the labs of ``sources`` have four times the images of marrow's: batches as small as those"""
+"""the labs of ``sources`` have three times the images of marrow's: steps of as few of them"""
 SOURCES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("declared", {}),
     ("missing", {}),

@@ -40,7 +40,7 @@ from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
 from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summarise_labs
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict, with_overrides
-from cytofed.plan_check import check_plan, privacy_price, score_prices
+from cytofed.plan_check import check_plan, large_steps, privacy_price, score_prices
 from cytofed.privacy.accounting import across_labs, check_delta, price, times
 from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.terms import terms_of
@@ -105,6 +105,8 @@ def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
         with _open_grid(request, private, progress) as backend:
             cells = _read(request, progress)
             labs = _cut(request, partition, cells, private)
+            for warning in _large_steps(labs):
+                progress.warn(warning)
             start = backend.start()
             world = World(request, labs, start, strategy, private, progress)
             results = backend.run(world)
@@ -775,7 +777,11 @@ def _warnings(world: World, scores: Scores) -> list[str]:
     problems = sum(len(source.listing.problems) for source in world.labs.cells.sources)
     if problems:
         found.append(f"{problems} files could not be used; see `cytofed data check`.")
-    return found
+    return [*found, *_large_steps(labs)]
+
+
+def _large_steps(labs: VirtualLabs) -> list[str]:
+    return large_steps(labs.plan, len(labs.rows(len(labs.names), 1)))
 
 
 def _versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from cytofed.plan import (
     load_plan,
     to_dict,
 )
-from cytofed.plan_check import check_plan
+from cytofed.plan_check import LARGE_STEP, STEP_IMAGES, check_plan, large_steps
 
 OTHER: dict[str, Any] = {
     "name": "other",
@@ -351,6 +351,26 @@ def test_a_secure_sum_without_noise_is_warned_of() -> None:
 
     assert "hides whose an update is, not what it is made of" in told()
     assert "not what it is made of" not in told("privacy.unit=patient", "privacy.sigma=4")
+
+
+def test_more_images_than_a_plan_was_made_for_are_told_with_steps_that_suit_them() -> None:
+    marrow = load_plan("marrow")
+    assert marrow.train.steps_per_epoch is not None
+    assert large_steps(marrow, LARGE_STEP * marrow.train.steps_per_epoch) == []
+    (told,) = large_steps(marrow, 17_400)
+    assert "a step sees 217" in told
+    advised = load_plan("marrow", [word for word in told.split() if word.startswith("train.")][1:])
+    assert large_steps(advised, 17_400) == []
+    train, before = advised.train, marrow.train
+    assert train.steps_per_epoch == round(17_400 / STEP_IMAGES)
+    assert round(train.local_epochs * train.steps_per_epoch) == 2, "as many steps a round"
+    epochs = before.rounds * before.local_epochs
+    assert train.rounds * train.local_epochs == pytest.approx(epochs, rel=0.01)
+
+
+def test_steps_of_private_and_of_small_batches_are_not_told_as_large() -> None:
+    assert large_steps(load_plan("marrow", ["privacy.unit=patient"]), 17_400) == []
+    assert large_steps(load_plan("marrow", ["train.steps_per_epoch=null"]), 17_400) == []
 
 
 def test_unknown_strategy_and_option_are_refused_with_the_nearest() -> None:

@@ -87,6 +87,10 @@ class RunProgress:
             if done == total:
                 self._progress.remove_task(self._bars.pop("reading"))
 
+    def warn(self, text: str) -> None:
+        if not self._quiet:
+            note(f"warning: {text}")
+
     def order(self, run: str, kind: str, round_: int, rounds: int, labs: int) -> None:
         with self._lock:
             self._started.setdefault(run, time.monotonic())

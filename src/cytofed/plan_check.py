@@ -169,6 +169,37 @@ FEW_PATIENTS = 100
 """below it a lab's noise is large, and sampling makes it larger"""
 
 
+STEP_IMAGES = 52
+"""of all labs together: a step of the ``marrow`` plan where its rate was chosen"""
+LARGE_STEP = 128
+"""images; steps of 167 cost two labs .027 of macro F1 (docs/results.md, ``sources``)"""
+
+
+def large_steps(plan: Plan, images: int) -> list[str]:
+    """Whether a federation of so many training images takes fewer steps than it could learn from.
+
+    A plan that says steps an epoch was made for some number of images, and nobody knows another
+    before the labs are there.
+    """
+    train = plan.train
+    steps = train.steps_per_epoch
+    if plan.privacy.unit != "none" or steps is None or images <= LARGE_STEP * steps:
+        return []
+    more = images / STEP_IMAGES / steps
+    advice = {
+        "train.steps_per_epoch": round(steps * more),
+        "train.rounds": round(train.rounds * more),
+    }
+    told = " ".join(f"{key}={value}" for key, value in advice.items())
+    if train.steps_per_round is None:
+        told += f" train.local_epochs={train.local_epochs / more:.3g}"
+    return [
+        f"train.steps_per_epoch is {steps}: of {images:,} training images over all labs a step "
+        f"sees {images // steps}, and few steps learn less; as long a training in steps of "
+        f"{STEP_IMAGES}: {told}"
+    ]
+
+
 def _costly_ways(plan: Plan, terms: Terms) -> list[str]:
     """Settings that are private and learn little for their epsilon, each with the way out."""
     found = []

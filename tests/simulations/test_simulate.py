@@ -331,6 +331,16 @@ def test_federation_over_damaged_files_trains_on_the_others(
     assert any("3 files could not be used" in warning for warning in summary["warnings"])
 
 
+def test_steps_over_too_many_images_are_told_before_the_training_and_in_the_summary(
+    small: Small, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = small("train.steps_per_epoch=2", "train.rounds=1", data=(sample / "marrow",))
+    summary = simulate(request, RunProgress())
+    (told,) = (text for text in summary["warnings"] if "train.steps_per_epoch is 2" in text)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.index(f"warning: {told}") < next(i for i, x in enumerate(lines) if "round 1" in x)
+
+
 def test_test_images_that_the_start_encoder_has_seen_are_told(
     small: Small, directly: Simulate, sample: Path, tmp_path: Path
 ) -> None:
