@@ -21,9 +21,10 @@ image is tested once a seed.
 
 Runs are resumed: a second call goes on where the first was interrupted, and one of a finished
 sweep only writes its table again; ``--finished`` shows that of what has run so far. Of two
-cores, ``head`` takes half an hour, ``privacy``, ``alone`` and ``sources`` one each, ``longer`` two
-and ``whole`` three (six or seven where the processor does not multiply in bfloat16); ``--quick``
-is one fold of one seed at a tenth of the training, to see that all of it works.
+cores, ``head`` and ``privacy`` take half an hour each, ``alone`` and ``sources`` one each,
+``longer`` two to three and ``whole`` three (six or seven where the processor does not multiply in
+bfloat16); ``--quick`` is one fold of one seed at a tenth of the training, to see that all of it
+works.
 
 A finished part's table goes into docs/results.md between the part's marks, with its plot and the
 rows of its runs, one a line, in docs/results; with ``--finished --write`` also one of which a part
@@ -452,9 +453,10 @@ def privacy_results(rows: Sequence[Row]) -> Found:
             if not found:
                 shown.append("")
                 continue
-            price = float(np.mean([a - b for a, b in found]))
+            price, bound = mean_and_bound([a - b for a, b in found])
             score = float(np.mean([b for _, b in found]))
-            shown.append(f"{score:.3f} ({-price:+.3f})")
+            told = f"{-price:+.3f}" if math.isinf(bound) else f"{-price:+.3f}, {-bound:+.3f}"
+            shown.append(f"{score:.3f} ({told})")
             figures[f"{labs} labs of {patients} patients, epsilon {epsilon}"] = price
             curves.setdefault(f"epsilon {epsilon}", []).append(Point(patients, score))
             goals.append(

@@ -86,6 +86,23 @@ def test_two_sources_are_compared_with_one_place_and_with_each_lab_whatever_is_m
     assert not met["worst lab below central, masked none"]
 
 
+def test_the_price_of_privacy_is_against_as_many_labs_without_it_on_the_same_split(
+    accuracy: ModuleType,
+) -> None:
+    def of(labs: int, fold: int, score: float, **values: Any) -> dict[str, Any]:
+        made = row(labs, "iid", fold, score)
+        return {**made, "values": {**made["values"], **values}}
+
+    private = {"privacy.epsilon": 8, "simulation.pseudo_patient_cells": 20}
+    rows = [of(4, fold, one, **{"privacy.unit": "none"}) for fold, one in enumerate((0.8, 0.7))]
+    rows += [of(4, 0, 0.74, **private), of(4, 1, 0.66, **private), of(4, 2, 0.1, **private)]
+    rows += [of(2, 0, 0.1, **{"privacy.unit": "none"})]
+    found = accuracy.privacy_results(rows)
+    assert found.figures == {"4 labs of 58 patients, epsilon 8": pytest.approx(0.05)}
+    # .06 and .04: 6.314 standard errors of .01 above their mean.
+    assert found.lines[2:] == ["| 4 | 20 | 58 | 0.750 | 0.700 (-0.050, -0.113) |  |  |"]
+
+
 def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType) -> None:
     rows = []
     for tree in accuracy.sweeps(Path(), quick=False)["longer"]["list"]:
