@@ -185,12 +185,9 @@ def large_steps(plan: Plan, images: int) -> list[str]:
     steps = train.steps_per_epoch
     if plan.privacy.unit != "none" or steps is None or images <= LARGE_STEP * steps:
         return []
-    more = images / STEP_IMAGES / steps
-    advice = {
-        "train.steps_per_epoch": round(steps * more),
-        "train.rounds": round(train.rounds * more),
-    }
-    told = " ".join(f"{key}={value}" for key, value in advice.items())
+    suited = round(images / STEP_IMAGES)
+    more = suited / steps
+    told = f"train.steps_per_epoch={suited} train.rounds={round(train.rounds * more)}"
     if train.steps_per_round is None:
         told += f" train.local_epochs={train.local_epochs / more:.3g}"
     return [
