@@ -106,16 +106,25 @@ def test_the_price_of_privacy_is_against_as_many_labs_without_it_on_the_same_spl
 def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType) -> None:
     rows = []
     for tree in accuracy.sweeps(Path(), quick=False)["longer"]["list"]:
-        score = tree["train.rounds"] / (4000 if tree["labs"] == 8 else 200)
-        score += tree["labels.scale.size_px"] / 1000
-        rows.append({**row(tree["labs"], "iid", 0, score), "values": tree})
-    assert accuracy.longer_results(rows).lines[2:] == [
-        "| 20 | 0.164 | 0.264 | 0.196 | 0.296 |",
-        "| 40 | 0.264 | 0.464 |  |  |",
-        "| 60 | 0.364 | 0.664 | 0.396 | 0.696 |",
-        "| 120 | 0.664 |  | 0.696 | 1.296 |",
-        "| 240 |  |  | 1.296 |  |",
+        score = tree["train.rounds"] / (200 if tree["labs"] == 1 else 8000)
+        score += tree["labels.scale.size_px"] / 1000 + tree["labs"] / 100
+        central = 0.5 if "simulation.baselines" in tree else None
+        made = row(tree["labs"], tree["partition"], 0, score, central_macro_f1=central)
+        rows.append({**made, "values": tree})
+    found = accuracy.longer_results(rows)
+    assert found.lines[2:] == [
+        "| one place, 64 pixels | 0.174 | 0.274 | 0.374 | 0.674 |  |",
+        "| 8: alike, 64 pixels | 0.244 | 0.344 | 0.444 |  |  |",
+        "| 4: scanner and stain, 64 pixels | 0.204 |  | 0.404 |  |  |",
+        "| 6: classes, Dirichlet .3, 64 pixels | 0.224 |  | 0.424 |  |  |",
+        "| 6: classes, stain, missing, 64 pixels | 0.224 |  | 0.424 |  |  |",
+        "| 6: classes, stain, missing, 64 pixels, in one place | 0.500 |  | 0.500 |  |  |",
+        "| one place, 96 pixels | 0.206 |  | 0.406 | 0.706 | 1.306 |",
+        "| 8: alike, 96 pixels | 0.276 |  | 0.476 | 0.776 |  |",
     ]
+    assert [(goal["value"], goal["met"]) for goal in found.goals] == [(1.306, True)]
+    without = [each for each in rows if each["values"]["labs"] > 1]
+    assert accuracy.longer_results(without).goals == []
 
 
 def test_tables_go_between_the_marks_of_their_part_and_nothing_else_changes(
@@ -158,12 +167,23 @@ def test_rows_on_record_count_for_the_same_labs_and_plan_wherever_the_data_are(
     accuracy.write_rows(file, there, [*scored, {"run": there.runs[12].name, "macro_f1": None}])
     here = read_part(accuracy, tmp_path / "here", "whole")
     assert here.runs[0].name != there.runs[0].name  # names have the data's path in them
-    recorded = accuracy.read_rows(file, here)
+    recorded = accuracy.read_rows(tmp_path, here)
     rows = accuracy.rows_of(here, tmp_path / "out", recorded, finished=True)
     assert [row["run"] for row in rows] == [run.name for run in here.runs[:12]]
     assert [row["macro_f1"] for row in rows] == [row["macro_f1"] for row in scored]
     # The sweep of other labs, whose plan is the same but for its simulation.
-    assert accuracy.read_rows(file, read_part(accuracy, tmp_path / "here", "alone")) == {}
+    assert accuracy.read_rows(tmp_path, read_part(accuracy, tmp_path / "here", "alone")) == {}
+
+
+def test_a_run_that_two_parts_have_counts_for_both(accuracy: ModuleType, tmp_path: Path) -> None:
+    whole, longer = (read_part(accuracy, tmp_path, part) for part in ("whole", "longer"))
+    scored = [{**row(1, "iid", 0, i / 100), "run": run.name} for i, run in enumerate(whole.runs)]
+    accuracy.write_rows(tmp_path / "rows" / "whole.jsonl", whole, scored)
+    found = accuracy.read_rows(tmp_path / "rows", longer)
+    lines = accuracy.longer_results(list(found.values())).lines[2:]
+    assert len(found) == len(lines) == 5  # one place, and four kinds of labs, for 20 epochs
+    assert lines[0] == "| one place, 64 pixels | 0.000 |"
+    assert lines[-1].startswith("| 6: classes, stain, missing, 64 pixels")
 
 
 def test_nothing_runs_again_that_is_on_record(accuracy: ModuleType, tmp_path: Path) -> None:
@@ -171,7 +191,7 @@ def test_nothing_runs_again_that_is_on_record(accuracy: ModuleType, tmp_path: Pa
     scored = [{**row(1, "iid", 0, 0.5), "run": run.name} for run in sweep.runs]
     file = tmp_path / "rows" / "whole.jsonl"
     accuracy.write_rows(file, sweep, scored)
-    recorded = accuracy.read_rows(file, sweep)
+    recorded = accuracy.read_rows(file.parent, sweep)
     assert len(accuracy.rows_of(sweep, tmp_path / "out", recorded, finished=False)) == 50
 
 
