@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -95,6 +96,7 @@ def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
     strategy = make_strategy(request.plan.strategy)
     partition = parse_partition(request.plan.simulation.partition)
     new = not (request.out / "plan.yaml").is_file()
+    made = [path for path in (request.out, *request.out.parents) if not path.exists()]
     finished = _prepare_folder(request)
     if finished is not None:
         return finished
@@ -112,7 +114,7 @@ def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
             results = backend.run(world)
     except InputError:
         if new and not (request.out / "metrics.jsonl").is_file():
-            _discard(request.out)  # so that the corrected command may use the same --out
+            _discard(request.out, made)  # so that the corrected command may use the same --out
         raise
     return _finish(world, results, time.monotonic() - started)
 
@@ -309,12 +311,13 @@ def _only_begun(out: Path) -> bool:
     return all(str(path) in begun or path.suffix == ".part" for path in found)
 
 
-def _discard(out: Path) -> None:
-    """Remove a run that never trained."""
+def _discard(out: Path, made: Sequence[Path]) -> None:
+    """Remove a run that never trained, and the folders ``made`` for it that nobody else uses."""
     shutil.rmtree(out / _PRIVATE)
     (out / "plan.yaml").unlink()
-    if not any(out.iterdir()):
-        out.rmdir()
+    with suppress(OSError):  # not empty
+        for folder in made:
+            folder.rmdir()
 
 
 def earlier_request(out: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -275,9 +276,14 @@ def test_request_that_cannot_run_leaves_nothing_behind(
     small: Small, directly: Simulate, tmp_path: Path
 ) -> None:
     request = small("train.rounds=1", data=(tmp_path / "nowhere",))
-    with pytest.raises(InputError, match="nowhere"):
-        directly(request)
-    assert not request.out.exists()
+    request = replace(request, out=tmp_path / "runs" / "first")
+    for there, left in ((None, False), (tmp_path / "runs", True), (request.out, True)):
+        if there is not None:
+            there.mkdir()
+        with pytest.raises(InputError, match="nowhere"):
+            directly(request)
+        assert (there or tmp_path / "runs").exists() == left
+        assert not list(tmp_path.glob("runs/first/*"))
     with pytest.raises(InputError, match="100"):
         directly(small("train.rounds=1", "simulation.labs=100"))
     assert directly(small("train.rounds=1"))["status"] == "completed"
