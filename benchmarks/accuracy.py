@@ -189,18 +189,17 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
     """The sweep files by part."""
     folds = [0] if quick else list(range(5))
     seeds = [0] if quick else [0, 1]
-    fewer: dict[str, Any] = {"train.rounds": 3} if quick else {}
     marrow = str(data / "bone_marrow_128")
     conditions = [{"labs": c.labs, "partition": c.partition} for c in CONDITIONS]
     compared: dict[str, Any] = {
         "plan": "marrow",
         "data": marrow,
-        "set": {"simulation.baselines": True, "evaluation.every": 100, **fewer},
+        "set": {"simulation.baselines": True, "evaluation.every": 100},
         "list": conditions,
         "grid": {"evaluation.fold": folds},
         "seeds": seeds,
     }
-    head = {**compared, "name": "head", "set": {**compared["set"], **HEAD, **fewer}}
+    head = {**compared, "name": "head", "set": {**compared["set"], **HEAD}}
     alone = {**compared, "name": "alone", "grid": {"evaluation.fold": folds[:2]}, "seeds": [0]}
     alone["set"] = {**compared["set"], **RIVALS}
     whole = {
@@ -212,7 +211,7 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         # Fold after fold: of a sweep that is interrupted, what has run is of all conditions alike.
         "grid": {},
         "list": [
-            {"evaluation.fold": fold, **values, **fewer}
+            {"evaluation.fold": fold, **values}
             for fold in folds
             for values in (ONE_PLACE, *map(labs_of, CONDITIONS))
         ],
@@ -242,7 +241,7 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "plan": "marrow",
         "data": marrow,
         "set": {"partition": "iid", "evaluation.every": 100},
-        "list": [{**level, **fewer} for level in levels],
+        "list": levels,
         "grid": {"evaluation.fold": folds},
         "seeds": seeds,
     }
@@ -253,7 +252,7 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "data": [marrow, str(data / "pbc_128")],
         "set": {"partition": "sources", "model.start": "random"},
         "list": [
-            {**more, **fewer, **(beside if i == 0 else {}), "train.mask_absent": masked}
+            {**more, **(beside if i == 0 else {}), "train.mask_absent": masked}
             for i, (masked, more) in enumerate(SOURCES)
         ],
         "grid": {"evaluation.fold": folds[:2]},
@@ -267,7 +266,6 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
                 "evaluation.fold": 0,
                 **line.values(),
                 "train.rounds": line.rounds(epochs),
-                **fewer,
             }
             # The longest first: so no core waits for the other at the end.
             for line in reversed(LINES)
@@ -275,7 +273,7 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         ],
         "seeds": [0],
     }
-    return {
+    parts = {
         "head": head,
         "privacy": privacy,
         "sources": sources,
@@ -283,6 +281,21 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "alone": alone,
         "longer": longer,
     }
+    return {part: a_tenth(tree) for part, tree in parts.items()} if quick else parts
+
+
+def a_tenth(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The sweep with a tenth of its rounds; private heads, which have few, keep theirs."""
+    planned = load_plan("marrow").train.rounds
+
+    def shorter(values: Mapping[str, Any]) -> dict[str, Any]:
+        if values.get("privacy.unit") == "patient":
+            return dict(values)
+        return {**values, "train.rounds": values.get("train.rounds", planned) // 10}
+
+    if "train.rounds" in tree["set"]:
+        return {**tree, "set": shorter(tree["set"])}
+    return {**tree, "list": [shorter(values) for values in tree["list"]]}
 
 
 def labs_of(condition: Condition) -> dict[str, Any]:
@@ -518,19 +531,17 @@ def longer_results(rows: Sequence[Row]) -> Found:
     figures: dict[str, dict[int, float]] = {}
     for line in LINES:
         swept = line.values()
-        for epochs in line.epochs:
-            found = chosen(
-                rows,
-                labs=swept["labs"],
-                partition=swept["partition"],
-                train__rounds=line.rounds(epochs),
-                labels__scale__size_px=line.size_px,
-            )
-            for row in found:
-                figures.setdefault(line.name, {})[epochs] = row["macro_f1"]
-                if row["central_macro_f1"] is not None:
-                    beside = figures.setdefault(f"{line.name}, in one place", {})
-                    beside[epochs] = row["central_macro_f1"]
+        found = chosen(
+            rows,
+            labs=swept["labs"],
+            partition=swept["partition"],
+            labels__scale__size_px=line.size_px,
+        )
+        for row in sorted(found, key=_epochs):
+            figures.setdefault(line.name, {})[_epochs(row)] = row["macro_f1"]
+            if row["central_macro_f1"] is not None:
+                beside = figures.setdefault(f"{line.name}, in one place", {})
+                beside[_epochs(row)] = row["central_macro_f1"]
     every = sorted({epochs for scores in figures.values() for epochs in scores})
     table = [["macro F1 after epochs", *map(str, every)]]
     for name, scores in figures.items():
@@ -548,6 +559,11 @@ def longer_results(rows: Sequence[Row]) -> Found:
     best = [max(figures[name].values()) for name in central]
     goals = [goal("macro F1 in one place", max(best), STRONG, ">=")] if best else []
     return Found(_markdown(table), goals, figures, plot)
+
+
+def _epochs(row: Row) -> int:
+    values = row["values"]
+    return round(float(values["train.rounds"]) * float(values["train.local_epochs"]))
 
 
 RESULTS_OF = {

@@ -123,6 +123,15 @@ def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType
         "| 8: alike, 96 pixels | 0.276 |  | 0.476 | 0.776 |  |",
     ]
     assert [(goal["value"], goal["met"]) for goal in found.goals] == [(1.306, True)]
+    quick = accuracy.sweeps(Path(), quick=True)["longer"]["list"]
+    rows = [{**row(tree["labs"], tree["partition"], 0, 0.5), "values": tree} for tree in quick]
+    assert accuracy.longer_results(rows).lines[0] == "| macro F1 after epochs | 2 |"
+    assert len(accuracy.longer_results(rows).lines) == 2 + len(rows) == 2 + len(accuracy.LINES)
+
+
+def test_a_goal_of_one_place_needs_runs_of_one_place(accuracy: ModuleType) -> None:
+    trees = accuracy.sweeps(Path(), quick=False)["longer"]["list"]
+    rows = [{**row(tree["labs"], tree["partition"], 0, 0.5), "values": tree} for tree in trees]
     without = [each for each in rows if each["values"]["labs"] > 1]
     assert accuracy.longer_results(without).goals == []
 
@@ -206,4 +215,12 @@ def test_every_part_has_marks_in_the_results_and_its_sweep_can_be_read(
             assert f"<!-- accuracy, {part}: begin -->" in text
             file = tmp_path / f"{part}.yaml"
             file.write_text(accuracy.yaml.safe_dump(tree, sort_keys=False))
-            assert accuracy.read_sweep(file).runs
+            runs = accuracy.read_sweep(file).runs
+            assert runs
+            private = [run.request.plan for run in runs if run.request.plan.privacy.unit != "none"]
+            assert len({plan.train.rounds for plan in private}) <= 1
+            if quick:
+                rounds = [
+                    r.request.plan.train.rounds for r in runs if r.request.plan not in private
+                ]
+                assert set(rounds) <= {2, 6, 80, 300}, "a tenth of 20, 60, 800 and 3,000"
