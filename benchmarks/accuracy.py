@@ -24,7 +24,7 @@ sweep only writes its table again; ``--finished`` shows that of what has run so 
 cores, ``head`` and ``privacy`` take half an hour each, ``alone`` and ``sources`` one each and
 ``whole`` three (six or seven where the processor does not multiply in bfloat16): six hours in all.
 ``longer`` takes almost four more. ``--quick`` is one fold of one seed at a tenth of the training,
-to see that all of it works: some 25 minutes.
+to see that all of it works: some 20 minutes.
 
 A finished part's table goes into docs/results.md between the part's marks, with its plot and the
 rows of its runs, one a line, in docs/results; with ``--finished --write`` also one of which a part

@@ -87,7 +87,7 @@ class Federation:
                 stdout=log,
                 stderr=log,
             )
-        self.running[who] = process
+        self.running[home.name if home else who] = process
         if who == "coordinator":
             self.until(self.answers, "the coordinator answers")
         return process
