@@ -133,6 +133,19 @@ def test_offer_comes_back_with_its_plan_and_roster() -> None:
     assert found.federation == "fed"
 
 
+def test_an_offers_id_is_of_its_federation_run_plan_and_roster() -> None:
+    again = Offer.verified(OFFER.signed(CHIEF), CHIEF.public)
+    assert again.sha256 == OFFER.sha256
+    faster = from_dict({"cohort": {"min_labs": 2}, "train": {"rounds": 2}}, source="x")
+    others = (
+        replace(OFFER, run="run-2"),
+        replace(OFFER, plan=faster),
+        replace(OFFER, roster=roster_of(*LABS, epoch=4)),
+        replace(OFFER, roster=replace(OFFER.roster, federation="fed-2")),
+    )
+    assert len({OFFER.sha256, *(other.sha256 for other in others)}) == 5
+
+
 def test_plan_that_another_version_reads_as_another_is_not_offered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -35,6 +35,7 @@ COORDINATOR = "coordinator"
 
 LABEL_ROSTER = "cytofed/1/roster"
 LABEL_OFFER = "cytofed/1/offer"
+LABEL_OFFER_ID = "cytofed/1/offer-id"
 LABEL_DECISION = "cytofed/1/decision"
 LABEL_START = "cytofed/1/start"
 LABEL_ENROL = "cytofed/1/enrol"
@@ -183,6 +184,21 @@ class Offer:
     @property
     def federation(self) -> str:
         return self.roster.federation
+
+    @property
+    def sha256(self) -> str:
+        """The id of the offer: what a lab's person approves. Another federation, run, plan or
+        roster is another offer."""
+        body = wire.encode(
+            {
+                "federation": self.federation,
+                "label": LABEL_OFFER_ID,
+                "plan_sha256": self.plan.sha256,
+                "roster_sha256": self.roster.sha256,
+                "run": self.run,
+            }
+        )
+        return hashlib.sha256(body).hexdigest()
 
     def signed(self, coordinator: Identity) -> bytes:
         body = wire.encode(
