@@ -32,8 +32,8 @@ has run, and it says how much. ``--recorded`` takes these rows for runs of the s
 part they are of, and runs what is left: so a grid can be run on several days and machines.
 
 A condition's gap is central minus federated macro F1 on the same test images, over folds and
-seeds; its bound is the upper end of a one-sided 95 % t-interval. Folds of a seed share training
-images, so the interval is somewhat too narrow; both figures are printed. The worst lab is the one
+seeds; its bound is the upper end of a one-sided 95 % interval for runs that share images (corrected
+resampled t-test, Nadeau and Bengio 2003). The worst lab is the one
 whose own test images fare worst: once with the federated model, once with that of one place.
 Alone: the labs' own models on all test images, their mean and the best; a lab gains where its own
 test images fare no worse with the federated model than with its own.
@@ -56,11 +56,11 @@ from typing import Any
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
-from scipy.special import stdtrit
 
 from cytofed.console import SweepProgress
 from cytofed.figures import Gap, Point, gap_figure, save, trade_figure
 from cytofed.files import write_atomically
+from cytofed.intervals import half_width
 from cytofed.plan import load_plan, to_dict
 from cytofed.simulations.sweep import Sweep, SweptRun, finished_rows, read_sweep, run_sweep
 
@@ -145,6 +145,8 @@ BASELINES = (
 """what a row has of one place and of labs alone"""
 TRAINED = 4611
 """images of bone_marrow_128 outside a test fold"""
+TEST_SHARE = 0.2
+"""of all images in a test fold"""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
         "privacy.cells_per_patient": 20,
     }
     levels: list[dict[str, Any]] = [
-        {"labs": labs, "privacy.unit": "none", **HEAD} for labs in sorted({k for k, _ in SIZES})
+        {"labs": labs, "privacy.unit": "none", "simulation.baselines": True, **HEAD}
+        for labs in sorted({k for k, _ in SIZES})
     ]
     levels += [
         {
@@ -329,12 +332,12 @@ def patients_a_lab(labs: int, cells: int) -> int:
 
 
 def mean_and_bound(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the upper end of its one-sided 95 % interval (infinite for a single value)."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return mean, math.inf
-    error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    return mean, mean + float(stdtrit(count - 1, 0.95)) * error
+    """Mean, and the upper end of its one-sided 95 % interval (infinite for a single value).
+
+    All folds and seeds share images: see ``cytofed.intervals``.
+    """
+    mean = float(np.mean(values))
+    return mean, mean + half_width(values, test_share=TEST_SHARE, confidence=0.95)
 
 
 def goal(name: str, value: float, limit: float, op: str = "<=") -> dict[str, Any]:
@@ -450,12 +453,13 @@ def _split_of(row: Row) -> tuple[int, int]:
 
 
 def privacy_results(rows: Sequence[Row]) -> Found:
-    """Of ``privacy``: for each number of patients the price of each epsilon."""
+    """Of ``privacy``: for each number of patients the price of each epsilon, and its rival: what
+    a lab reaches alone, without noise, since nobody else sees its model."""
     lines = [
-        "| labs | cells a pseudo-patient | patients a lab | without | "
+        "| labs | cells a pseudo-patient | patients a lab | without noise | alone, without noise | "
         + " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS)
         + " |",
-        "|---|---|---|---|" + "---|" * len(EPSILONS),
+        "|---|---|---|---|---|" + "---|" * len(EPSILONS),
     ]
     goals: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
@@ -463,10 +467,9 @@ def privacy_results(rows: Sequence[Row]) -> Found:
     levels: dict[str, float] = {}
     for labs, cells in SIZES:
         patients = patients_a_lab(labs, cells)
-        plain = {
-            _split_of(row): float(row["macro_f1"])
-            for row in chosen(rows, labs=labs, privacy__unit="none")
-        }
+        without_noise = chosen(rows, labs=labs, privacy__unit="none")
+        plain = {_split_of(row): float(row["macro_f1"]) for row in without_noise}
+        alone = _mean(without_noise, "local_macro_f1") if without_noise else None
         shown = []
         for epsilon, limit in EPSILONS.items():
             swept = {"privacy__epsilon": epsilon, "simulation__pseudo_patient_cells": cells}
@@ -481,17 +484,22 @@ def privacy_results(rows: Sequence[Row]) -> Found:
             price, bound = mean_and_bound([a - b for a, b in found])
             score = float(np.mean([b for _, b in found]))
             told = f"{-price:+.3f}" if math.isinf(bound) else f"{-price:+.3f}, {-bound:+.3f}"
-            shown.append(f"{score:.3f} ({told})")
+            # Bold: above what a lab has without joining.
+            mark = "**" if alone is not None and score > alone else ""
+            shown.append(f"{mark}{score:.3f}{mark} ({told})")
             figures[f"{labs} labs of {patients} patients, epsilon {epsilon}"] = price
             curves.setdefault(f"epsilon {epsilon}", []).append(Point(patients, score))
-            goals.append(
-                goal(f"price at epsilon {epsilon}, {labs} labs of {patients}", price, limit)
-            )
+            told = f"{labs} labs of {patients}"
+            goals.append(goal(f"price at epsilon {epsilon}, {told}", price, limit))
+            if alone is not None:
+                gain = score - alone
+                goals.append(goal(f"gain over alone at epsilon {epsilon}, {told}", gain, 0.0, ">="))
         if any(shown):
             without = float(np.mean(list(plain.values())))
             levels[""] = max(without, levels.get("", 0.0))
             lines.append(
-                f"| {labs} | {cells} | {patients} | {without:.3f} | " + " | ".join(shown) + " |"
+                f"| {labs} | {cells} | {patients} | {without:.3f} | "
+                f"{'' if alone is None else f'{alone:.3f}'} | " + " | ".join(shown) + " |"
             )
     plot = trade_figure(curves, levels, label="patients a lab", joined=True) if curves else None
     return Found(lines, goals, figures, plot)

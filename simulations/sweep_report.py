@@ -246,7 +246,7 @@ def _figures(trades: list[Trade]) -> str:
     if not drawn:
         return ""
     text = (
-        "<p>Dots are means over seeds, bars their 95% t-intervals, dashes single seeds. The grey "
+        "<p>Dots are means over seeds, bars their 95% intervals, dashes single seeds. The grey "
         "steps are the Pareto front: settings that nothing beats at their cost. Intervals are over "
         "seeds: other splits, starts and draws of the same images, not other hospitals.</p>"
     )

@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.special import stdtrit
 
 from cytofed.files import write_atomically
+from cytofed.intervals import half_width
 from cytofed.plan import Plan
 from cytofed.privacy.accounting import shown
 
@@ -115,6 +115,7 @@ def _begun(name: str, keys: Sequence[str], values: Mapping[str, Any], plan: Plan
         "values": {key: values.get(key) for key in keys},
         "seed": plan.train.seed,
         "plan_sha256": plan.sha256,
+        "test_share": plan.evaluation.fraction,
     }
 
 
@@ -153,8 +154,9 @@ def summarised(name: str, keys: Sequence[str], rows: Sequence[Row], *, text: str
 
 
 def settings_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Runs with the same values, over their seeds: mean and 95% t-interval of each score.
+    """Runs with the same values, over their seeds: mean and 95% interval of each score.
 
+    Seeds split the same images, so the interval is the corrected one of ``cytofed.intervals``.
     ``low`` and ``high`` are None for a single seed: one run tells nothing about others.
     """
     groups: dict[str, list[Row]] = {}
@@ -175,7 +177,9 @@ def settings_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
             setting[key] = float(np.mean([row[key] for row in scored])) if scored else None
         for key in SCORES:
             values = [float(row[key]) for row in scored if row[key] is not None]
-            setting[key] = interval(values) if len(values) == len(scored) and scored else None
+            whole = bool(values) and len(values) == len(scored)
+            share = max((float(row["test_share"]) for row in scored), default=0.0)
+            setting[key] = interval(values, test_share=share) if whole else None
         found.append(setting)
     return found
 
@@ -189,14 +193,17 @@ def _common(values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and 95% t-interval of independent values."""
-    mean, count = float(np.mean(values)), len(values)
-    found: dict[str, Any] = {"mean": mean, "low": None, "high": None, "values": list(values)}
-    if count > 1:
-        half = float(stdtrit(count - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(count)
-        found |= {"low": mean - half, "high": mean + half}
-    return found
+def interval(values: Sequence[float], *, test_share: float) -> dict[str, Any]:
+    """Mean and 95% interval over splits that each test ``test_share`` of the same images."""
+    mean = float(np.mean(values))
+    half = half_width(values, test_share=test_share, confidence=0.975)
+    known = math.isfinite(half)
+    return {
+        "mean": mean,
+        "low": mean - half if known else None,
+        "high": mean + half if known else None,
+        "values": list(values),
+    }
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -284,7 +291,11 @@ def settings_table(found: Json) -> tuple[list[str], list[list[str]]]:
 
 def caption(found: Json) -> str:
     """What the numbers of the table of settings are."""
-    text = "Mean and 95% t-interval over seeds." if _has_intervals(found) else "One seed each."
+    text = (
+        "Mean and 95% interval over seeds (corrected for shared images)."
+        if _has_intervals(found)
+        else "One seed each."
+    )
     claims = {
         f"delta {s['delta']:.4g}, per {s['privacy_unit']}, add-or-remove"
         for s in found["settings"]

@@ -31,7 +31,7 @@ def row(labs: int, partition: str, fold: int, score: float | None, **more: Any) 
     return {"values": values, "seed": 0, **dict.fromkeys(SCORES), "macro_f1": score, **more}
 
 
-def test_a_gap_is_against_one_place_on_the_same_fold_and_its_bound_students_t(
+def test_a_gap_is_against_one_place_on_the_same_fold_and_its_bound_counts_shared_images(
     accuracy: ModuleType,
 ) -> None:
     rows = [row(1, "iid", fold, one) for fold, one in enumerate((0.80, 0.84))]
@@ -39,12 +39,13 @@ def test_a_gap_is_against_one_place_on_the_same_fold_and_its_bound_students_t(
     rows += [row(8, "iid", 2, 0.9), row(8, "iid", 3, None)]  # no rival; did not finish
     found = accuracy.skew_results(rows)
     assert found.figures["alike"]["gap"] == pytest.approx(0.0)
-    # 6.314 standard errors of the mean of two, each .01 from it.
-    assert found.figures["alike"]["bound"] == pytest.approx(6.3138 * 0.01, abs=1e-4)
+    # 6.314 standard errors of the mean of two, each .01 from it, that test a fifth each.
+    error = 0.01 * (1 / 2 + 1 / 4) ** 0.5 / (1 / 2) ** 0.5
+    assert found.figures["alike"]["bound"] == pytest.approx(6.3138 * error, abs=1e-4)
     met = {goal["name"]: goal["met"] for goal in found.goals}
     assert met["gap, alike"]
     assert not met["bound, alike"]
-    assert found.lines[2] == "| 8: alike | 2 | 0.820 | 0.820 | +0.000 | +0.063 |"
+    assert found.lines[2] == "| 8: alike | 2 | 0.820 | 0.820 | +0.000 | +0.077 |"
 
 
 def test_a_runs_own_baseline_goes_before_the_run_of_one_lab(accuracy: ModuleType) -> None:
@@ -99,8 +100,24 @@ def test_the_price_of_privacy_is_against_as_many_labs_without_it_on_the_same_spl
     rows += [of(2, 0, 0.1, **{"privacy.unit": "none"})]
     found = accuracy.privacy_results(rows)
     assert found.figures == {"4 labs of 58 patients, epsilon 8": pytest.approx(0.05)}
-    # .06 and .04: 6.314 standard errors of .01 above their mean.
-    assert found.lines[2:] == ["| 4 | 20 | 58 | 0.750 | 0.700 (-0.050, -0.113) |  |  |"]
+    # .06 and .04: 6.314 standard errors above their mean, counting shared images.
+    assert found.lines[2:] == ["| 4 | 20 | 58 | 0.750 |  | 0.700 (-0.050, -0.127) |  |  |"]
+
+
+@pytest.mark.parametrize(("alone", "pays"), [(0.71, False), (0.69, True)])
+def test_private_training_is_held_against_each_lab_alone_without_noise(
+    accuracy: ModuleType, alone: float, pays: bool
+) -> None:
+    plain = row(4, "iid", 0, 0.75, local_macro_f1=alone)
+    private = row(4, "iid", 0, 0.7)
+    plain["values"] |= {"privacy.unit": "none"}
+    private["values"] |= {"privacy.epsilon": 3, "simulation.pseudo_patient_cells": 5}
+    found = accuracy.privacy_results([plain, private])
+    told = "**0.700**" if pays else "0.700"
+    line = f"| 4 | 5 | 231 | 0.750 | {alone:.3f} |  | {told} (-0.050) |  |"
+    assert found.lines[2:] == [line]
+    met = {goal["name"]: goal["met"] for goal in found.goals}
+    assert met["gain over alone at epsilon 3, 4 labs of 231"] is pays
 
 
 def test_each_point_of_a_learning_curve_is_a_run_of_its_own(accuracy: ModuleType) -> None:

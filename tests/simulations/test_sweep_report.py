@@ -85,15 +85,16 @@ def swept(tmp_path: Path) -> Path:
 # --- statistics
 
 
-def test_interval_is_that_of_student() -> None:
-    found = interval([0.1, 0.2, 0.3])
+def test_interval_counts_that_seeds_split_the_same_images() -> None:
+    found = interval([0.1, 0.2, 0.3], test_share=0.2)
     assert found["mean"] == pytest.approx(0.2)
-    assert found["high"] - found["mean"] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    error = 0.1 * (1 / 3 + 1 / 4) ** 0.5
+    assert found["high"] - found["mean"] == pytest.approx(4.302653 * error, rel=1e-6)
     assert found["mean"] - found["low"] == pytest.approx(found["high"] - found["mean"])
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert interval([0.4])["low"] is None
+    assert interval([0.4], test_share=0.2)["low"] is None
 
 
 def test_front_is_what_nothing_beats_at_its_cost() -> None:
