@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cytofed.arrays import is_shape
 from cytofed.errors import VerificationError
 
 Value = int | bytes | str | Sequence["Value"] | Mapping[str, "Value"]
@@ -34,7 +35,6 @@ MAX_MESSAGE_BYTES = 1 << 24  # far above any control message; tensors have their
 MAX_ITEMS = 1 << 18  # bounds what a message of many tiny items takes in memory
 MAX_NAME_CHARS = 256
 MAX_ARRAYS = 10_000
-MAX_DIMENSIONS = 8
 DTYPES = ("<f2", "<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8")
 
 _UINT, _BYTES, _TEXT, _ARRAY, _MAP = 0, 2, 3, 4, 5
@@ -267,9 +267,11 @@ class Manifest:
             raise MalformedMessage("manifest names an array twice")
         for entry in self.entries:
             if entry.dtype not in DTYPES:
-                raise MalformedMessage(f"array {entry.name!r} has the unknown dtype {entry.dtype}")
-            if len(entry.shape) > MAX_DIMENSIONS:
-                raise MalformedMessage(f"array {entry.name!r} has {len(entry.shape)} dimensions")
+                raise MalformedMessage(
+                    f"array {entry.name!r:.80} has the unknown dtype {entry.dtype!r:.20}"
+                )
+            if not is_shape(entry.shape, np.dtype(entry.dtype)):  # guard: array-shape
+                raise MalformedMessage(f"array {entry.name!r:.80} has an absurd shape")
 
     @property
     def nbytes(self) -> int:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from cytofed.errors import CytofedError
 from cytofed.messages import BadMessage
+from cytofed.words import one_line
+
+T = TypeVar("T")
 
 Cohort = Mapping[str, int]
 """The labs of a run: name -> Flower node id."""
@@ -83,17 +88,42 @@ def content_of(message: Message | None) -> Message:
     if message is None:
         raise BadMessage("no answer before the deadline")
     if message.has_error():
-        raise BadMessage(message.error.reason or f"error {message.error.code}")
+        raise BadMessage(one_line(message.error.reason or "") or f"error {message.error.code}")
     return message
 
 
+def read(message: Message | None, how: Callable[[Message], T]) -> T:
+    """What ``how`` makes of a lab's reply.
+
+    Errors: BadMessage, whatever ``how`` raises. What a lab sends is that lab's failure and nobody
+    else's, also where it is bad in a way that nobody has thought of.
+    """
+    reply = content_of(message)
+    try:
+        return how(reply)
+    except Exception as error:
+        raise BadMessage(unreadable(error)) from None
+
+
+def unreadable(error: Exception) -> str:
+    """Why a lab's answer cannot be read, in words that can be shown."""
+    if isinstance(error, CytofedError):
+        return one_line(error.message)
+    return one_line(f"its answer cannot be read: {type(error).__name__}: {error}")
+
+
 class Pauses:
-    """When to ask again for what was refused: ``first_s`` later, then each time twice as long."""
+    """When to ask again for what was refused: ``first_s`` later, then each time ``longer``."""
 
     def __init__(
-        self, first_s: float, most_s: float, *, now: Callable[[], float] = time.monotonic
+        self,
+        first_s: float,
+        most_s: float,
+        *,
+        longer: float = 2.0,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._first_s, self._most_s, self._now = first_s, most_s, now
+        self._first_s, self._most_s, self._longer, self._now = first_s, most_s, longer, now
         self._until: dict[Hashable, tuple[float, float]] = {}
         """the end of a pause, and its length"""
 
@@ -105,6 +135,6 @@ class Pauses:
     def refused(self, key: Hashable) -> float:
         """Begin the next pause; returns its seconds."""
         _, before_s = self._until.get(key, (0.0, 0.0))
-        pause_s = max(self._first_s, min(2 * before_s, self._most_s))
+        pause_s = max(self._first_s, min(self._longer * before_s, self._most_s))
         self._until[key] = self._now() + pause_s, pause_s
         return pause_s

@@ -34,12 +34,11 @@ from cytofed.privacy.encoding import SumError
 from cytofed.privacy.evaluation import denoised
 from cytofed.privacy.secagg import SecaggError
 from cytofed.server.aggregate import Sum
-from cytofed.server.asking import Cohort, ask, content_of
+from cytofed.server.asking import Cohort, ask, content_of, read
 from cytofed.server.checkpoints import Progress, Record
 from cytofed.server.secure import Absent, SecureRun
 from cytofed.strategies.strategy import Mean, Strategy
-
-_REASON_CHARS = 200
+from cytofed.words import one_line
 
 
 class Watch(Protocol):
@@ -225,11 +224,11 @@ def _collect_updates(
     timeout_s = run.plan.cohort.round_timeout_s
     for lab, message in ask(grid, run.cohort, "train", number, order, timeout_s=timeout_s):
         try:
-            update = unpack_update(content_of(message), parts=parts, size=run.size)
+            update = read(message, lambda got: unpack_update(got, parts=parts, size=run.size))
             _check_sender(lab, run, number, update.lab, update.run, update.round)
             _check_share(update.weight, run)
         except BadMessage as error:
-            reason = _one_line(error.message)
+            reason = one_line(error.message)
             got.absent[lab] = reason
             watch.absent(run.name, "train", number, lab, reason)
             continue
@@ -270,7 +269,7 @@ def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -
     try:
         total = run.secure.collect(grid, number, down, absent, received=received)
     except (SecaggError, SumError) as error:
-        got.failed = _one_line(error.message)
+        got.failed = one_line(error.message)
         return got
     got.received = list(total.survivors)
     if len(total.survivors) < run.plan.cohort.min_labs:
@@ -282,7 +281,7 @@ def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -
 
 def _absent(reasons: dict[str, str], run: Run, kind: str, number: int, watch: Watch) -> Absent:
     return Absent(
-        reasons, lambda lab, reason: watch.absent(run.name, kind, number, lab, reason), _one_line
+        reasons, lambda lab, reason: watch.absent(run.name, kind, number, lab, reason), one_line
     )
 
 
@@ -335,12 +334,13 @@ def _tallies(
     timeout_s = run.plan.cohort.round_timeout_s
     for lab, message in ask(grid, run.cohort, kind, number, order, timeout_s=timeout_s):
         try:
-            evaluation = unpack_evaluation(
-                content_of(message), classes=len(run.scheme.codes), noised=noised
+            evaluation = read(
+                message,
+                lambda got: unpack_evaluation(got, classes=len(run.scheme.codes), noised=noised),
             )
             _check_sender(lab, run, number, evaluation.lab, evaluation.run, evaluation.round)
         except BadMessage as error:
-            watch.absent(run.name, "evaluate", number, lab, _one_line(error.message))
+            watch.absent(run.name, "evaluate", number, lab, one_line(error.message))
             continue
         tallies[lab] = evaluation.tally
         watch.reply(run.name, "evaluate", number, lab, math.nan)
@@ -365,7 +365,7 @@ def _secure_tally(
             ),
         )
     except (SecaggError, SumError) as error:
-        return None, 0, _one_line(error.message)
+        return None, 0, one_line(error.message)
     return pooled, len(survivors), ""
 
 
@@ -383,15 +383,9 @@ def _check_sender(lab: str, run: Run, number: int, *claimed: str | int) -> None:
 
 def _check_share(weight: float, run: Run) -> None:
     """One lab may not use up the room that the sum has for the whole cohort."""
-    most = MAX_WEIGHT / len(run.cohort)
+    most = MAX_WEIGHT // len(run.cohort)  # whole: so many such weights are never above the sum's
     if weight > most:
         raise BadMessage(f"weight is {weight:g}, above {most:g} for one of {len(run.cohort)} labs")
-
-
-def _one_line(reason: str) -> str:
-    """A reason as people may read it: a lab writes it, and it ends up in terminals and reports."""
-    plain = "".join(char if char.isprintable() else " " for char in reason[:_REASON_CHARS])
-    return plain if len(reason) <= _REASON_CHARS else f"{plain} ..."
 
 
 def _seconds(train_s: float) -> float:

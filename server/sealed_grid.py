@@ -18,7 +18,6 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from cytofed.documents import LedgerHead, Roster
-from cytofed.errors import CytofedError
 from cytofed.messages import ERROR_CODE, BadMessage
 from cytofed.objects import cut_to_file
 from cytofed.privacy.identity import Identity
@@ -36,6 +35,7 @@ from cytofed.sealed_message import (
     unpack_content,
     unpack_parcel,
 )
+from cytofed.server.asking import unreadable
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class SealedGrid(Grid):
                 continue
             try:
                 content = self._open(reply, place)
-            except CytofedError as error:
-                yield Message(Error(ERROR_CODE, error.message), reply_to=message)
+            except Exception as error:  # whatever a lab can make of a sealed content
+                yield Message(Error(ERROR_CODE, unreadable(error)), reply_to=message)
             else:
                 yield Message(content, reply_to=message)
 

@@ -10,6 +10,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,10 +40,10 @@ from cytofed.privacy import secagg_coordinator as protocol
 from cytofed.privacy.encoding import Encoding, decode
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.masks import Words, add_words
-from cytofed.privacy.secagg import Cohort, SecaggError
+from cytofed.privacy.secagg import Cohort
 from cytofed.privacy.secagg_coordinator import Opening, Poll, Setup
 from cytofed.secure_round import encoding_of, protocol_round, tally_encoding, tally_of_sum
-from cytofed.server.asking import ask, ask_each, content_of
+from cytofed.server.asking import ask, ask_each, content_of, read
 from cytofed.strategies.strategy import Strategy
 
 SLOTS = 16
@@ -284,8 +285,8 @@ class SecureRun:
         found: dict[str, T] = {}
         for lab, message in self._replies(grid, step, requests, number):
             try:
-                found[lab] = check(lab, unpack_step(content_of(message)).body)
-            except (BadMessage, SecaggError) as reason:
+                found[lab] = read(message, partial(_checked_step, check, lab))
+            except BadMessage as reason:
                 absent.add(lab, f"{step}: {reason.message}")
         return found
 
@@ -313,12 +314,18 @@ class SecureRun:
 
 
 def _masked(lab: str, order: Order, encoding: Encoding, message: Message | None) -> Masked:
-    masked = unpack_masked(content_of(message), words=encoding.words, dtype=encoding.dtype)
+    masked = read(
+        message, lambda got: unpack_masked(got, words=encoding.words, dtype=encoding.dtype)
+    )
     claimed = (masked.lab, masked.run, masked.round, masked.slot)
     expected = (lab, order.run, order.round, order.slot)
     if claimed != expected:
         raise BadMessage(f"answers as {claimed}, expected {expected}")
     return masked
+
+
+def _checked_step(check: Callable[[str, bytes], T], lab: str, message: Message) -> T:
+    return check(lab, unpack_step(message).body)
 
 
 def _agreement(poll: Poll, lab: str, reply: bytes) -> bytes:

@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -114,3 +114,19 @@ def in_shares(work: Callable[[slice], _T], size: int, *, share: int = SHARE) -> 
     """
     shares = [slice(start, min(start + share, size)) for start in range(0, size, share)]
     return list(map(work, shares) if len(shares) < 2 else _POOL.map(work, shares))
+
+
+MAX_DIMENSIONS = 8
+MAX_ARRAY_BYTES = 1 << 40
+
+
+def is_shape(shape: Sequence[object], dtype: np.dtype[Any]) -> bool:
+    """Whether numpy can make an array of this shape, which somebody else wrote.
+
+    An array without an element may be too large as well: no product of its other dimensions may
+    overflow.
+    """
+    sizes = [n for n in shape if type(n) is int and n >= 0]
+    if len(sizes) != len(shape) or len(shape) > MAX_DIMENSIONS:
+        return False
+    return math.prod(max(n, 1) for n in sizes) * dtype.itemsize <= MAX_ARRAY_BYTES

@@ -26,7 +26,7 @@ from flwr.app import (
     RecordDict,
 )
 
-from cytofed.arrays import Float32, Parts, in_shares, parts_sha256
+from cytofed.arrays import Float32, Parts, in_shares, is_shape, parts_sha256
 from cytofed.errors import CytofedError
 from cytofed.metrics import Tally
 
@@ -368,18 +368,21 @@ def read_parts(
         raise BadMessage("header or parts has the wrong type")
     parts: dict[str, npt.NDArray[Any]] = {}
     for name, array in record.items():
-        name_ok = array.stype == RAW and array.dtype == np.dtype(dtype).name
-        count = math.prod(array.shape)
-        if not name_ok or min(array.shape, default=0) < 0:
-            raise BadMessage(f"{name} is {array.stype} {array.dtype} {array.shape}")
-        if len(array.data) != count * np.dtype(dtype).itemsize:
-            raise BadMessage(f"{name} has {len(array.data)} bytes for shape {array.shape}")
+        _check_array(str(name), array, np.dtype(dtype))
         flat = np.frombuffer(array.data, dtype=np.dtype(dtype).newbyteorder("<"))
-        try:
-            parts[name] = flat.reshape(array.shape)
-        except ValueError:  # no bytes, yet a shape beyond what an array can have
-            raise BadMessage(f"{name} has an absurd shape of {len(array.shape)} axes") from None
+        parts[name] = flat.reshape(array.shape)
     return header, parts
+
+
+def _check_array(name: str, array: Array, dtype: np.dtype[Any]) -> None:
+    """All that numpy would stumble over. Errors: BadMessage."""
+    shape = tuple(array.shape)
+    if array.stype != RAW or array.dtype != dtype.name:
+        raise BadMessage(f"{name!r:.80} is {array.stype!r:.40} {array.dtype!r:.40}")
+    if not is_shape(shape, dtype):
+        raise BadMessage(f"{name!r:.80} has an absurd shape of {len(shape)} axes")
+    if len(array.data) != math.prod(shape) * dtype.itemsize:
+        raise BadMessage(f"{name!r:.80} has {len(array.data)} bytes for shape {shape!s:.80}")
 
 
 def _check_sane(name: str, values_P: Float32) -> None:

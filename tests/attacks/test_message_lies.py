@@ -338,3 +338,11 @@ def test_payload_that_is_longer_than_its_manifest_is_refused() -> None:
     manifest, flat = wire.pack({"head": np.zeros((3, 2), np.float32)})
     with pytest.raises(MalformedMessage, match="payload of 25 bytes, manifest says 24"):
         wire.unpack(manifest, bytes(flat) + b"x")
+
+
+@guarded_by("array-shape")
+def test_empty_array_of_a_shape_that_numpy_cannot_make_is_refused() -> None:
+    for shape in ([0, 2**63], [2**62, 0, 2**62], [1 << 41, 0], [0] * 9):
+        rows = wire.encode([["weights", shape, "<f4"]])
+        with pytest.raises(MalformedMessage, match="absurd shape"):
+            wire.unpack(wire.Manifest.from_bytes(rows), b"")

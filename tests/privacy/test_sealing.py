@@ -276,8 +276,8 @@ def test_manifest_of_anything_but_plain_arrays_is_refused(row: Any) -> None:
 
 
 def test_huge_manifest_allocates_nothing() -> None:
-    manifest = wire.Manifest.from_bytes(wire.encode([["a", [2**40, 2**20], "<f8"]]))
-    assert manifest.nbytes == 8 * 2**60
+    manifest = wire.Manifest.from_bytes(wire.encode([["a", [2**30, 2**7], "<f8"]]))
+    assert manifest.nbytes == 2**40
     with pytest.raises(wire.MalformedMessage, match="manifest says"):
         wire.unpack(manifest, bytes(8))
 
