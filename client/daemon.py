@@ -38,7 +38,7 @@ from cytofed.client.outbox import Outbox, SameBytes
 from cytofed.client.policy import Entry, ledger_federation, open_ledger, refuse_cohort
 from cytofed.client.secure import SecureLab
 from cytofed.client.states import SealedStates
-from cytofed.documents import Decision, Offer, Start, secure_cohort
+from cytofed.documents import Decision, Ended, Offer, Start, secure_cohort
 from cytofed.encoder import Given
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
@@ -65,6 +65,7 @@ from cytofed.sealed_message import (
 )
 from cytofed.secure_round import public_bound
 from cytofed.start import take_start
+from cytofed.words import one_line
 
 _MAX_PAYLOAD_BYTES = 1 << 31
 
@@ -172,6 +173,8 @@ class Daemon:
         try:
             if kind == "query.offer":
                 return self._to_offer(message)
+            if kind == "query.end":
+                return self._to_end(message)
             return self._to_order(message, kind)
         except CytofedError as error:
             _log.warning("%s: %s", kind, error.message)
@@ -216,6 +219,20 @@ class Daemon:
             "signature": signed,
         }
         return self._plain("decision", told, signed)
+
+    def _to_end(self, message: Message) -> Answer:
+        """An offer is over for this lab, which is not in the run's start: free what it held."""
+        record = message.content.get("end") if message.has_content() else None
+        document = record.get("document") if isinstance(record, ConfigRecord) else None
+        if not isinstance(document, bytes):
+            raise BadMessage("the end of a run without a document")
+        federation = self._membership.federation
+        ended = Ended.verified(document, self._coordinator, federation=federation)
+        if any(entry.offer.sha256 == ended.offer_sha256 for entry in self._plans.entries()):
+            with open_ledger(self._settings) as book:
+                self._plans.ended(ended.run, book)
+            self._note(f"run {one_line(ended.run)} is over for this lab: {ended.why}")
+        return self._plain("status", {"state": "ended"}, b"")
 
     def _approve_by_rule(self, entry: Entry) -> None:
         with open_ledger(self._settings) as book:

@@ -13,6 +13,7 @@ import pytest
 from cytofed.documents import (
     COORDINATOR,
     Decision,
+    Ended,
     Invite,
     LedgerHead,
     Member,
@@ -270,3 +271,18 @@ def test_ledger_head_is_of_one_lab_and_a_hash(head: tuple[str, str, str]) -> Non
     signed = LedgerHead(*head).signed(CHIEF)
     with pytest.raises(VerificationError):
         LedgerHead.verified(signed, CHIEF.public, federation="fed", lab="leeds")
+
+
+# --- ends
+
+
+def test_end_of_a_run_is_the_coordinators_word_about_one_offer_of_this_federation() -> None:
+    told = Ended("fed", OFFER.run, OFFER.sha256, "started without\nthis lab")
+    read = Ended.verified(told.signed(CHIEF), CHIEF.public, federation="fed")
+    assert read == replace(told, why="started without this lab")
+    with pytest.raises(VerificationError):
+        Ended.verified(told.signed(STRANGER), CHIEF.public, federation="fed")
+    with pytest.raises(VerificationError, match="another federation"):
+        Ended.verified(told.signed(CHIEF), CHIEF.public, federation="other")
+    with pytest.raises(VerificationError):
+        Ended.verified(OFFER.signed(CHIEF), CHIEF.public, federation="fed")

@@ -7,6 +7,7 @@
     Offer      coordinator -> lab             a plan, the run that it is for, the roster
     Decision   lab -> coordinator             approved or rejected: this plan, this run, this roster
     Start      coordinator -> cohort          the approvals of all labs that take part
+    Ended      coordinator -> other labs      the run is over for labs that are not in its start
     LedgerHead lab -> coordinator, and back   the last entry of the lab's privacy ledger
 
 A lab approves keys along with a plan: the offer carries the roster, and a start is only good with
@@ -29,6 +30,7 @@ from cytofed.plan import Plan, from_dict, to_dict
 from cytofed.privacy import wire
 from cytofed.privacy.identity import Identity, PublicIdentity, sign, verify
 from cytofed.privacy.secagg import Cohort, check_rules
+from cytofed.words import one_line
 
 COORDINATOR = "coordinator"
 """the name of the coordinator's identity; no lab may have it"""
@@ -336,6 +338,43 @@ class Start:
                 f"{offer.plan.cohort.min_labs}"
             )
         return start
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An offer that is over for every lab that is not in its run's start: nothing will be asked of
+    it any more. ``why``: such as ``started without this lab``."""
+
+    federation: str
+    run: str
+    offer_sha256: str
+    why: str
+
+    def signed(self, coordinator: Identity) -> bytes:
+        body = wire.encode(
+            {
+                "federation": self.federation,
+                "offer_sha256": self.offer_sha256,
+                "run": self.run,
+                "why": one_line(self.why),
+            }
+        )
+        return sign(coordinator, LABEL_END, body)
+
+    @staticmethod
+    def verified(document: bytes, coordinator: PublicIdentity, *, federation: str) -> Ended:
+        """Errors: VerificationError for another federation, or what is no such document."""
+        fields = wire.Fields.of(verify(document, label=LABEL_END, signer=coordinator), "end")
+        ended = Ended(
+            fields.text("federation"),
+            fields.text("run"),
+            fields.text("offer_sha256"),
+            one_line(fields.text("why")),
+        )
+        fields.end()
+        if ended.federation != federation:
+            raise VerificationError("the end of a run of another federation")
+        return ended
 
 
 def secure_cohort(start: Start, offer: Offer, coordinator: PublicIdentity) -> Cohort:
