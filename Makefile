@@ -4,15 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo federation test test-faults bench lint types layers clean
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-annotate
 
-$(VENV)/installed: pyproject.toml
+.PHONY: demo federation test test-faults bench lint types layers lock audit-deps clean
+
+# What is installed is in deploy/*.lock, by hash: the same files on every machine and day.
+$(VENV)/installed: pyproject.toml deploy/requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) --require-hashes -r deploy/requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+$(VENV)/installed-test: $(VENV)/installed deploy/requirements-test.lock
+	$(PIP) --require-hashes -r deploy/requirements-test.lock
 	touch $@
 
 demo: $(VENV)/installed  ## a federation on the sample images, into runs/demo
@@ -41,6 +46,14 @@ types: $(VENV)/installed-test
 
 layers: $(VENV)/installed-test
 	$(BIN)/lint-imports
+
+lock: $(VENV)/installed-test  ## after a change of dependencies: the locks and the bill of materials; UPGRADE=--upgrade takes newer releases
+	$(LOCK) $(UPGRADE) pyproject.toml -o deploy/requirements.lock
+	$(LOCK) $(UPGRADE) -c deploy/requirements.lock --extra test pyproject.toml -o deploy/requirements-test.lock
+	sed '/--hash/d; s/ *\\$$//' deploy/requirements.lock | $(BIN)/cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible --of JSON -o deploy/sbom.cdx.json
+
+audit-deps: $(VENV)/installed-test  ## known vulnerabilities of what a deployment installs; asks pypi.org
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r deploy/requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info runs
