@@ -11,22 +11,18 @@ import asyncio
 import gc
 import logging
 import math
-import ssl
 import subprocess
 import sys
 import threading
 import time
-from asyncio import sslproto
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import uvicorn
 from flwr.app import ConfigRecord, Message, RecordDict
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from cytofed.documents import Offer, Start, secure_cohort
 from cytofed.errors import CytofedError, InputError, VerificationError
@@ -42,9 +38,10 @@ from cytofed.server.asking import Pauses, ask, ask_each, content_of
 from cytofed.server.checkpoints import Progress, Record, load_progress, save_progress
 from cytofed.server.control import Command, serve_commands
 from cytofed.server.directory import ServerDirectory
+from cytofed.server.door import Door, raise_file_limit, serve_at
 from cytofed.server.enrolment import enrol, health, leave, renew, route_of
 from cytofed.server.fleet import Fleet, Stopped
-from cytofed.server.gate import CERTIFICATE, ENROL, HEALTH, LEAVE, RENEW, Rate
+from cytofed.server.gate import ENROL, HEALTH, LEAVE, RENEW
 from cytofed.server.results import (
     failed_summary,
     keep_scores,
@@ -69,8 +66,6 @@ _MOST_RESULT_PAUSE_S = 3600.0
 _SLOWER, _SLOWEST = 1.3, 12.0
 """Each question for a decision comes later than the one before, up to 12 times ``offer_every_s``:
 people take hours, and each answer is a record in the lab's log."""
-_TLS_BYTES, _MOST_TLS_BYTES, _LEAST_TLS_BYTES = 1 << 19, 1 << 16, 1 << 14
-"""that all connections together read at a time, and each one at most and at least"""
 _SPARE_BYTES = 1 << 22
 """room of a reply beyond its arrays: headers, tallies, shares of secure aggregation"""
 
@@ -85,6 +80,7 @@ class Coordinator:
         self._settings = directory.settings()
         self._identity = directory.identity()
         self._fleet = Fleet(poll_s=self._settings.poll_s, spool=directory.root / "spool")
+        self._door = Door(known=self._fleet.knows, files=raise_file_limit())
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._watch = _Log()
@@ -96,12 +92,13 @@ class Coordinator:
         """Open the port and the control socket, go on with interrupted runs; blocks."""
         self._directory.renew_own_certificate()
         gc.freeze()  # what is imported stays: collections look at the rest alone
+        sockets = self._door.listen(self._settings.listen, self._settings.port)
         runs = threading.Thread(target=self._carry_out_all, daemon=True, name="runs")
         with serve_commands(self._directory.socket, self._answer):
             server = self._server()
             runs.start()
             try:
-                asyncio.run(server.serve())
+                asyncio.run(server.serve(sockets))
             finally:
                 self._end()
                 runs.join(timeout=30)
@@ -115,10 +112,10 @@ class Coordinator:
     # --- the port
 
     def _server(self) -> uvicorn.Server:
-        settings, root = self._settings, self._directory.root
+        settings = self._settings
         changes = {ENROL: enrol, RENEW: renew, LEAVE: leave}
         app = self._fleet.app(
-            enrolments=Rate(settings.enrolments_per_minute, 60.0),
+            enrolments_per_minute=settings.enrolments_per_minute,
             body_timeout_s=settings.body_timeout_s,
             others={
                 **{
@@ -128,30 +125,7 @@ class Coordinator:
                 HEALTH: health,
             },
         )
-        config = uvicorn.Config(
-            app,
-            host=settings.listen,
-            port=settings.port,
-            http=_WithCertificate,
-            ws="none",
-            lifespan="off",
-            ssl_certfile=root / "server.pem",
-            ssl_keyfile=root / "server.key",
-            ssl_ca_certs=str(root / "ca.pem"),
-            # Optional on the port, required by the gate on all paths but enrolment and health.
-            ssl_cert_reqs=ssl.CERT_OPTIONAL,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=3,
-        )
-        sslproto.SSLProtocol.max_size = _MOST_TLS_BYTES  # of the first connection
-        config.load()
-        assert config.ssl is not None
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-        return _Server(config, ending=self._end)
+        return serve_at(self._door, app, folder=self._directory.root, ending=self._end)
 
     def _refresh(self) -> None:
         """Let in exactly the labs of the roster."""
@@ -552,36 +526,6 @@ class Coordinator:
             return
         finally:
             gc.collect()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server; told to end, it first ends the labs' waiting, which else it waits for."""
-
-    def __init__(self, config: uvicorn.Config, *, ending: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ending = ending
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # In a thread: a signal handler must not wait for a lock that its own thread holds.
-        threading.Thread(target=self._ending).start()
-        super().handle_exit(sig, frame)
-
-
-class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's protocol, which otherwise forgets whose certificate a connection was made with."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        # Each connection has a buffer of this size for life, a quarter of a MiB if left alone.
-        share = min(_MOST_TLS_BYTES, _TLS_BYTES // len(self.connections))
-        sslproto.SSLProtocol.max_size = max(_LEAST_TLS_BYTES, share)  # of the next one
-        # What came and is not read yet, of a body that is taken slowly: a quarter of a MiB too.
-        transport.set_read_buffer_limits(high=max(_LEAST_TLS_BYTES, share))
-        # And what waits for a lab that reads slowly, half a MiB if left alone.
-        transport.set_write_buffer_limits(high=_MOST_TLS_BYTES)
-        connection = transport.get_extra_info("ssl_object")
-        certificate = connection.getpeercert(binary_form=True) if connection else None
-        self.app_state: dict[str, Any] = {**self.app_state, CERTIFICATE: certificate or b""}
 
 
 class _Log:

@@ -55,6 +55,7 @@ class ServerSettings:
     """how long a lab's request for messages is kept open while there is none"""
     body_timeout_s: float = 60.0
     enrolments_per_minute: int = 30
+    """that may fail, of each address"""
 
     @property
     def host(self) -> str:
@@ -76,7 +77,7 @@ invite_days: 14               # how long an invite is good
 offer_every_s: 5              # when undecided labs are asked again; later up to 12 times as late
 poll_s: 20                    # how long a lab waits for work in one request
 body_timeout_s: 60            # how long a request may take to arrive
-enrolments_per_minute: 30
+enrolments_per_minute: 30     # that may fail, of each address
 """
 
 
@@ -214,6 +215,14 @@ class ServerDirectory:
         self._raise_epoch()
         return self.roster()
 
+    def answered(self, lab: str) -> str:
+        """The hash of the request with which a lab enrolled; empty where none did."""
+        file = self.root / "labs" / f"{lab}.request"
+        return file.read_text() if _LAB.fullmatch(lab) and file.is_file() else ""
+
+    def note_answered(self, lab: str, digest: str) -> None:
+        write_atomically(self.root / "labs" / f"{lab}.request", digest)
+
     def revoke(self, lab: str) -> Roster:
         """Take a lab off the roster for good; its keys can't come back."""
         return self._drop(lab, "revoked")
@@ -297,8 +306,8 @@ class ServerDirectory:
             expires=expires,
         )
 
-    def redeem(self, lab: str, token: str) -> None:
-        """Use up an invite. Errors: RefusedError, with one text for all reasons."""
+    def check_invite(self, lab: str, token: str) -> None:
+        """Errors: RefusedError, with one text for all reasons, unless the invite is good."""
         file = self.root / "invites" / f"{lab}.json"
         refused = RefusedError(
             "this invite is not valid: used, expired, replaced or never made",
@@ -311,7 +320,11 @@ class ServerDirectory:
             raise refused
         if not secrets.compare_digest(kept["token_sha256"], _hash(token)):
             raise refused
-        file.unlink()
+
+    def redeem(self, lab: str, token: str) -> None:
+        """Use up an invite. Errors: as ``check_invite``."""
+        self.check_invite(lab, token)
+        (self.root / "invites" / f"{lab}.json").unlink()
 
 
 _EXPECTED = {str: "text", int: "a whole number above 0", float: "a number above 0"}

@@ -9,6 +9,7 @@ over its connection and signed. Answers are signed by the coordinator.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,11 +27,13 @@ from cytofed.documents import (
     LABEL_RENEWED,
     Member,
 )
-from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
+from cytofed.errors import InputError, RefusedError, VerificationError
 from cytofed.privacy.identity import PublicIdentity, sign, verify
 from cytofed.privacy.wire import Fields, decode, encode
 from cytofed.server import pki
 from cytofed.server.directory import ServerDirectory
+
+_log = logging.getLogger("cytofed.coordinator")
 
 _ONE_AT_A_TIME = threading.Lock()
 """over all changes of the roster"""
@@ -45,14 +48,19 @@ class Asked:
     member: Member
 
 
-def read_request(document: bytes) -> Asked:
-    """Errors: VerificationError or InputError for anything but a well-signed request."""
+def read_request(document: bytes, *, check: Callable[[str, str], None]) -> Asked:
+    """The request, once ``check`` (lab, token) has let it pass: it comes before all that costs.
+
+    Errors: VerificationError or InputError for anything but a well-signed request; ``check``'s.
+    """
     outer = decode(document, limit=1 << 16)
     if not isinstance(outer, list) or len(outer) != 2:
         raise VerificationError("not a request for enrolment")
     public, signed = outer
     if not isinstance(public, bytes) or not isinstance(signed, bytes):
         raise VerificationError("not a request for enrolment")
+    claimed = Fields.of(Fields.of(signed, "enrolment").raw("body"), "enrolment")
+    check(Fields.of(public, "public identity").text("name"), claimed.text("token"))
     identity = PublicIdentity.from_bytes(public)
     fields = Fields.of(verify(signed, label=LABEL_ENROL, signer=identity), "enrolment")
     token, request_pem = fields.text("token"), fields.raw("request")
@@ -69,11 +77,15 @@ def enrol(directory: ServerDirectory, document: bytes) -> bytes:
     The same lab asking again with the same keys gets the same answer: its first may have been lost.
     Errors: InputError, RefusedError, VerificationError.
     """
-    asked = read_request(document)
-    name = asked.member.name
     digest = hashlib.sha256(document).hexdigest()
-    answered = directory.root / "labs" / f"{name}.request"
-    if answered.is_file() and answered.read_text() == digest:
+    asked = read_request(
+        document,
+        check=lambda lab, token: (
+            None if directory.answered(lab) == digest else directory.check_invite(lab, token)
+        ),
+    )
+    name = asked.member.name
+    if directory.answered(name) == digest:
         certificate = directory.certificate(name)
     else:
         certificate = pki.sign_request(directory.authority(), asked.request_pem, lab=name)
@@ -81,7 +93,7 @@ def enrol(directory: ServerDirectory, document: bytes) -> bytes:
         directory.redeem(name, asked.token)
         member = Member(asked.member.identity, key, asked.member.declared_patients)
         directory.enrol(member, certificate)
-        answered.write_text(digest)
+        directory.note_answered(name, digest)
     identity = directory.identity()
     body = encode(
         {
@@ -161,7 +173,8 @@ def route_of(
             status = 403 if isinstance(error, RefusedError) else 400
             told = {"error": error.message[:300], "hint": error.hint[:300]}
             return JSONResponse(told, status)
-        except CytofedError:
+        except Exception as error:  # of this machine: no request is told what it was
+            _log.error("%s: %s: %s", request.url.path, type(error).__name__, error)
             return JSONResponse({"error": "internal error"}, 500)
         return Response(answer, media_type="application/octet-stream")
 

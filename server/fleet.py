@@ -95,7 +95,7 @@ from cytofed.objects import (
     inflate,
     long_field,
 )
-from cytofed.server.gate import FLEET_BODIES, Gate, Rate
+from cytofed.server.gate import FLEET_BODIES, Gate
 from cytofed.server.uploads import Arriving, Spooled
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
@@ -731,7 +731,7 @@ class Fleet:
     def app(
         self,
         *,
-        enrolments: Rate,
+        enrolments_per_minute: int,
         body_timeout_s: float,
         others: Mapping[str, Endpoint] = {},
     ) -> ASGIApp:
@@ -748,7 +748,7 @@ class Fleet:
             either,
             known_key=self.knows,
             key_header=KEY_HEADER,
-            enrolments=enrolments,
+            per_minute=enrolments_per_minute,
             body_timeout_s=body_timeout_s,
         )
 

@@ -74,12 +74,18 @@ def sign_request(authority: Issued, request_pem: bytes, *, lab: str) -> bytes:
     """
     try:
         request = x509.load_pem_x509_csr(request_pem)
+        key = request.public_key()
+    except Exception as error:  # ValueError, InvalidVersion, UnsupportedAlgorithm, and what comes
+        raise InputError(f"certificate request cannot be read: {error!s:.100}") from None
+    # Of this one curve alone: to check a signature of other keys may take minutes.
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
+        raise InputError("certificate request is not one of an EC P-384 key")
+    try:
         valid = request.is_signature_valid
-    except (ValueError, TypeError) as error:
-        raise InputError(f"certificate request cannot be read: {error}") from None
-    key = request.public_key()
-    if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
-        raise InputError("certificate request is not a valid one of an EC P-384 key")
+    except Exception:
+        valid = False
+    if not valid:
+        raise InputError("certificate request is not signed by its own key")
     return _leaf(authority, lab, key, ExtendedKeyUsageOID.CLIENT_AUTH, None)
 
 

@@ -94,7 +94,31 @@ def test_keys_of_a_lab_that_is_gone_do_not_come_back(
 @given(data=st.binary(max_size=300))
 def test_no_document_of_a_stranger_is_read(data: bytes) -> None:
     with pytest.raises((VerificationError, InputError)):
-        read_request(data)
+        read_request(data, check=lambda _lab, _token: None)
+
+
+def test_token_is_checked_before_all_that_costs(
+    server: ServerDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a stranger has this done")
+
+    request = request_of(server.invite("leeds"), tmp_path / "leeds")
+    server.invite("leeds")  # voids it
+    monkeypatch.setattr("cytofed.server.enrolment.verify", never)
+    monkeypatch.setattr("cytofed.server.enrolment.PublicIdentity", never)
+    monkeypatch.setattr("cytofed.server.pki.sign_request", never)
+    with pytest.raises(RefusedError, match="not valid"):
+        enrol(server, request)
+
+
+@pytest.mark.parametrize("lab", ["../ca", "a/b", "a\0b", "x" * 250, "", ".", "é"])
+def test_no_name_of_a_stranger_is_a_path(server: ServerDirectory, lab: str) -> None:
+    public = wire.encode({"name": lab, "sealing": b"", "signing": b""})
+    body = wire.encode({"token": "guess"})
+    signed = wire.encode({"body": body, "label": "", "signature": b"", "signer": lab})
+    with pytest.raises((RefusedError, VerificationError)):
+        enrol(server, wire.encode([public, signed]))
 
 
 def test_renewed_certificate_is_of_the_same_key_and_leaves_the_roster_alone(

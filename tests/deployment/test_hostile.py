@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import resource
 import secrets
 import socket
 import ssl
@@ -16,6 +18,9 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from flwr.app import Error, Message
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -41,7 +46,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cytofed.client.directory import ClientDirectory, pinned_context
+from cytofed.documents import LABEL_ENROL
 from cytofed.objects import deflate
+from cytofed.privacy import wire
+from cytofed.privacy.identity import Identity, sign
 from cytofed.server.gate import FLEET_BODIES, LEAVE, RENEW
 
 from .conftest import PLAN, Federation, deal, free_port
@@ -324,6 +332,102 @@ def test_no_body_renews_a_certificate_or_takes_a_lab_off_the_roster(
 @pytest.mark.parametrize("body", [b"", b"{}", os.urandom(500), b"\x82\x40\x40", b"\x80" * 4000])
 def test_garbage_does_not_enrol(port: Port, body: bytes) -> None:
     assert port.caller().http.post("/v1/enrol", content=body).status_code == 400
+
+
+def test_failed_enrolments_of_one_address_do_not_stop_those_of_another(
+    port: Port, tmp_path: Path
+) -> None:
+    context = pinned_context(port.federation.root / "lab-1" / "ca.pem")
+    transport = httpx.HTTPTransport(verify=context, local_address="127.0.0.9")
+    with httpx.Client(transport=transport, base_url=port.url, timeout=30) as stranger:
+        statuses = [stranger.post("/v1/enrol", content=b"guess").status_code for _ in range(40)]
+    assert statuses == [400] * 30 + [429] * 10
+    federation = port.federation
+    invite = tmp_path / "lab-8.invite"
+    federation.run("c", "server", "invite", federation.coordinator, "lab-8", "--out", invite)
+    federation.run(
+        "lab-8", "client", "join", invite, "--dir", tmp_path / "lab-8",
+        "--data", federation.data("lab-1"),
+    )  # fmt: skip
+
+
+def test_idle_connections_lock_no_lab_out(port: Port) -> None:
+    [coordinator] = port.federation.running.values()
+    before = resource.prlimit(coordinator.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(coordinator.pid, resource.RLIMIT_NOFILE, (200, before[1]))
+    links = [socket.create_connection(("127.0.0.1", port.federation.port)) for _ in range(400)]
+    try:
+        assert port.caller("lab-1").activate()
+        assert port.healthy()
+    finally:
+        for link in links:
+            link.close()
+        resource.prlimit(coordinator.pid, resource.RLIMIT_NOFILE, before)
+
+
+def test_heads_without_end_take_no_memory(port: Port) -> None:
+    [coordinator] = port.federation.running.values()
+    before = memory_of(coordinator.pid)
+    context = pinned_context(port.federation.root / "lab-1" / "ca.pem")
+    links = []
+    try:
+        for _ in range(4):
+            plain = socket.create_connection(("127.0.0.1", port.federation.port), timeout=30)
+            links.append(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+            links[-1].sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
+            with contextlib.suppress(OSError):  # it has had enough
+                for number in range(1000):
+                    links[-1].sendall(b"x-%d: " % number + b"x" * 10_000 + b"\r\n")
+        assert memory_of(coordinator.pid) - before < 30 << 20
+    finally:
+        for link in links:
+            link.close()
+    assert port.healthy()
+
+
+def memory_of(pid: int) -> int:
+    """Resident bytes of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("kind", ["none", "rsa", "ed25519", "curve", "algorithm", "version"])
+def test_invited_lab_gets_an_error_for_a_request_that_is_none(port: Port, kind: str) -> None:
+    federation = port.federation
+    file = federation.root / f"{kind}.invite"
+    federation.run("c", "server", "invite", federation.coordinator, "lab-7", "--out", file)
+    token = json.loads(file.read_text())["token"]
+    identity = Identity.generate("lab-7")
+    body = wire.encode(
+        {
+            "declared_patients": 0,
+            "fingerprint": identity.public.fingerprint,
+            "request": csr(kind),
+            "token": token,
+        }
+    )
+    document = wire.encode([identity.public.to_bytes(), sign(identity, LABEL_ENROL, body)])
+    assert port.caller().http.post("/v1/enrol", content=document).status_code == 400
+
+
+def csr(kind: str) -> bytes:
+    """A certificate request that nobody should sign, or something that is none: one of another
+    key, or of a curve, an algorithm or a version that there is not."""
+    key: Any = {
+        "rsa": lambda: rsa.generate_private_key(65537, 2048),
+        "ed25519": ed25519.Ed25519PrivateKey.generate,
+    }.get(kind, lambda: ec.generate_private_key(ec.SECP384R1()))()
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    made = builder.sign(key, None if kind == "ed25519" else hashes.SHA256())
+    der = made.public_bytes(serialization.Encoding.DER)
+    if kind == "curve":
+        der = der.replace(bytes.fromhex("06052b81040022"), bytes.fromhex("06052b8104007f"))
+    if kind == "algorithm":
+        der = der.replace(bytes.fromhex("06072a8648ce3d0201"), bytes.fromhex("06072a8648ce3d027f"))
+    if kind == "version":
+        der = der.replace(bytes.fromhex("020100"), bytes.fromhex("020101"), 1)
+    text = base64.encodebytes(b"" if kind == "none" else der)
+    kind_of = b"CERTIFICATE REQUEST-----\n"
+    return b"-----BEGIN " + kind_of + text + b"-----END " + kind_of
 
 
 def test_invite_is_good_once_and_a_guess_is_never(port: Port, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from cytofed.privacy.ledger import LedgerRolledBack
 from cytofed.sealed_message import attach_head
 from cytofed.server import pki
 from cytofed.server.fleet import Fleet, FleetGrid
-from cytofed.server.gate import CERTIFICATE, Rate
+from cytofed.server.gate import CERTIFICATE
 
 from .joined import coordinator, join
 
@@ -92,7 +92,7 @@ class Line:
         self.fleet = Fleet(poll_s=0.5, spool=root / "spool")
         self.fleet.enrol({"leeds": self.key})
         der = load_pem_x509_certificate(certificate).public_bytes(Encoding.DER)
-        app = self.fleet.app(enrolments=Rate(10, 60.0), body_timeout_s=30.0)
+        app = self.fleet.app(enrolments_per_minute=10, body_timeout_s=30.0)
         self.http = TestClient(with_certificates(app, {self.key: der}))
         self.http.__enter__()  # one event loop for all requests
         self.egress = EgressLog(self.lab.egress, self.lab.identity())

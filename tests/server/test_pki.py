@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cytofed.errors import InputError
@@ -55,6 +57,37 @@ def test_request_that_is_not_a_valid_one_of_p384_is_refused(damage: str) -> None
     }[damage]
     with pytest.raises(InputError):
         pki.sign_request(AUTHORITY, bad, lab="leeds")
+
+
+def test_request_with_any_byte_changed_is_signed_or_refused_and_nothing_else() -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    der = x509.load_pem_x509_csr(request(key)).public_bytes(serialization.Encoding.DER)
+    line = b"-----%s CERTIFICATE REQUEST-----\n"
+    keys = []
+    for at in range(len(der)):
+        for value in {0, 1, 0xFF, der[at] ^ 1} - {der[at]}:
+            changed = der[:at] + bytes([value]) + der[at + 1 :]
+            pem = line % b"BEGIN" + base64.encodebytes(changed) + line % b"END"
+            try:
+                made = pki.sign_request(AUTHORITY, pem, lab="leeds")
+            except InputError:
+                continue
+            keys.append(x509.load_pem_x509_certificate(made).public_key())
+    assert all(found == key.public_key() for found in keys)
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ed25519", "dsa", "p521"])
+def test_keys_of_other_kinds_are_refused(kind: str) -> None:
+    key: Any = {
+        "rsa": lambda: rsa.generate_private_key(65537, 2048),
+        "ed25519": ed25519.Ed25519PrivateKey.generate,
+        "dsa": lambda: dsa.generate_private_key(1024),
+        "p521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    }[kind]()
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    made = builder.sign(key, None if kind == "ed25519" else hashes.SHA256())
+    with pytest.raises(InputError, match="P-384"):
+        pki.sign_request(AUTHORITY, made.public_bytes(serialization.Encoding.PEM), lab="leeds")
 
 
 def test_server_certificate_is_renewed_over_the_same_key_and_names() -> None:
