@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -76,16 +77,18 @@ def test_request_with_any_byte_changed_is_signed_or_refused_and_nothing_else() -
     assert all(found == key.public_key() for found in keys)
 
 
-@pytest.mark.parametrize("kind", ["rsa", "ed25519", "dsa", "p521"])
+KEYS: dict[str, Callable[[], Any]] = {
+    "rsa": lambda: rsa.generate_private_key(65537, 2048),
+    "ed25519": ed25519.Ed25519PrivateKey.generate,
+    "dsa": lambda: dsa.generate_private_key(1024),
+    "p521": lambda: ec.generate_private_key(ec.SECP521R1()),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
 def test_keys_of_other_kinds_are_refused(kind: str) -> None:
-    key: Any = {
-        "rsa": lambda: rsa.generate_private_key(65537, 2048),
-        "ed25519": ed25519.Ed25519PrivateKey.generate,
-        "dsa": lambda: dsa.generate_private_key(1024),
-        "p521": lambda: ec.generate_private_key(ec.SECP521R1()),
-    }[kind]()
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    made = builder.sign(key, None if kind == "ed25519" else hashes.SHA256())
+    made = builder.sign(KEYS[kind](), None if kind == "ed25519" else hashes.SHA256())
     with pytest.raises(InputError, match="P-384"):
         pki.sign_request(AUTHORITY, made.public_bytes(serialization.Encoding.PEM), lab="leeds")
 
