@@ -139,7 +139,7 @@ def lab_app(
     the plan says. For simulations; a deployed lab knows no such order.
     """
     app = ClientApp(mods=[_errors_as_replies, *(mods or [])])
-    nets: dict[str, _Net] = {}
+    nets: dict[tuple[str, Path], _Net] = {}
     self_check = _SelfCheck()
 
     def ready(message: Message, context: Context) -> tuple[Order, Lab, _Net]:
@@ -150,10 +150,11 @@ def lab_app(
                 f"order is of plan {order.plan_sha256[:12]}, "
                 f"{lab.name} approved {lab.plan.sha256[:12]}"
             )
-        if lab.plan.sha256 not in nets:
-            nets.clear()  # one plan at a time
-            nets[lab.plan.sha256] = _Net.build(lab)
-        return order, lab, nets[lab.plan.sha256]
+        key = lab.plan.sha256, lab.start
+        if key not in nets:
+            nets.clear()  # one plan, from one start model, at a time
+            nets[key] = _Net.build(lab)
+        return order, lab, nets[key]
 
     def ready_to_release(message: Message, context: Context) -> tuple[Order, Lab, _Net]:
         order, lab, net = ready(message, context)

@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
+import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,9 +35,22 @@ from cytofed.client.egress import (
     public_reason,
 )
 from cytofed.client.fleet import Answer, FleetLink, tell_leave
-from cytofed.client.opening import LimitedBudget, open_images, open_lab, parameters_of
+from cytofed.client.memory import SealedMemory
+from cytofed.client.opening import (
+    LimitedBudget,
+    make_start,
+    open_images,
+    open_lab,
+    parameters_of,
+)
 from cytofed.client.outbox import Outbox, SameBytes
-from cytofed.client.policy import Entry, ledger_federation, open_ledger, refuse_cohort
+from cytofed.client.policy import (
+    Entry,
+    TooManyOffers,
+    ledger_federation,
+    open_ledger,
+    refuse_cohort,
+)
 from cytofed.client.secure import SecureLab
 from cytofed.client.states import SealedStates
 from cytofed.documents import Decision, Ended, Offer, Start, secure_cohort
@@ -67,6 +82,12 @@ from cytofed.secure_round import public_bound
 from cytofed.start import take_start
 from cytofed.words import one_line
 
+MAX_OFFER_BYTES = 1 << 20
+"""of an offer's document: a plan, and the keys of some hundred labs"""
+
+_SILENT_S = 60.0
+"""after an offer was refused because too many wait, the next are not even answered"""
+
 _MAX_PAYLOAD_BYTES = 1 << 31
 
 _log = logging.getLogger("cytofed.lab")
@@ -84,13 +105,26 @@ class Daemon:
         self._said = ""
         self._at = ("", 0)
         self._open: _OpenRun | None = None
+        self._silent_until = -math.inf
         self._failure: VerificationError | None = None
         self._app = lab_app(self._lab)
 
     def run(self) -> None:
         """Connect and answer, for ever. Errors: those of the lab's own files and settings."""
-        settings = self._directory.settings()
-        self._settings = settings
+        with self.at_work():
+            threading.Thread(target=self._warm_up, daemon=True, name="warm-up").start()
+            try:
+                while not self._worked(FleetLink(self._directory, self._egress, self._say)):
+                    time.sleep(self._settings.timeouts.retry_max_s)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self._say("stopped", False)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The lab's records are open, so that ``respond`` can answer."""
+        self._settings = settings = self._directory.settings()
         with EgressLog(
             self._directory.egress,
             self._identity,
@@ -99,22 +133,13 @@ class Daemon:
             with open_ledger(settings) as book:
                 egress.check_ledger(book)
             self._egress = egress
-            self._outbox = Outbox(
-                self._directory.root / "outbox", self._directory.storage_key(), egress
-            )
-            threading.Thread(target=self._warm_up, daemon=True, name="warm-up").start()
-            try:
-                while not self._worked(FleetLink(self._directory, egress, self._say)):
-                    time.sleep(settings.timeouts.retry_max_s)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                self._say("stopped", False)
+            self._key = self._directory.storage_key()
+            yield
 
     def _worked(self, link: FleetLink) -> bool:
         """Answer until told to end; False where a full disk or the like has to be mended first."""
         try:
-            link.work(self._respond, idle=self._idle)
+            link.work(self.respond, idle=self._idle)
             return True
         except (InputError, RefusedError, VerificationError):
             raise  # these need a person
@@ -150,13 +175,25 @@ class Daemon:
         if self._directory.left:
             self._tell_leave()
             raise KeyboardInterrupt
-        waiting = [e.plan_sha256[:12] for e in self._plans.entries() if e.state == "waiting"]
+        entries = self._plans.entries()
+        self._sweep(entries)
+        waiting = [e.plan_sha256[:12] for e in entries if e.state == "waiting"]
         if self._directory.paused:
             self._say("paused: orders are refused until `cytofed client resume`", True)
         elif waiting:
             self._say(f"connected, plan {', '.join(waiting)} waits for approval", True)
         else:
             self._say("connected, waiting for work", True)
+
+    def _sweep(self, entries: Sequence[Entry]) -> None:
+        """Of an offer that is not approved nothing but its record is kept."""
+        runs = self._directory.root / "runs"
+        approved = {entry.offer.sha256 for entry in entries if entry.state == "approved"}
+        for folder in runs.iterdir() if runs.is_dir() else ():
+            if folder.name not in approved:
+                shutil.rmtree(folder)
+                if self._open is not None and self._open.offer == folder.name:
+                    self._open = None
 
     def _tell_leave(self) -> None:
         try:
@@ -168,7 +205,9 @@ class Daemon:
 
     # --- answers
 
-    def _respond(self, message: Message) -> Answer:
+    def respond(self, message: Message) -> Answer | None:
+        """Answer what the coordinator asks; never an error. None: it asks without end, and each
+        answer is a record in this lab's log, for ever."""
         kind = message.metadata.message_type
         try:
             if kind == "query.offer":
@@ -176,6 +215,12 @@ class Daemon:
             if kind == "query.end":
                 return self._to_end(message)
             return self._to_order(message, kind)
+        except TooManyOffers as error:
+            if time.monotonic() < self._silent_until:
+                return None
+            self._silent_until = time.monotonic() + _SILENT_S
+            _log.warning("%s: %s", kind, error.message)
+            return self._unsealed_refusal(error)
         except CytofedError as error:
             _log.warning("%s: %s", kind, error.message)
             return self._unsealed_refusal(error)
@@ -195,13 +240,14 @@ class Daemon:
         document = record.get("document") if isinstance(record, ConfigRecord) else None
         if not isinstance(document, bytes):
             raise BadMessage("an offer without a document")
+        if len(document) > MAX_OFFER_BYTES:
+            raise RefusedError(f"an offer of {len(document)} bytes, more than {MAX_OFFER_BYTES}")
         offer = Offer.verified(document, self._coordinator)
         if offer.federation != self._membership.federation:
             raise VerificationError(f"offer of federation {offer.federation}")
         entry = self._plans.known(offer)
         if entry is None:
-            parameters = parameters_of(offer.plan, self._directory.run_folder(offer.run))
-            entry = self._plans.offered(document, parameters=parameters)
+            entry = self._plans.offered(document, parameters=parameters_of(offer.plan))
             self._note(f"plan {entry.plan_sha256} is offered: see `cytofed client plans`")
             self._approve_by_rule(entry)
             entry = self._plans.known(offer) or entry
@@ -249,7 +295,7 @@ class Daemon:
         bound = 0.0
         if entry.state == "approved":
             if plan.privacy.unit == "none":
-                folder = self._directory.run_folder(entry.run)
+                folder = self._directory.run_folder(entry.offer)
                 images = open_images(plan, self._settings, folder)
                 bound = public_bound([float(len(images.train))])
             else:
@@ -286,7 +332,7 @@ class Daemon:
                 return self._to_start(entry, parcel, content)
             if kind == "query.result":
                 return self._to_result(offer, parcel, content)
-            return self._carry_out(offer, parcel, kind, content)
+            return self._carry_out(entry, parcel, kind, content)
         except CytofedError as error:
             _log.warning("%s of round %d: %s", kind, parcel.round, error.message)
             return self._refusal(offer, parcel, error)
@@ -298,20 +344,22 @@ class Daemon:
         start = Start.verified(parcel.papers, self._coordinator, offer)
         if self._membership.lab not in start.decisions:
             raise VerificationError("this lab is not in the cohort")
-        pinned = self._directory.run_folder(offer.run) / "start"
+        pinned = self._directory.run_folder(offer) / "start"
         cohort = "\n".join(start.labs)
         if not pinned.is_file():
             refuse_cohort(offer, start.labs, self._settings)
+            pinned.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(pinned, cohort, mode=0o600)
         elif pinned.read_text() != cohort:
             raise VerificationError("the run has another cohort than when it started")
         return start
 
-    def _carry_out(self, offer: Offer, parcel: Parcel, kind: str, content: RecordDict) -> Answer:
+    def _carry_out(self, entry: Entry, parcel: Parcel, kind: str, content: RecordDict) -> Answer:
         """A train, evaluate or secure-aggregation order, by the lab half."""
+        offer = entry.offer
         order_message = new_message(content, kind=kind, node=0, group=str(parcel.round), ttl_s=1.0)
         if kind == "query.secagg":
-            self._open_run(offer, parcel)
+            self._open_run(entry, parcel)
             return self._sealed(offer, parcel, kind, self._ask_app(order_message), None)
         order = unpack_order(order_message)
         found = (order.run, order.round, order.slot, order.plan_sha256)
@@ -322,13 +370,13 @@ class Daemon:
         if self._directory.paused:
             raise RefusedError("paused by this lab")
         mine = ledger_order(order, self._ledger_name(offer))
-        kept = self._outbox.take(mine)
+        kept = self._outbox(offer).take(mine)
         if isinstance(kept, SameBytes):
             again = self._parcel(parcel, kind, Sealed.from_bytes(kept.sealed))
             return Answer(kept.outgoing, again, sent=self._settling(offer, order))
         self._at = (order.run, order.round)
         self._say(f"{kind} for run {order.run}, round {order.round}", True)
-        self._open_run(offer, parcel)
+        self._open_run(entry, parcel)
         return self._sealed(offer, parcel, kind, self._ask_app(order_message), (mine, order))
 
     def _ask_app(self, message: Message) -> RecordDict:
@@ -376,7 +424,7 @@ class Daemon:
             self._egress.check(outgoing)  # what may not leave becomes a refusal here
             return Answer(outgoing, travelling)
         mine, order = kept
-        self._outbox.put(mine, sealed, outgoing)
+        self._outbox(offer).put(mine, sealed, outgoing)
         return Answer(outgoing, travelling, sent=self._settling(offer, order))
 
     def _refusal(self, offer: Offer, parcel: Parcel, error: Exception) -> Answer:
@@ -389,22 +437,17 @@ class Daemon:
 
         Errors: VerificationError for any other, or one of another size than was approved.
         """
-        offer, folder = entry.offer, self._directory.run_folder(entry.run)
+        offer, folder = entry.offer, self._directory.run_folder(entry.offer)
         given = Given.named(offer.plan.model.start)
         if given is None:
             raise VerificationError("a start model came for a plan that asks for none")
         take_start(given, folder, file_of(content), file_of(content, "card"))
-        found = parameters_of(offer.plan, folder)
-        if found != entry.parameters:
-            raise VerificationError(
-                f"from the start model {found} parameters are trained, {entry.parameters} were "
-                "approved"
-            )
+        make_start(offer.plan, folder, parameters=entry.parameters)
         return self._received(offer, parcel, "query.start")
 
     def _to_result(self, offer: Offer, parcel: Parcel, content: RecordDict) -> Answer:
         """Keep the model, free what the run never used, and say that it is here."""
-        folder = self._directory.root / "models" / self._directory.run_folder(offer.run).name
+        folder = self._directory.model_folder(offer)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         model = file_of(content)
         if model:
@@ -413,8 +456,8 @@ class Daemon:
         _note_result(folder, offer, content)
         with open_ledger(self._settings) as book:
             self._plans.ended(offer.run, book)
-        self._outbox.end_run(offer.run, self._ledger_name(offer))
-        if self._open is not None and self._open.run == offer.run:
+        self._outbox(offer).end_run(offer.run, self._ledger_name(offer))
+        if self._open is not None and self._open.offer == offer.sha256:
             self._open = None
         told = f"run {offer.run} {text_of(content, 'status')}"
         self._note(f"{told}: cytofed client model DIR --out FILE" if model else told)
@@ -488,27 +531,34 @@ class Daemon:
             raise VerificationError(f"run {run} is not open")
         return self._open.lab
 
-    def _open_run(self, offer: Offer, parcel: Parcel) -> None:
-        """Open the lab for a run, kept warm until another."""
-        if self._open is not None and self._open.run == offer.run:
+    def _open_run(self, entry: Entry, parcel: Parcel) -> None:
+        """Open the lab for an approved run, kept warm until another."""
+        offer = entry.offer
+        if self._open is not None and self._open.offer == offer.sha256:
             return
-        folder = self._directory.run_folder(offer.run)
+        self._open = None
+        folder, name = self._directory.run_folder(offer), self._membership.lab
         secure = None
         if offer.plan.secure_aggregation.enabled:
             start = self._check_start(offer, parcel)
             cohort = secure_cohort(start, offer, self._coordinator)
-            states = SealedStates(folder, self._directory.storage_key())
+            states = SealedStates(folder, offer.sha256, self._key)
             secure = SecureLab(self._identity, cohort, states)
+        make_start(offer.plan, folder, parameters=entry.parameters)
         lab = open_lab(
             offer,
             self._settings,
             open_images(offer.plan, self._settings, folder),
-            name=self._membership.lab,
+            name=name,
             folder=folder,
-            outbox=self._outbox,
+            outbox=self._outbox(offer),
+            memory=SealedMemory(folder / "memory", name, offer.sha256, self._key),
             secure=secure,
         )
-        self._open = _OpenRun(offer.run, lab)
+        self._open = _OpenRun(offer.run, offer.sha256, lab)
+
+    def _outbox(self, offer: Offer) -> Outbox:
+        return Outbox(self._directory.run_folder(offer) / "outbox", self._key, self._egress)
 
     def _settling(self, offer: Offer, order: Order) -> Callable[[], None]:
         """After the answer has arrived: the ledger notes it."""
@@ -546,6 +596,7 @@ class Daemon:
 @dataclass(frozen=True)
 class _OpenRun:
     run: str
+    offer: str
     lab: Lab = field(repr=False)
 
 

@@ -8,10 +8,11 @@
     certificate.pem ca.pem         what the coordinator's authority signed; the authority itself
     federation.json                federation, lab, address, the coordinator's pinned fingerprint
     coordinator.cbor               the coordinator's public identity
-    plans/ outbox/                 offers and decisions; what is about to leave
+    plans/                         offers and decisions
     egress.log egress.head         what left; its last record's hash
-    runs/RUN/                      start model, own layers, protocol state (encrypted)
-    models/RUN/                    results
+    runs/OFFER/                    of an approved offer, by its id: start model and cohort;
+                                   encrypted: own layers, protocol state, outbox
+    models/OFFER/                  results
     paused left status.json        marks and the daemon's one line
 """
 
@@ -123,8 +124,12 @@ class ClientDirectory:
     def egress(self) -> Path:
         return self.root / "egress.log"
 
-    def run_folder(self, run: str) -> Path:
-        return self.root / "runs" / hashlib.sha256(run.encode()).hexdigest()[:24]
+    def run_folder(self, offer: Offer) -> Path:
+        """Where all of an approved run is: another offer has another folder, whatever its name."""
+        return self.root / "runs" / offer.sha256
+
+    def model_folder(self, offer: Offer) -> Path:
+        return self.root / "models" / offer.sha256
 
     def tls(self) -> ssl.SSLContext:
         """TLS 1.3 to the pinned authority's server, with this lab's certificate."""
@@ -249,7 +254,7 @@ def join(
     answer = _post(f"https://{invite.address}/v1/enrol", request, root / "ca.pem", settings)
     _keep_answer(root, invite, request, answer)
     Ledger.create(settings.ledger)
-    for sub in ("plans", "runs", "models", "outbox"):
+    for sub in ("plans", "runs", "models"):
         (root / sub).mkdir(mode=0o700, exist_ok=True)
     return ClientDirectory.open(root)
 

@@ -153,7 +153,9 @@ class FleetLink:
         """End ``work`` as soon as it waits for nothing."""
         self._stop.set()
 
-    def work(self, respond: Callable[[Message], Answer], *, idle: Callable[[], None]) -> None:
+    def work(
+        self, respond: Callable[[Message], Answer | None], *, idle: Callable[[], None]
+    ) -> None:
         """Answer messages until ``stop``; ``idle`` is called between two of them."""
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
         try:
@@ -172,7 +174,7 @@ class FleetLink:
 
     # --- one message
 
-    def _one(self, respond: Callable[[Message], Answer]) -> None:
+    def _one(self, respond: Callable[[Message], Answer | None]) -> None:
         started = time.monotonic()
         found = self._call("pull_messages", PullMessagesRequest(node=self._node))
         if not found.messages_list:
@@ -183,7 +185,9 @@ class FleetLink:
             message = self._fetch(found)
             if message is not None:
                 self._check_ledger(message)
-                self._push(message, respond(message))
+                answer = respond(message)
+                if answer is not None:
+                    self._push(message, answer)
         except _Withdrawn:
             return
 

@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cytofed.arrays import Parts, parts_sha256
-from cytofed.client.app import Lab
+from cytofed.client.app import Lab, Memory
 from cytofed.client.budget import LedgerBudget, ledger_order
 from cytofed.client.cache import default_cache_dir
 from cytofed.client.cells import Cells, open_cells
 from cytofed.client.check import near_duplicate_groups
-from cytofed.client.memory import FolderMemory
 from cytofed.client.outbox import Outbox, SameUpdate
 from cytofed.client.policy import ledger_federation
 from cytofed.client.secure import SecureLab
@@ -28,12 +27,12 @@ from cytofed.client.settings import Settings
 from cytofed.client.split import hold_out, image_keys, test_split, units
 from cytofed.documents import Offer
 from cytofed.encoder import Given, is_shipped, refuse_seen, shipped
-from cytofed.errors import InputError
+from cytofed.errors import InputError, VerificationError
 from cytofed.labels import Scheme, load_map, load_scheme
 from cytofed.messages import Order, Update
-from cytofed.plan import Plan, with_overrides
+from cytofed.plan import Plan
 from cytofed.privacy.ledger import Ledger, Limits
-from cytofed.start import GIVEN_FILE, START_FILE, model_of, read_start, write_start
+from cytofed.start import START_FILE, model_of, read_start, write_start
 
 
 def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.bool_]:
@@ -174,38 +173,41 @@ def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
     )
 
 
-def parameters_of(plan: Plan, folder: Path) -> int:
-    """P, from the plan's start model, which is written to ``folder`` the first time.
+def parameters_of(plan: Plan) -> int:
+    """P: how many numbers of the plan's net are trained. Builds, reads and writes nothing.
 
-    Of one that is given, and has not come yet, the plan says which net it is.
-    Errors: InputError for a plan that starts from a file: plans open no files at a lab.
+    Errors: InputError for a plan that starts from a file (plans open no files at a lab), or for a
+    net that no lab could train.
     """
-    given = Given.named(plan.model.start)
-    if plan.model.start != "random" and given is None and not is_shipped(plan.model.start):
+    from cytofed import models
+
+    start = plan.model.start
+    if start != "random" and not is_shipped(start) and Given.named(start) is None:
         raise InputError(
-            f"plan {plan.sha256[:12]} starts from {plan.model.start!r:.60}, a file and no name",
+            f"plan {plan.sha256[:12]} starts from {start!r:.60}, a file and no name",
             hint=f"labs start from random weights or a shipped encoder: {', '.join(shipped())}",
         )
+    return models.shapes(plan.model, len(load_scheme(plan.labels.scheme).codes)).size
+
+
+def make_start(plan: Plan, folder: Path, *, parameters: int) -> None:
+    """The start model of an approved plan, written to ``folder`` the first time.
+
+    Errors: RefusedError where the file that the plan names has not come yet; VerificationError for
+    one of another size than was approved.
+    """
+    model_of(plan, folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if given is not None and not (folder / GIVEN_FILE).is_file():
-        return _parameters_of_net(plan, given)
     start = read_start(folder)
     if start is None:
         write_start(plan, folder)
         start = read_start(folder)
         assert start is not None
-    return start.manifest.size
-
-
-def _parameters_of_net(plan: Plan, given: Given) -> int:
-    from cytofed import models
-
-    named = [f"model.arch={given.arch}", f"model.width={given.width}", "model.start=random"]
-    model = with_overrides(plan, named).model  # which checks what the coordinator names
-    net = models.build(model, len(load_scheme(plan.labels.scheme).codes), seed=0)
-    if plan.model.arch == "encoder+head":
-        net.freeze_encoder()
-    return models.manifest(net, plan.model.trainable).size
+    if start.manifest.size != parameters:
+        raise VerificationError(
+            f"from the start model {start.manifest.size} parameters are trained, {parameters} "
+            "were approved"
+        )
 
 
 def open_lab(
@@ -216,16 +218,13 @@ def open_lab(
     name: str,
     folder: Path,
     outbox: Outbox,
+    memory: Memory,
     secure: SecureLab | None,
 ) -> Lab:
-    """The lab as it takes part in an approved run. ``folder``: its place for the run's files.
-
-    Errors: RefusedError where the start model that the plan names has not come yet.
-    """
+    """The lab as it takes part in an approved run. ``folder``: its place for the run's files, with
+    the start model that ``make_start`` wrote."""
     plan = offer.plan
     scheme: Scheme = load_scheme(plan.labels.scheme)
-    model_of(plan, folder)
-    parameters_of(plan, folder)
     federation = ledger_federation(offer.federation, name)
     budget = LimitedBudget(
         settings.ledger,
@@ -244,7 +243,7 @@ def open_lab(
         calibration=images.calibration,
         absent_C=absent_classes(plan, scheme, images.train),
         start=folder / START_FILE,
-        memory=FolderMemory(folder / "memory", name),
+        memory=memory,
         budget=budget if private else None,
         declared_patients=settings.patients_declared if private else None,
         secure=secure,

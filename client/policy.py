@@ -43,8 +43,15 @@ from cytofed.strategies import make_strategy
 
 State = Literal["waiting", "approved", "rejected"]
 
+MAX_WAITING, MAX_APPROVED = 16, 64
+"""offers that a lab keeps at a time: undecided, and approved and not over"""
+
 SEALED_BYTES = 2048
 """what a header, the seal and a signature add to a message, rounded up"""
+
+
+class TooManyOffers(RefusedError):
+    """The lab keeps as many offers as it will."""
 
 
 def ledger_federation(federation: str, lab: str) -> str:
@@ -400,12 +407,13 @@ class PlanBook:
     def offered(self, document: bytes, *, parameters: int) -> Entry:
         """Take in an offer from the coordinator. One that is known already stays as it is.
 
-        A new offer of a run replaces those of it that still waited.
+        A new offer of a run replaces those of it that still waited. Errors: TooManyOffers.
         """
         offer = self._verified(document)
         path = self._path(offer)
         if path.exists():
             return self._read(path)
+        self._refuse_too_many(offer)
         entry = Entry(offer, document, parameters, "waiting", self._clock())
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._write(entry)
@@ -413,6 +421,34 @@ class PlanBook:
             if other.run == offer.run and other.state == "waiting" and other != entry:
                 self._path(other.offer).unlink(missing_ok=True)
         return entry
+
+    def _refuse_too_many(self, offer: Offer) -> None:
+        """Whoever offers without end fills no disk: what may still become a run is counted."""
+        others = [e for e in self.entries() if e.run != offer.run and not e.ended]
+        if sum(e.state == "waiting" for e in others) >= MAX_WAITING:
+            raise TooManyOffers(
+                f"{MAX_WAITING} plans wait for a decision here: no other is taken in",
+                hint="approve or reject some: cytofed client plans DIR",
+            )
+        if sum(e.state == "approved" for e in others) >= MAX_APPROVED:
+            raise TooManyOffers(
+                f"{MAX_APPROVED} approved plans have not ended: no other is taken in",
+                hint="reject what is not to be trained any more: cytofed client plans DIR",
+            )
+
+    def expire(self, over: Callable[[Entry], str], book: Ledger) -> tuple[Entry, ...]:
+        """End what ``over`` gives a reason for; what was held and never reserved is freed."""
+        expired = []
+        for entry in self.entries():
+            if entry.ended or entry.state == "rejected" or not (why := over(entry)):
+                continue
+            if entry.state == "waiting":
+                after = replace(entry, state="rejected", decided_at=self._clock(), reason=why)
+            else:
+                after = replace(entry, ended=True, reason=why)
+            expired.append(self._write(after))
+            self._free(entry, book, why)
+        return tuple(expired)
 
     def find(self, plan_sha256: str, *states: State) -> Entry:
         """The latest offer of a plan; a prefix of 8 digits will do.

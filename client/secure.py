@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from cytofed.arrays import Parts
-from cytofed.errors import InputError, RefusedError
+from cytofed.errors import InputError, RefusedError, VerificationError
 from cytofed.messages import BadMessage, Order, Step
 from cytofed.metrics import Tally
 from cytofed.plan import Plan
@@ -112,6 +112,8 @@ class SecureLab:
         kept = self.states.load(self.cohort.run)
         name = self.identity.name
         before = LabState(self.cohort, name) if kept is None else LabState.from_bytes(kept)
+        if before.cohort != self.cohort:
+            raise VerificationError("the kept state is of another cohort than this run's")
         try:
             return step(before)
         except SecaggError as lie:

@@ -24,15 +24,18 @@ from torch.nn import functional
 
 from cytofed import arrays, model_file
 from cytofed.arrays import Float32, Manifest, Role
-from cytofed.encoder import check_fits, check_start, start_file
+from cytofed.encoder import Given, check_fits, check_start, start_file
 from cytofed.errors import InputError
 from cytofed.model_file import ModelInfo
-from cytofed.plan import Model
+from cytofed.plan import MOST_WIDTH, Model
 
 Trainable = Literal["all", "head", "norms"]
 
 # See _StageEncoder.
 _NEVER_TRAINED = "encoder.project."
+
+MOST_PARAMETERS = 1 << 28
+"""of a net that a lab takes a plan for: 1 GiB of weights"""
 
 VIEWS = 8
 """forms of a square image: turned by quarters, mirrored"""
@@ -89,6 +92,40 @@ def build(model: Model, classes: int, *, seed: int) -> Classifier:
         check_fits(model.start, info, arch=model.arch, width=model.width)
         _load_start(net, start, source=model.start)
     return net
+
+
+def shapes(model: Model, classes: int) -> Manifest:
+    """What is trained of a plan's net, as ``manifest`` says it, without the net.
+
+    Takes neither memory nor time for weights, whatever the plan asks for, and reads no file but
+    the header of an encoder that ships. Errors: as ``build``, as far as names tell; InputError for
+    more than ``MOST_PARAMETERS`` weights, frozen ones included.
+    """
+    check_start(model.start, arch=model.arch, width=model.width)
+    arch, width = str(model.arch), model.width
+    if arch == "encoder+head":
+        given = Given.named(model.start)
+        if given is None:
+            info = model_file.read_info(start_file(model.start))
+            given = Given(info.encoder or info.arch, info.width, "")
+        arch, width = given.arch, given.width
+        if arch not in _ENCODERS or not 1 <= width <= MOST_WIDTH:
+            raise InputError(
+                f"{model.start}: no encoder {arch} of width {width}",
+                hint=f"known: {_known()}, up to width {MOST_WIDTH}",
+            )
+    with torch.device("meta"):
+        net = _random_net(arch, width, classes, seed=0)
+    total = sum(parameter.numel() for parameter in net.parameters())
+    if total > MOST_PARAMETERS:
+        raise InputError(
+            f"the plan's net, {arch} of width {width}, has {total} weights, more than "
+            f"{MOST_PARAMETERS}",
+            hint="ask for a plan with a smaller model.width",
+        )
+    if model.arch == "encoder+head":
+        net.freeze_encoder()
+    return manifest(net, model.trainable)
 
 
 def images_of(pixels_BHW3: Tensor) -> Tensor:

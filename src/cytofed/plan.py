@@ -28,6 +28,9 @@ from cytofed.sections import build, convert, read_tree, shown
 
 Unit = Literal["patient", "image", "none"]
 
+MOST_WIDTH = 1024
+"""of a net whose width a plan chooses"""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -455,7 +458,7 @@ def _check_values(plan: Plan) -> None:
         )
     _bound("labels.scale.size_px", plan.labels.scale.size_px, 16, 1024)
     _above_zero("labels.scale.field_um", plan.labels.scale.field_um)
-    _bound("model.width", plan.model.width, 8, 1024)
+    _bound("model.width", plan.model.width, 8, MOST_WIDTH)
     _bound("train.rounds", train.rounds, 1)
     _above_zero("train.local_epochs", train.local_epochs)
     _bound("train.steps_per_round", train.steps_per_round, 1)

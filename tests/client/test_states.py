@@ -11,10 +11,11 @@ from cytofed.client.states import SealedStates
 from cytofed.errors import VerificationError
 
 KEY = os.urandom(32)
+OFFER = "ab" * 32
 
 
 def test_a_state_comes_back_and_is_not_readable_on_the_disk(tmp_path: Path) -> None:
-    states = SealedStates(tmp_path, KEY)
+    states = SealedStates(tmp_path, OFFER, KEY)
     assert states.load("r1") is None
     secret = os.urandom(300)
     states.save("r1", secret)
@@ -27,18 +28,21 @@ def test_a_state_comes_back_and_is_not_readable_on_the_disk(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("at", [0, 20, -1])
 def test_an_altered_state_is_refused(tmp_path: Path, at: int) -> None:
-    SealedStates(tmp_path, KEY).save("r1", b"state")
+    SealedStates(tmp_path, OFFER, KEY).save("r1", b"state")
     [file] = tmp_path.iterdir()
     raw = bytearray(file.read_bytes())
     raw[at] ^= 1
     file.write_bytes(raw)
     with pytest.raises(VerificationError, match="altered"):
-        SealedStates(tmp_path, KEY).load("r1")
+        SealedStates(tmp_path, OFFER, KEY).load("r1")
 
 
-def test_another_lab_or_run_opens_nothing(tmp_path: Path) -> None:
-    SealedStates(tmp_path, KEY).save("r1", b"state")
-    for states, run in ((SealedStates(tmp_path, os.urandom(32)), "r1"),
-                        (SealedStates(tmp_path, KEY), "r2")):  # fmt: skip
+def test_another_lab_run_or_offer_opens_nothing(tmp_path: Path) -> None:
+    SealedStates(tmp_path, OFFER, KEY).save("r1", b"state")
+    for states, run in (
+        (SealedStates(tmp_path, OFFER, os.urandom(32)), "r1"),
+        (SealedStates(tmp_path, "cd" * 32, KEY), "r1"),
+        (SealedStates(tmp_path, OFFER, KEY), "r2"),
+    ):
         with pytest.raises(VerificationError):
             states.load(run)

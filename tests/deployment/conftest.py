@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from cytofed.client.directory import ClientDirectory
+
 FAULTY = Path(__file__).with_name("faulty.py")
 
 PATIENCE_S = 600.0
@@ -179,6 +181,12 @@ class Federation:
     def wait_for_model(self, lab: str) -> None:
         results = self.root / lab / "models"
         self.until(lambda: list(results.glob("*/result.json")), f"{lab} has the model")
+
+
+def result_of(directory: ClientDirectory, run: str) -> Path | None:
+    """The result of a run at a lab, once it is there."""
+    files = (directory.root / "models").glob("*/result.json")
+    return next((file for file in files if json.loads(file.read_text())["run"] == run), None)
 
 
 def free_port() -> int:

@@ -27,7 +27,7 @@ from cytofed.plan import from_dict, to_dict
 from cytofed.server import pki
 from cytofed.server.control import send_command
 
-from .conftest import Federation, deal, free_port
+from .conftest import Federation, deal, free_port, result_of
 from .proxies import BreakingLine, InspectingBox
 
 pytestmark = pytest.mark.timeout(1800)  # processes on a busy machine
@@ -148,8 +148,9 @@ def completed(federation: Federation, run: str) -> None:
     assert [r["received"] for r in summary["participation"]] == [list(LABS)] * 2
     for lab in LABS:
         directory = ClientDirectory.open(federation.root / lab)
-        result = directory.root / "models" / directory.run_folder(run).name / "result.json"
-        federation.until(result.is_file, f"{lab} has the model of {run}")
+        result = federation.until(
+            partial(result_of, directory, run), f"{lab} has the model of {run}"
+        )
         told = json.loads(result.read_text())
         assert told["weights_sha256"] == summary["weights_sha256"]
         delivered = federation.coordinator / "runs" / run / "private" / "delivered" / lab
@@ -385,8 +386,8 @@ def test_lab_that_was_away_gets_its_result_while_the_next_plan_waits(standing: F
     waiting = queue(standing, PLAN)
     standing.start("lab-3")
     directory = ClientDirectory.open(standing.root / "lab-3")
-    result = directory.root / "models" / directory.run_folder(run).name / "result.json"
-    standing.until(result.is_file, "lab-3 has the model")
+    result = partial(result_of, directory, run)
+    standing.until(result, "lab-3 has the model")
     assert standing.state(waiting)["phase"] == "approval"
     send_command(standing.coordinator / "control.sock", "stop-run", run=waiting)
     assert standing.summary(waiting)["status"] == "failed"

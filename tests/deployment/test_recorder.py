@@ -34,7 +34,7 @@ from cytofed.plan import from_dict, to_dict
 from cytofed.privacy.terms import terms_of
 from cytofed.server.control import send_command
 
-from .conftest import PATIENCE_S, Federation, deal, free_port
+from .conftest import PATIENCE_S, Federation, deal, free_port, result_of
 
 pytestmark = pytest.mark.timeout(1800)  # processes on a busy machine
 LABS = ("lab-1", "lab-2", "lab-3")
@@ -160,8 +160,8 @@ def finish(
             directory.plans().approve(from_dict(plan).sha256, settings, book)
     federation.summary(run)
     for lab, directory in directories.items():
-        model = directory.root / "models" / directory.run_folder(run).name / "result.json"
-        federation.until(model.is_file, f"{lab} has the model")
+        model = partial(result_of, directory, run)
+        federation.until(model, f"{lab} has the model")
 
 
 def objects_with(announcement: bytes) -> dict[str, bytes]:
