@@ -34,6 +34,15 @@ from cytofed.client.egress import (
     fields_of,
     public_reason,
 )
+from cytofed.client.enforcement import (
+    Approved,
+    Asked,
+    Record,
+    caught_up,
+    over,
+    permit,
+    undecided,
+)
 from cytofed.client.fleet import Answer, FleetLink, tell_leave
 from cytofed.client.memory import SealedMemory
 from cytofed.client.opening import (
@@ -107,7 +116,7 @@ class Daemon:
         self._open: _OpenRun | None = None
         self._silent_until = -math.inf
         self._failure: VerificationError | None = None
-        self._app = lab_app(self._lab)
+        self._app = lab_app(self._lab, on_step=lambda _order, _step: self._refuse_paused())
 
     def run(self) -> None:
         """Connect and answer, for ever. Errors: those of the lab's own files and settings."""
@@ -175,7 +184,7 @@ class Daemon:
         if self._directory.left:
             self._tell_leave()
             raise KeyboardInterrupt
-        entries = self._plans.entries()
+        entries = self._still_open(self._plans.entries())
         self._sweep(entries)
         waiting = [e.plan_sha256[:12] for e in entries if e.state == "waiting"]
         if self._directory.paused:
@@ -184,6 +193,28 @@ class Daemon:
             self._say(f"connected, plan {', '.join(waiting)} waits for approval", True)
         else:
             self._say("connected, waiting for work", True)
+
+    def _still_open(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        """The entries, once those whose time is over have ended."""
+        if not any(map(self._over, entries)):
+            return entries
+        with open_ledger(self._settings) as book:
+            for entry in self._plans.expire(self._over, book):
+                self._note(f"plan {entry.plan_sha256[:12]} is over: {entry.reason}")
+        return self._plans.entries()
+
+    def _over(self, entry: Entry) -> str:
+        """Why an offer's time is over; empty where it is not, or was closed before."""
+        now = datetime.now(UTC)
+        if entry.ended or entry.state == "rejected":
+            return ""
+        if entry.state == "waiting":
+            return undecided(entry, now=now)
+        try:
+            so_far = Record(self._directory.run_folder(entry.offer)).load()
+        except VerificationError:
+            return ""  # which each order of the run is told
+        return over(Approved.of(entry, self._settings.limits), so_far, now=now)
 
     def _sweep(self, entries: Sequence[Entry]) -> None:
         """Of an offer that is not approved nothing but its record is kept."""
@@ -329,6 +360,8 @@ class Daemon:
         # From here on the coordinator has asked this: whatever goes wrong is answered in its place.
         try:
             if kind == "query.start":
+                if why := self._over(entry):
+                    raise RefusedError(f"run {offer.run} is over at this lab: {why}")
                 return self._to_start(entry, parcel, content)
             if kind == "query.result":
                 return self._to_result(offer, parcel, content)
@@ -357,32 +390,57 @@ class Daemon:
     def _carry_out(self, entry: Entry, parcel: Parcel, kind: str, content: RecordDict) -> Answer:
         """A train, evaluate or secure-aggregation order, by the lab half."""
         offer = entry.offer
+        self._refuse_paused()
         order_message = new_message(content, kind=kind, node=0, group=str(parcel.round), ttl_s=1.0)
         if kind == "query.secagg":
+            self._permit(entry, Asked(kind, parcel.round, parcel.slot))
             self._open_run(entry, parcel)
-            return self._sealed(offer, parcel, kind, self._ask_app(order_message), None)
+            found = self._ask_app(order_message)
+            return self._counted(entry, self._sealed(offer, parcel, kind, found, None))
         order = unpack_order(order_message)
-        found = (order.run, order.round, order.slot, order.plan_sha256)
-        if kind not in ("train", "evaluate") or found != (
+        place = (order.run, order.round, order.slot, order.plan_sha256)
+        if kind not in ("train", "evaluate") or place != (
             offer.run, parcel.round, parcel.slot, offer.plan.sha256,
         ):  # fmt: skip
-            raise VerificationError(f"the order says {found}, its seal another place")
-        if self._directory.paused:
-            raise RefusedError("paused by this lab")
+            raise VerificationError(f"the order says {place}, its seal another place")
         mine = ledger_order(order, self._ledger_name(offer))
         kept = self._outbox(offer).take(mine)
+        asked = Asked(order.kind, order.round, order.slot)
+        self._permit(entry, asked, again=isinstance(kept, SameBytes))
         if isinstance(kept, SameBytes):
             again = self._parcel(parcel, kind, Sealed.from_bytes(kept.sealed))
-            return Answer(kept.outgoing, again, sent=self._settling(offer, order))
+            answer = Answer(kept.outgoing, again, sent=self._settling(offer, order))
+            return self._counted(entry, answer)
         self._at = (order.run, order.round)
         self._say(f"{kind} for run {order.run}, round {order.round}", True)
         self._open_run(entry, parcel)
-        return self._sealed(offer, parcel, kind, self._ask_app(order_message), (mine, order))
+        found = self._ask_app(order_message)
+        return self._counted(entry, self._sealed(offer, parcel, kind, found, (mine, order)))
+
+    def _permit(self, entry: Entry, asked: Asked, *, again: bool = False) -> None:
+        """Note that the order is carried out. Errors: those of ``permit`` where it must not be."""
+        record, now = Record(self._directory.run_folder(entry.offer)), datetime.now(UTC)
+        approved = Approved.of(entry, self._settings.limits)
+        last = self._egress.last_round(entry.run, entry.plan_sha256)
+        so_far = caught_up(record.load(), approved, last_round=last)
+        record.save(permit(asked, approved, so_far, now=now, again=again))
+
+    def _counted(self, entry: Entry, answer: Answer) -> Answer:
+        """An answer, once its bytes stand in the approval's record."""
+        record = Record(self._directory.run_folder(entry.offer))
+        record.save(record.load().sent(answer.outgoing.nbytes))
+        return answer
+
+    def _refuse_paused(self) -> None:
+        if self._directory.paused:
+            raise RefusedError("paused by this lab")
 
     def _ask_app(self, message: Message) -> RecordDict:
+        """Errors: RefusedError with the lab half's reason, or where it was paused meanwhile."""
         reply = self._app(message, Context(0, 0, {}, RecordDict(), {}))
         if reply.has_error():
             raise RefusedError(reply.error.reason or "refused")
+        self._refuse_paused()
         return reply.content
 
     def _sealed(

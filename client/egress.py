@@ -117,6 +117,8 @@ FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """What may leave: message type -> field -> array types (or text, number, bytes)."""
 
+_ANSWERS = ("update", "masked", "evaluation")
+
 ROUTINE: Mapping[str, int] = MappingProxyType(
     {
         "activate": 4096,
@@ -411,6 +413,8 @@ class EgressLog:
         self._number = 0
         self._ledger_heads: dict[str, None] = {}  # in order
         self._sent: dict[tuple[str, int], dict[str, int]] = {}
+        self._last: dict[tuple[str, str], int] = {}
+        """the latest round of which an answer left, by run and plan"""
         self._routine: Counter[tuple[str, int]] = Counter()
         self._allowed = 0
         self._certain = True
@@ -471,6 +475,11 @@ class EgressLog:
     def ledger_heads(self) -> tuple[str, ...]:
         """Heads of the privacy ledger that left, oldest first: for ``Ledger.restore_charge``."""
         return tuple(self._ledger_heads)
+
+    def last_round(self, run: str, plan_sha256: str) -> int:
+        """The latest round of a run of which an answer left; 0 where none did."""
+        with self._lock:
+            return self._last.get((run, plan_sha256), 0)
 
     def check_ledger(self, book: Ledger) -> None:
         """The ledger has every head that left. Errors: LedgerRolledBack (exit 5)."""
@@ -629,6 +638,9 @@ class EgressLog:
                 for past in older:
                     del self._sent[past]
             self._sent.setdefault(place, {})[body["sha256"]] = int(body["nbytes"])
+            if body["type"] in _ANSWERS:
+                of = (place[0], str(body["plan_sha256"]))
+                self._last[of] = max(place[1], self._last.get(of, 0))
 
 
 def verify(path: Path, lab: PublicIdentity) -> EgressReport:
@@ -674,7 +686,7 @@ def check_against_ledger(report: EgressReport, book: Ledger, *, federation: str)
     answered = {
         (str(r.body["run"]), int(r.body["round"]))
         for r in report.messages
-        if r.body["type"] in ("update", "masked", "evaluation")
+        if r.body["type"] in _ANSWERS
     }
     for head in dict.fromkeys(str(r.body["ledger_head"]) for r in report.messages):
         book.check_head(head)

@@ -279,6 +279,8 @@ class FleetLink:
         try:
             session = self._call("push_messages", request)
             for number in session.objects_to_push:
+                if self._directory.paused:  # small answers, such as a refusal, are out already
+                    raise _Withdrawn
                 if number in objects:
                     head = PushObjectRequest(
                         node=self._node,

@@ -447,7 +447,9 @@ class PlanBook:
             else:
                 after = replace(entry, ended=True, reason=why)
             expired.append(self._write(after))
-            self._free(entry, book, why)
+            held_by = [e for e in self.entries() if e.state == "approved" and not e.ended]
+            if entry.plan_sha256 not in {other.plan_sha256 for other in held_by}:
+                self._free(entry, book, why)
         return tuple(expired)
 
     def find(self, plan_sha256: str, *states: State) -> Entry:

@@ -42,6 +42,8 @@ class Limits:
     allowed_models: tuple[str, ...] = ()
     allowed_strategies: tuple[str, ...] = ()
     max_bytes_per_round: int | None = None
+    max_run_days: float | None = None
+    """from a run's first order to its last"""
 
     def of_ledger(self) -> ledger.Limits:
         """The part that the privacy ledger enforces."""
@@ -182,6 +184,7 @@ limits:
   allowed_models: []             # e.g. [cytonet, encoder+head]; empty: any
   allowed_strategies: []         # e.g. [fedavg, fedprox]; empty: any
   max_bytes_per_round:           # of what leaves, e.g. 100000000
+  max_run_days:                  # from a run's first order to its last, e.g. 7
 
 # --- approval without a person: off
 auto_approve:
@@ -221,6 +224,7 @@ def _check(settings: Settings, source: str) -> None:
         "limits.min_cohort": (limits.min_cohort, 0),
         "limits.min_trusted_peers": (limits.min_trusted_peers, 0),
         "limits.max_bytes_per_round": (limits.max_bytes_per_round, 1),
+        "limits.max_run_days": (limits.max_run_days, 1e-3),
         "auto_approve.max_epsilon": (auto.max_epsilon, 1e-9),
         **{
             f"timeouts.{name}": (value, 1e-3)

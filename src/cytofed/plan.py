@@ -233,6 +233,10 @@ class Plan:
         """Rounds from one evaluation to the next; the last round has one in any case."""
         return self.evaluation.every or max(1, round(self.train.rounds / 20))
 
+    def scores_after(self, round_: int) -> bool:
+        """Whether the model of a round is evaluated."""
+        return round_ % self.evaluated_every == 0 or round_ == self.train.rounds
+
     @property
     def reports_per_lab(self) -> bool:
         """Whether scores of single labs are told: by default where nothing protects them."""

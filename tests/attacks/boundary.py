@@ -22,7 +22,7 @@ from flwr.supercore.run import Run
 from cytofed.arrays import Parts
 from cytofed.client.daemon import Daemon
 from cytofed.client.directory import ClientDirectory
-from cytofed.client.egress import read_report
+from cytofed.client.egress import EgressLog, read_report
 from cytofed.client.fleet import Answer
 from cytofed.client.policy import open_ledger
 from cytofed.client.settings import fresh_yaml
@@ -113,16 +113,27 @@ class Boundary:
     daemon: Daemon
     identities: Mapping[str, Identity]
     notes: list[str]
+    working: contextlib.ExitStack
+
+    def restart(self) -> None:
+        """The lab's process has died, and another has taken over."""
+        self.working.close()
+        self.daemon = Daemon(self.lab, note=self.notes.append)
+        self.working.enter_context(self.daemon.at_work())
 
     @property
     def coordinator(self) -> Identity:
         return self.server.identity()
 
+    @property
+    def egress(self) -> EgressLog:
+        return self.daemon._egress
+
     def tell(self, message: Message) -> Answer | None:
         """As a link does: what is answered is in the egress log before it leaves."""
         answer = self.daemon.respond(message)
         if answer is not None:
-            self.daemon._egress.record(answer.outgoing)
+            self.egress.record(answer.outgoing)
             answer.sent()
         return answer
 
@@ -258,6 +269,7 @@ def boundary(root: Path, sample: Path, patch: pytest.MonkeyPatch) -> Iterator[Bo
     labs = {name: joined.join(server, name, root / name) for name in LABS}
     identities = {name: lab.identity() for name, lab in labs.items()}
     notes: list[str] = []
-    daemon = Daemon(labs[LAB], note=notes.append)
-    with daemon.at_work():
-        yield Boundary(server, labs[LAB], daemon, identities, notes)
+    with contextlib.ExitStack() as working:
+        daemon = Daemon(labs[LAB], note=notes.append)
+        working.enter_context(daemon.at_work())
+        yield Boundary(server, labs[LAB], daemon, identities, notes, working)
