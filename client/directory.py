@@ -46,6 +46,7 @@ from cytofed.files import write_atomically
 from cytofed.privacy import wire
 from cytofed.privacy.identity import Identity, PublicIdentity, sign, verify
 from cytofed.privacy.ledger import Ledger
+from cytofed.strict import read_json
 
 _ENROL_S = 30.0
 _MAX_ANSWER_BYTES = 1 << 16
@@ -89,7 +90,7 @@ class ClientDirectory:
         return load_settings(self.root / "client.yaml")
 
     def membership(self) -> Membership:
-        return Membership(**json.loads((self.root / "federation.json").read_text()))
+        return Membership(**read_json((self.root / "federation.json").read_text()))
 
     def identity(self) -> Identity:
         return Identity.from_bytes((self.root / "identity.key").read_bytes())

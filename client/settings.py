@@ -21,11 +21,13 @@ from cytofed.privacy import ledger
 from cytofed.sections import build, read_tree
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_NEVER_EMPTY = ("limits", "auto_approve", "pool", "ledger")
+"""what protects patients: an empty value of it is a slip, never a wish"""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this lab refuses. None, empty or 0 is no limit."""
+    """What this lab refuses. None, empty or 0 is no limit, which a file says by leaving it out."""
 
     max_epsilon: float | None = None
     """of everything ever spent and held on the pool, per patient"""
@@ -121,7 +123,9 @@ def load_settings(path: Path) -> Settings:
 
 def read_settings(text: str, *, folder: Path, source: str = "client.yaml") -> Settings:
     """As ``load_settings``, from text."""
-    tree = {"ledger": str(default_ledger()), **_filled(read_tree(text, source))}
+    written = read_tree(text, source, never_empty=_NEVER_EMPTY)
+    _refuse_null(written, source)
+    tree = {"ledger": str(default_ledger()), **_filled(written)}
     if "data" not in tree:
         raise InputError(f"{source}: data is missing", hint="name the folder with the images")
     settings = build(Settings, tree, source, folder=folder)
@@ -153,6 +157,7 @@ def fresh_yaml(
         # Written out: a daemon with another home must find the same ledger as its admin.
         ledger=value(str((ledger or default_ledger()).absolute())),
         proxy=value(proxy),
+        example="0123456789abcdef" * 4,
     )
 
 
@@ -172,26 +177,28 @@ patients_declared:{patients_declared}
 pool:{pool}
 ledger:{ledger}
 
-# --- limits: what breaks one is refused by its name. Empty: no limit, your approval decides.
-limits:
-  max_epsilon:                   # of everything ever spent and held, per patient, e.g. 10
-  max_epsilon_per_year:
-  delta:                         # at which they are stated, e.g. 1e-4
-  min_cohort: 0                  # least number of labs, with this one
-  trusted_peers: {{}}              # lab: fingerprint, as compared by phone
-  min_trusted_peers: 0           # how many of them must take part
-  secure_aggregation_required: false
-  allowed_models: []             # e.g. [cytonet, encoder+head]; empty: any
-  allowed_strategies: []         # e.g. [fedavg, fedprox]; empty: any
-  max_bytes_per_round:           # of what leaves, e.g. 100000000
-  max_run_days:                  # from a run's first order to its last, e.g. 7
+# --- limits: what breaks one is refused by its name. None is set: your approval decides.
+# Take the # away from `limits:` and from each line that you fill in. No value may be empty, and
+# no key may stand twice.
+# limits:
+#   max_epsilon: 10                     # of everything ever spent and held, per patient
+#   max_epsilon_per_year: 5
+#   delta: 1e-5                         # at which they are stated
+#   min_cohort: 3                       # least number of labs, with this one
+#   trusted_peers: {{leeds: {example}}}  # lab: fingerprint, as compared by phone
+#   min_trusted_peers: 1                # how many of them must take part
+#   secure_aggregation_required: true
+#   allowed_models: [cytonet, encoder+head]
+#   allowed_strategies: [fedavg, fedprox]
+#   max_bytes_per_round: 100000000      # of what leaves
+#   max_run_days: 7                     # from a run's first order to its last
 
-# --- approval without a person: off
-auto_approve:
-  enabled: false
-  max_epsilon:                   # needed when enabled: highest price of one plan, per patient
-  secure_aggregation: true       # only plans with secure aggregation
-  known_labs_only: true          # only labs whose keys were approved here before
+# --- approval without a person: off. It needs limits.max_epsilon, too.
+# auto_approve:
+#   enabled: true
+#   max_epsilon: 1                      # highest price of one plan, per patient
+#   secure_aggregation: true            # only plans with secure aggregation
+#   known_labs_only: true               # only labs whose keys were approved here before
 
 # --- network: one outbound connection to the coordinator
 proxy:{proxy}                         # http://[user:password@]host:port (HTTPS CONNECT)
@@ -202,6 +209,19 @@ timeouts:
   heartbeat_s: 12
   retry_max_s: 30
 """
+
+
+def _refuse_null(tree: Mapping[str, Any], source: str) -> None:
+    """No limit is taken away by a value that is none."""
+    for name in _NEVER_EMPTY:
+        below = tree.get(name, "")
+        within = below if isinstance(below, Mapping) else {}
+        nulls = [name] if below is None else [f"{name}.{k}" for k, v in within.items() if v is None]
+        if nulls:
+            raise InputError(
+                f"{source}: {nulls[0]} is null",
+                hint="write a value, or take the line out: then its default is",
+            )
 
 
 def _filled(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,6 +270,12 @@ def _check(settings: Settings, source: str) -> None:
         raise InputError(
             f"{source}: auto_approve is enabled without auto_approve.max_epsilon",
             hint="state the highest price of a plan that needs no person",
+        )
+    if auto.enabled and limits.max_epsilon is None:
+        raise InputError(
+            f"{source}: auto_approve is enabled without limits.max_epsilon: plan after plan would "
+            "be approved, each within auto_approve.max_epsilon",
+            hint="state under limits what all of them together may spend",
         )
     if not settings.pool.strip():
         raise InputError(f"{source}: pool is empty, expected a name")

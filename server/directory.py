@@ -26,14 +26,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cytofed.documents import COORDINATOR, Invite, Member, Roster
 from cytofed.errors import InputError, RefusedError
 from cytofed.files import write_atomically
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.wire import decode, encode
-from cytofed.sections import unknown_key
+from cytofed.sections import read_tree, unknown_key
 from cytofed.server import pki
 from cytofed.server.pki import Issued
 
@@ -148,11 +146,10 @@ class ServerDirectory:
         """server.yaml. Errors: InputError for an unknown key or a wrong type."""
         path = self.root / "server.yaml"
         try:
-            tree = yaml.safe_load(path.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path}: {error}") from None
-        if not isinstance(tree, dict):
-            raise InputError(f"{path}: expected keys and values")
+        tree = read_tree(text, str(path))
         known = {item.name: item.type for item in fields(ServerSettings)}
         values: dict[str, Any] = {}
         for key, value in tree.items():
@@ -166,6 +163,9 @@ class ServerDirectory:
                 values[key] = kind(value)
             else:
                 raise InputError(f"{path}: {key} is {value!r:.60}, expected {_EXPECTED[kind]}")
+        missing = [name for name in ("name", "address") if name not in values]
+        if missing:
+            raise InputError(f"{path}: {missing[0]} is missing")
         return ServerSettings(**values)
 
     def identity(self) -> Identity:

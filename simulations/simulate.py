@@ -821,7 +821,8 @@ def make_request(
     Errors: InputError for a plan, key or value that cannot be used.
     """
     given = partition.partition(":")[0] if partition else ""
-    if labs is None and given in ("sources", "column"):
+    named = [override.partition("=")[0].strip() for override in overrides]
+    if labs is None and given in ("sources", "column") and "simulation.labs" not in named:
         overrides = ("simulation.labs=null", *overrides)  # as many as the data has
     for key, value in (
         ("simulation.labs", labs),

@@ -89,7 +89,12 @@ def read_sweep(path: Path, *, data: Sequence[Path] = ()) -> Sweep:
             f"cannot read sweep file {path}: {error}", hint="give a YAML file with a grid or a list"
         ) from None
     source = str(path)
-    tree = read_tree(text, source, hint="expected plan, set, grid, list, seeds")
+    tree = read_tree(
+        text,
+        source,
+        hint="expected plan, set, grid, list, seeds",
+        never_empty=("set", "grid", "list", "seeds"),
+    )
     for key in tree:
         if key not in _FILE_KEYS:
             raise unknown_key(str(key), str(key), _FILE_KEYS, source)
@@ -171,7 +176,11 @@ def _flat(tree: Any, where: str, source: str, path: str = "") -> dict[str, Any]:
         if not path:
             _refuse_unknown(name, source)
         nested = isinstance(value, Mapping) and value
-        found |= _flat(value, where, source, f"{name}.") if nested else {name: value}
+        here = _flat(value, where, source, f"{name}.") if nested else {name: value}
+        twice = sorted(found.keys() & here.keys())  # as train: {lr: 1} and as train.lr: 1
+        if twice:
+            raise InputError(f"{source}: {twice[0]} is given twice in {where}")
+        found |= here
     return found
 
 

@@ -85,7 +85,7 @@ def test_own_map_extends_a_built_in_one(tmp_path: Path) -> None:
         ("scheme: bone-marrow-21\nfield_um: -3\n", "field_um -3", "micrometres per pixel"),
         ("labels: {x: BLA}\n", "no scheme", "bone-marrow-21"),
         ("- a\n", "not a YAML mapping", "labels"),
-        ("a: [\n", "cannot read", ""),
+        ("a: [\n", "not valid YAML", ""),
     ],
 )
 def test_a_wrong_map_is_refused_with_the_way_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from cytofed.errors import InputError
 from cytofed.plan import (
     PRIVATE_DEFAULTS,
     PRIVATE_HEAD,
+    PROTECTING,
     Plan,
     builtin_plans,
     dump_plan,
     from_dict,
     load_plan,
     to_dict,
+    with_overrides,
 )
 from cytofed.plan_check import LARGE_STEP, STEP_IMAGES, check_plan, large_steps
+from cytofed.strict import read_yaml
 
 OTHER: dict[str, Any] = {
     "name": "other",
@@ -164,7 +168,8 @@ def value_of(plan: Plan, key: str) -> Any:
 def test_every_key_has_a_default() -> None:
     assert from_dict({}) == Plan()
     sections = [f.name for f in dataclasses.fields(Plan) if f.name not in ("name", "patients")]
-    assert from_dict(dict.fromkeys(sections)) == Plan(), "a section without keys is all defaults"
+    empty = dict.fromkeys(set(sections) - set(PROTECTING))
+    assert from_dict(empty) == Plan(), "a section without keys is all defaults"
 
 
 def test_the_table_of_this_test_covers_every_key() -> None:
@@ -175,7 +180,7 @@ def test_the_table_of_this_test_covers_every_key() -> None:
 def test_every_key_can_be_set_and_survives_yaml(key: str) -> None:
     plan = from_dict(tree_with(key, OTHER[key]))
     assert value_of(plan, key) == OTHER[key]
-    assert from_dict(yaml.safe_load(dump_plan(plan))) == plan
+    assert from_dict(read_yaml(dump_plan(plan), "dumped")) == plan
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -203,8 +208,55 @@ def test_set_reads_numbers_that_yaml_takes_for_text(override: str, lr: float) ->
     assert load_plan("demo", [override]).train.lr == lr
 
 
-def test_later_set_wins_over_earlier_and_over_the_file() -> None:
-    assert load_plan("demo", ["train.rounds=2", "train.rounds=5"]).train.rounds == 5
+def test_set_wins_over_the_file() -> None:
+    assert load_plan("demo", ["train.rounds=5"]).train.rounds == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.rounds=2", "train.rounds=5"], "train.rounds is given twice"),
+        (["train.rounds=2", " train.rounds =2"], "train.rounds is given twice"),
+        (["privacy.unit=patient", "privacy={sigma: 1}"], "privacy.unit is set, and privacy too"),
+        (["privacy={unit: patient}", "privacy.unit=none"], "privacy is set, and privacy.unit too"),
+        (["privacy={unit: patient, unit: none}"], '"unit" is given twice'),
+        (["train={lr: 1, lr: 1}"], '"lr" is given twice'),
+        (["privacy=null"], "privacy is empty"),
+        (["privacy={}"], "privacy is empty"),
+        (["secure_aggregation=~"], "secure_aggregation is empty"),
+        (["privacy.epsilon="], "has no value"),
+        (["privacy.epsilon=  # none"], "has no value"),
+    ],
+)
+def test_no_set_undoes_another_and_none_is_empty(overrides: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=re.escape(told)):
+        load_plan("demo", overrides)
+    with pytest.raises(InputError, match=re.escape(told)):
+        with_overrides(load_plan("demo"), overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("privacy: {unit: patient}\nname: a\nprivacy: {epsilon: 3}", '"privacy" is given twice'),
+        ("privacy: {unit: patient}\nprivacy:\n", '"privacy" is given twice'),
+        ("privacy: {unit: patient, unit: none}", '"privacy.unit" is given twice'),
+        ("privacy:\n", '"privacy" has no value'),
+        ("privacy: {}", "privacy is empty"),
+        ("privacy: null", "privacy is empty"),
+        ("secure_aggregation:\n", '"secure_aggregation" has no value'),
+        ("secure_aggregation: {enabled: true, threshold: }", "threshold"),
+        ("x: &x {unit: none}\nprivacy: {unit: patient, <<: *x}", "merged"),
+        ("x: &x {unit: none}\nprivacy: *x", "alias"),
+    ],
+)
+def test_no_second_or_empty_section_of_a_plan_switches_privacy_off(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=re.escape(told)):
+        load_plan(file)
 
 
 def test_privacy_changes_the_defaults_and_nothing_that_the_user_names(tmp_path: Path) -> None:
@@ -462,7 +514,7 @@ def test_any_tree_makes_a_plan_or_an_input_error(settings_by_key: dict[str, Any]
         node[last] = value
     with contextlib.suppress(InputError):
         plan = from_dict(tree)
-        assert from_dict(yaml.safe_load(dump_plan(plan))).sha256 == plan.sha256
+        assert from_dict(read_yaml(dump_plan(plan), "dumped")).sha256 == plan.sha256
 
 
 @settings(max_examples=100, deadline=None)

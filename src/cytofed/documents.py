@@ -30,6 +30,7 @@ from cytofed.plan import Plan, from_dict, to_dict
 from cytofed.privacy import wire
 from cytofed.privacy.identity import Identity, PublicIdentity, sign, verify
 from cytofed.privacy.secagg import Cohort, check_rules
+from cytofed.strict import read_json
 from cytofed.words import one_line
 
 COORDINATOR = "coordinator"
@@ -74,7 +75,7 @@ class Invite:
     def load(path: Path) -> Invite:
         """Errors: InputError for what is no invite."""
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path.read_text(encoding="utf-8-sig"))
             if found.pop("format") != _INVITE:
                 raise ValueError("another format")
             expires = datetime.fromisoformat(found.pop("expires"))
@@ -222,7 +223,7 @@ class Offer:
         sha256 = fields.text("plan_sha256")
         fields.end()
         try:
-            tree = json.loads(plan)
+            tree = read_json(plan)
         except ValueError:
             raise wire.MalformedMessage("the plan of an offer is not JSON") from None
         found = from_dict(tree, source="offered plan")

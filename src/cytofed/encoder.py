@@ -22,6 +22,7 @@ from typing import Any
 from cytofed.errors import InputError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.model_file import ModelInfo, read_info
+from cytofed.strict import read_json
 
 FORMAT = "cytofed-encoder-card-1"
 
@@ -147,7 +148,7 @@ def card_of(model: Path) -> EncoderCard | None:
     """
     path = model.with_suffix(".json")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path.read_text(encoding="utf-8"))
         if tree.pop("format", None) != FORMAT:
             return None  # another tool's JSON of the same name
         card = EncoderCard(**{**tree, "images_sha256": tuple(tree["images_sha256"])})

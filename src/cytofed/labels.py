@@ -10,20 +10,19 @@ Shapes: C classes.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from cytofed.errors import InputError
+from cytofed.strict import read_yaml
 
 _HERE = Path(__file__).parent
 EXCLUDED = "excluded"
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
 
 
 @dataclass(frozen=True)
@@ -239,12 +238,10 @@ def _find(name: str, kind: str, what: str) -> Path:
 
 def _read(path: Path, *, allowed: tuple[str, ...]) -> dict[str, Any]:
     try:
-        loader = _SafeLoader(path.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        _refuse_double_keys(node, path)
-        tree = loader.construct_document(node) if node is not None else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    tree = read_yaml(text, path.name)
     if not isinstance(tree, dict):
         raise InputError(f"{path.name}: not a YAML mapping", hint=f"keys: {', '.join(allowed)}")
     for key in tree:
@@ -252,18 +249,6 @@ def _read(path: Path, *, allowed: tuple[str, ...]) -> dict[str, Any]:
             near = _nearest(str(key), allowed)
             raise InputError(f'{path.name}: unknown key "{key}"', hint=near or ", ".join(allowed))
     return tree
-
-
-def _refuse_double_keys(node: yaml.Node | None, path: Path) -> None:
-    # YAML takes the last of two equal keys in silence: a label would change its meaning.
-    if isinstance(node, yaml.MappingNode):
-        seen: set[Hashable] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise InputError(f'{path.name}, line {line}: "{key.value}" is given twice')
-            seen.add(key.value)
-            _refuse_double_keys(value, path)
 
 
 def _mapping(tree: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -25,11 +25,15 @@ import yaml
 from cytofed.encoder import is_shipped, sha256_of, start_file
 from cytofed.errors import InputError
 from cytofed.sections import build, convert, read_tree, shown
+from cytofed.strict import NotYaml, read_yaml
 
 Unit = Literal["patient", "image", "none"]
 
 MOST_WIDTH = 1024
 """of a net whose width a plan chooses"""
+
+PROTECTING = ("privacy", "secure_aggregation")
+"""sections that are never empty: a person who wrote their names meant them to protect"""
 
 
 @dataclass(frozen=True)
@@ -297,8 +301,14 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any], *, source: str = "plan") -> Plan:
     """A checked plan from nested dicts.
 
-    Errors: InputError for an unknown key, a wrong type or a value out of bounds.
+    Errors: InputError for an unknown key, a wrong type or a value out of bounds, and for a section
+    that protects and is empty: without keys of its own it would protect nobody.
     """
+    for section in PROTECTING:
+        if isinstance(tree, Mapping) and section in tree and not tree[section]:
+            raise InputError(
+                f"{source}: {section} is empty", hint="write its keys under it, or leave it out"
+            )
     plan = build(Plan, tree, source, special={StrategySpec: _build_strategy})
     _check_values(plan)
     return plan
@@ -315,7 +325,12 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     Errors: InputError when the file is missing, is no YAML, or does not make a plan.
     """
     text, source = _read(name_or_path)
-    tree = read_tree(text, source, hint="see `cytofed plan show demo` for a plan with all its keys")
+    tree = read_tree(
+        text,
+        source,
+        hint="see `cytofed plan show demo` for a plan with all its keys",
+        never_empty=PROTECTING,
+    )
     builtin = source.startswith(_BUILTIN)
     named = {text.partition("=")[0].strip() for text in overrides}
     if builtin and named & {"model.arch", "model.width"} and "model.start" not in named:
@@ -361,6 +376,7 @@ def with_overrides(plan: Plan, overrides: Sequence[str]) -> Plan:
 
 
 def _from_layers(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Plan:
+    _refuse_twice(overrides)
     changed = copy.deepcopy(dict(tree))
     for override in overrides:
         _override(changed, override)
@@ -408,6 +424,18 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
     )
 
 
+def _refuse_twice(overrides: Sequence[str]) -> None:
+    """Each key is set once, and none together with its section, which would be set anew."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for number, key in enumerate(keys):
+        for other in keys[:number]:
+            if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+                raise InputError(
+                    f"{key} is given twice" if key == other else f"{other} is set, and {key} too",
+                    hint="by --set, or by a flag of the same meaning: leave one of them out",
+                )
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -415,9 +443,13 @@ def _override(tree: dict[str, Any], override: str) -> None:
             f"--set {override!r} is not KEY=VALUE", hint="for example --set train.rounds=20"
         )
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = read_yaml(text, f"--set {override!r}")
+    except NotYaml:
         value = text
+    if value is None and text.strip().lower() not in ("null", "~"):
+        raise InputError(
+            f"--set {override!r} has no value", hint=f"for none at all: --set {key.strip()}=null"
+        )
     node = tree
     *parents, last = key.strip().split(".")
     for parent in parents:

@@ -10,24 +10,25 @@ import difflib
 import math
 import reprlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
-
 from cytofed.errors import InputError
+from cytofed.strict import read_yaml
 
 T = TypeVar("T")
 
 
-def read_tree(text: str, source: str, *, hint: str = "") -> dict[str, Any]:
-    """The keys of a YAML text; none of an empty one. Errors: InputError."""
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: day 99 of a date
-        raise InputError(f"{source} is not valid YAML: {error}") from None
+def read_tree(
+    text: str, source: str, *, hint: str = "", never_empty: Container[str] = ()
+) -> dict[str, Any]:
+    """The keys of a YAML text, read as ``read_yaml`` does; none of an empty one.
+
+    Errors: InputError.
+    """
+    tree = read_yaml(text, source, never_empty=never_empty)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(

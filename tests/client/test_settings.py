@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +18,7 @@ from cytofed.client.settings import (
     read_settings,
 )
 from cytofed.errors import InputError
+from cytofed.strict import read_yaml
 
 HERE = Path("/labs/leeds")
 LEEDS = "ab" * 32
@@ -56,11 +57,65 @@ def test_what_join_was_given_is_what_the_file_says(name: str, declared: int | No
 
 def test_every_key_is_in_the_fresh_file() -> None:
     """A person finds every setting by reading the file, none only in the documentation."""
-    tree = yaml.safe_load(fresh_yaml(data=Path("/images")))
+    tree = read_yaml(all_of_it(fresh_yaml(data=Path("/images"))), "client.yaml")
     fresh = read_settings(fresh_yaml(data=Path("/images")), folder=HERE)
     for section in (fresh, fresh.limits, fresh.auto_approve, fresh.timeouts):
         keys = tree if section is fresh else tree[_name_of(fresh, section)]
         assert set(keys) == set(section.__dataclass_fields__)
+
+
+def all_of_it(fresh: str) -> str:
+    """A fresh file with the # taken away from every setting."""
+    return re.sub(r"(?m)^# (?=\w+:|  )", "", fresh)
+
+
+def test_the_examples_of_a_fresh_file_are_limits_once_their_mark_is_away() -> None:
+    found = read_settings(all_of_it(fresh_yaml(data=Path("/images"))), folder=HERE)
+    assert found.auto_approve.enabled
+    assert found.limits.secure_aggregation_required
+    assert all(getattr(found.limits, name) for name in found.limits.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_limits_pasted_into_a_fresh_file_are_the_limits(before: bool) -> None:
+    pasted, fresh = "limits:\n  max_epsilon: 3\n  min_cohort: 5\n", fresh_yaml(data=Path("/i"))
+    found = read_settings(pasted + fresh if before else fresh + pasted, folder=HERE).limits
+    assert (found.max_epsilon, found.min_cohort) == (3.0, 5)
+
+
+def test_no_limit_is_taken_away_by_a_key_that_is_given_twice() -> None:
+    limits = "limits:\n  secure_aggregation_required: true\n  min_cohort: 5\n"
+    for text, key in (
+        (f"{limits}proxy:\nlimits:\n  max_epsilon: 3\n", "limits"),
+        (f"{limits}limits:\n", "limits"),
+        (f"{limits}'limits': {{}}\n", "limits"),
+        (f"{limits}  min_cohort: 0\n", "limits.min_cohort"),
+        ("pool: marrow\npool: other\n", "pool"),
+    ):
+        with pytest.raises(InputError, match=f'"{key}" is given twice') as caught:
+            read(text)
+        assert re.search(r"^client\.yaml, line \d+: ", caught.value.message)
+
+
+@pytest.mark.parametrize("nothing", ["", " null", " ~", " Null", " !!null x"])
+@pytest.mark.parametrize(
+    "key",
+    [*(f"limits.{name}" for name in Limits.__dataclass_fields__), "limits", "auto_approve",
+     "auto_approve.max_epsilon", "auto_approve.secure_aggregation", "pool", "ledger"],
+)  # fmt: skip
+def test_an_empty_value_is_an_error_and_no_limit(key: str, nothing: str) -> None:
+    *section, name = key.split(".")
+    text = f"{section[0]}:\n  {name}:{nothing}\n" if section else f"{name}:{nothing}\n"
+    with pytest.raises(InputError, match=re.escape(key)):
+        read(text)
+
+
+def test_approval_without_a_person_needs_a_limit_over_all_plans() -> None:
+    with pytest.raises(InputError, match=r"without limits\.max_epsilon"):
+        read("auto_approve: {enabled: true, max_epsilon: 1}")
+    assert read(
+        "auto_approve: {enabled: true, max_epsilon: 1}\nlimits: {max_epsilon: 4}"
+    ).auto_approve.enabled
 
 
 def _name_of(whole: Settings, section: object) -> str:

@@ -65,7 +65,8 @@ def test_nothing_is_made_over_what_is_there(made: ServerDirectory, tmp_path: Pat
 @pytest.mark.parametrize(
     ("line", "told"),
     [("pol_s: 3", "poll_s"), ("poll_s: -1", "above 0"), ("poll_s: yes", "above 0"),
-     ("name: [a]", "expected text"), ("just text", "keys and values"), ("a: b: c", "cannot read")],
+     ("name: [a]", "expected text"), ("just text", "keys and values"), ("a: b: c", "valid YAML"),
+     ("poll_s: 3\nname: x", "address is missing"), ("poll_s: 3\npoll_s: 4", "given twice")],
 )  # fmt: skip
 def test_settings_that_are_wrong_are_named(tmp_path: Path, line: str, told: str) -> None:
     (tmp_path / "server.yaml").write_text(f"{line}\n")
