@@ -301,14 +301,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any], *, source: str = "plan") -> Plan:
     """A checked plan from nested dicts.
 
-    Errors: InputError for an unknown key, a wrong type or a value out of bounds, and for a section
-    that protects and is empty: without keys of its own it would protect nobody.
+    Errors: InputError for an unknown key, a wrong type or a value out of bounds.
     """
-    for section in PROTECTING:
-        if isinstance(tree, Mapping) and section in tree and not tree[section]:
-            raise InputError(
-                f"{source}: {section} is empty", hint="write its keys under it, or leave it out"
-            )
     plan = build(Plan, tree, source, special={StrategySpec: _build_strategy})
     _check_values(plan)
     return plan
@@ -380,6 +374,11 @@ def _from_layers(tree: Mapping[str, Any], overrides: Sequence[str], source: str)
     changed = copy.deepcopy(dict(tree))
     for override in overrides:
         _override(changed, override)
+    for section in PROTECTING:
+        if section in changed and not changed[section]:  # which would protect nobody
+            raise InputError(
+                f"{source}: {section} is empty", hint="write its keys under it, or leave it out"
+            )
     return from_dict(changed, source=source)
 
 
