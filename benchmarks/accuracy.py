@@ -58,6 +58,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from cytofed.console import SweepProgress
+from cytofed.encoder import is_shipped, sha256_of, start_file
 from cytofed.figures import Gap, Point, gap_figure, save, trade_figure
 from cytofed.files import write_atomically
 from cytofed.intervals import half_width
@@ -233,7 +234,6 @@ def sweeps(data: Path, *, quick: bool) -> dict[str, dict[str, Any]]:
             **private,
             "labs": labs,
             "privacy.epsilon": epsilon,
-            "privacy.delta": 1e-3 if patients_a_lab(labs, cells) < 1000 else 5e-4,
             "simulation.pseudo_patient_cells": cells,
         }
         for labs, cells in SIZES
@@ -585,9 +585,18 @@ RESULTS_OF = {
 
 
 def identity(run: SweptRun) -> str:
-    """Of what a run trains and on which labs, on any machine: its folder's name has paths in it."""
+    """Of what a run trains and on which labs, on any machine: its folder's name has paths in it.
+
+    What a plan says of privacy counts where it has some. A delta that is left out is not one that
+    is given: a run that had the number itself is another run.
+    """
     plan = run.request.plan
-    told = json.dumps([to_dict(plan), plan.sha256], sort_keys=True)
+    tree = to_dict(plan)
+    if plan.privacy.unit == "none":
+        tree["privacy"] = {"unit": "none"}
+    start = plan.model.start
+    content = sha256_of(start_file(start)) if is_shipped(start) else None
+    told = json.dumps([tree, content], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

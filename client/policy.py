@@ -34,10 +34,10 @@ from cytofed.metrics import Tally
 from cytofed.plan import Plan, to_dict
 from cytofed.plan_check import check_plan
 from cytofed.privacy import accounting
-from cytofed.privacy.accounting import Guarantee, NonPrivate, PlanCost, max_rounds
+from cytofed.privacy.accounting import Guarantee, NonPrivate, PlanCost, check_delta, max_rounds
 from cytofed.privacy.identity import PublicIdentity
 from cytofed.privacy.ledger import Hold, Ledger, NotApproved
-from cytofed.privacy.terms import declared_of, terms_of
+from cytofed.privacy.terms import declared_of, delta_of, patients_of, patients_told, terms_of
 from cytofed.secure_round import encoding_of, tally_encoding
 from cytofed.strategies import make_strategy
 
@@ -90,7 +90,7 @@ def _stated_cost(plan: Plan, lab: str) -> PlanCost:
     """The cost as approved, whatever client.yaml says now."""
     terms = terms_of(plan)
     if terms is None:
-        return PlanCost(plan.privacy.delta, 1, plan.train.rounds, NonPrivate())
+        return PlanCost(delta_of(plan), 1, plan.train.rounds, NonPrivate())
     return terms.cost(declared_of(plan, lab) or 1)
 
 
@@ -158,7 +158,8 @@ class Price:
 
 def _guarantee(of: Guarantee) -> dict[str, Any]:
     finite = of.epsilon != float("inf")
-    return {"epsilon": of.epsilon if finite else None, "delta": of.delta, "unit": of.unit}
+    epsilon = of.epsilon if finite else None
+    return {"epsilon": epsilon, "delta": of.delta, "unit": of.unit, **patients_told(of)}
 
 
 def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parameters: int) -> Price:
@@ -169,7 +170,8 @@ def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parame
     """
     plan = offer.plan
     warnings = tuple(check_plan(plan))
-    cost, terms = cost_of(plan, settings, lab), terms_of(plan)
+    terms = terms_of(plan, patients_of(plan, len(offer.roster.members)))
+    cost = cost_of(plan, settings, lab)
     balance, limit = book.balance(), settings.limits.max_epsilon
     same_unit = cost.unit == book.unit
     holds = [hold for hold in book.holds() if hold.cost.unit == book.unit]
@@ -272,6 +274,7 @@ def refuse(offer: Offer, settings: Settings, *, own: PublicIdentity, parameters:
             hint="set patients in client.yaml, for example patients: column:patient",
         )
     cost_of(plan, settings, own.name)
+    refuse_delta(offer)
     if plan.privacy.unit == "none" and limits.of_ledger().any:
         raise RefusedError(
             f"{what} protects nobody (privacy.unit is none), and this lab has a limit on epsilon",
@@ -313,6 +316,24 @@ def refuse(offer: Offer, settings: Settings, *, own: PublicIdentity, parameters:
             hint="raise the limit in client.yaml, or ask for a smaller model or "
             "model.trainable=head",
         )
+
+
+def refuse_delta(offer: Offer) -> None:
+    """A guarantee may fail for a patient with probability delta: over the roster's patients, for
+    half a patient at most. Errors: RefusedError."""
+    plan = offer.plan
+    if plan.privacy.unit == "none":
+        return
+    patients = patients_of(plan, len(offer.roster.members))
+    if plan.privacy.delta is None or patients is None:
+        raise RefusedError(
+            f"plan {plan.sha256[:12]} is private and names no delta, or no number of patients",
+            hint="ask the coordinator to install a current version of cytofed",
+        )
+    try:
+        check_delta(plan.privacy.delta, patients)
+    except InputError as error:
+        raise RefusedError(f"plan {plan.sha256[:12]}: {error.message}", hint=error.hint) from None
 
 
 def smallest_cohort(plan: Plan) -> int:

@@ -93,12 +93,18 @@ class Guarantee:
     unit: Unit
     accountant: Accountant
     adversary: str = "add-or-remove"
+    patients: int | None = None
+    """of all labs together, where they are known: delta times them is how many of them the
+    guarantee may fail for"""
 
     def __str__(self) -> str:
         if math.isinf(self.epsilon):
             return "no differential privacy (epsilon infinite)"
-        epsilon = shown(self.epsilon)
-        return f"epsilon {epsilon} at delta {self.delta:g}, per {self.unit}, {self.adversary}"
+        times = "" if self.patients is None else f" ({delta_times(self.delta, self.patients)})"
+        return (
+            f"epsilon {shown(self.epsilon)} at delta {self.delta:g}{times}, per {self.unit}, "
+            f"{self.adversary}"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,9 @@ class PlanCost:
     def __post_init__(self) -> None:
         _check_count("rounds", self.rounds)
         _check_count("evaluate_every", self.evaluate_every)
-        if self.unit != "none":
-            check_delta(self.delta, self.declared_patients)
+        _check_count("declared_patients", self.declared_patients)
+        if not 0 < self.delta < 1:
+            raise InputError(f"Expected 0 < delta={self.delta:g} < 1")
         if self.evaluation is not None and self.evaluation.unit != self.unit:
             raise InputError(
                 f"training protects units of {self.unit!r} and evaluation of "
@@ -162,25 +169,36 @@ def times(event: Event, count: int) -> Event:
             return event
 
 
-def check_delta(delta: float, declared_patients: int) -> None:
-    """Errors: InputError unless 0 < delta < 1/declared_patients.
+def default_delta(patients: int) -> float:
+    """The delta of a plan that names none, over the ``patients`` of all labs together."""
+    return min(1e-5, 1 / (10 * patients))
 
-    From 1/n on, a mechanism that publishes one patient's data in full would pass.
+
+def check_delta(delta: float, patients: int) -> None:
+    """Errors: InputError unless 0 < delta <= 1/(2 N), N the ``patients`` of all labs together.
+
+    A mechanism that publishes one patient in N in full passes for epsilon 0 at delta 1/N.
     """
-    if not (declared_patients >= 1 and 0 < delta < 1 / declared_patients):
-        bound = 1 / max(declared_patients, 1)
+    bound = 1 / (2 * max(patients, 1))
+    if not (patients >= 1 and 0 < delta <= bound):
         raise InputError(
-            f"Expected 0 < delta={delta:g} < {bound:.3g} = 1/declared_patients "
-            f"({declared_patients})",
-            hint=f"set privacy.delta={_round_down(bound / 2)} or lower",
+            f"Expected 0 < delta={delta:g} <= {bound:.3g} = 1/(2 N), of the N={patients} patients "
+            f"whom all labs together declare: delta x N is {delta * patients:.3g}",
+            hint="leave privacy.delta out, for "
+            f"{default_delta(max(patients, 1)):.3g}, or set privacy.delta={_round_down(bound)} or "
+            "lower",
         )
+
+
+def delta_times(delta: float, patients: int) -> str:
+    """Delta beside the patients that it is for, for people."""
+    return f"x {patients:,} patients: {delta * patients:.2g}"
 
 
 def price(
     events: Sequence[Event],
     delta: float,
     *,
-    declared_patients: int | None = None,
     accountant: Accountant = "PRV",
 ) -> Guarantee:
     """What ``events`` cost together.
@@ -189,8 +207,6 @@ def price(
     epsilon .1 to 128), and RDP where it does not; ``Guarantee.accountant`` says which it was.
     Errors: InputError for a delta out of bounds and for events of different units.
     """
-    if declared_patients is not None:
-        check_delta(delta, declared_patients)
     if not 0 < delta < 1:
         raise InputError(f"Expected 0 < delta={delta:g} < 1")
     unit = _one_unit(events)

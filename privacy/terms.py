@@ -7,17 +7,20 @@ and the coordinator compute the same noise from the same plan. No torch is impor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cytofed.errors import InputError
 from cytofed.plan import Plan
 from cytofed.privacy.accounting import (
+    Event,
     Gaussian,
     Guarantee,
     PlanCost,
     SubsampledGaussian,
     check_delta,
+    default_delta,
     price,
     sigma_for,
     times,
@@ -45,6 +48,8 @@ class Terms:
     guarantee: Guarantee
     evaluation: Gaussian | None = None
     evaluate_every: int = 1
+    patients: int | None = None
+    """of all labs together, where they are known"""
 
     @property
     def steps(self) -> int:
@@ -54,8 +59,9 @@ class Terms:
     def cost(self, declared_patients: int) -> PlanCost:
         """What the plan costs a lab, scores included.
 
-        Errors: InputError unless delta < 1/declared_patients.
+        Errors: InputError unless delta <= 1/(2 declared_patients).
         """
+        check_delta(self.delta, declared_patients)
         return PlanCost(
             self.delta,
             declared_patients,
@@ -76,19 +82,22 @@ class Terms:
         """The price of all scores alone; None where a plan releases none."""
         if self.evaluation is None:
             return None
-        return price([times(self.evaluation, self.evaluations)], self.delta)
+        return self._price(times(self.evaluation, self.evaluations))
 
     def total(self) -> Guarantee:
         """The price of training and scores together."""
         if self.evaluation is None:
             return self.guarantee
         training = times(self.training, self.rounds)
-        return price([training, times(self.evaluation, self.evaluations)], self.delta)
+        return self._price(training, times(self.evaluation, self.evaluations))
+
+    def _price(self, *events: Event) -> Guarantee:
+        return replace(price(events, self.delta), patients=self.patients)
 
     @property
     def evaluations(self) -> int:
         """Releases of scores over the whole plan."""
-        return self.cost(declared_patients=1).evaluations
+        return 0 if self.evaluation is None else math.ceil(self.rounds / self.evaluate_every)
 
     def to_json(self) -> dict[str, Any]:
         """The object ``privacy`` of ``plan show`` and of summary.json."""
@@ -96,6 +105,7 @@ class Terms:
             "unit": self.training.unit,
             "epsilon": self.guarantee.epsilon,
             "delta": self.delta,
+            **patients_told(self.guarantee),
             "sigma": self.training.sigma,
             "sampling_rate": self.training.sampling_rate,
             "steps": self.steps,
@@ -106,35 +116,82 @@ class Terms:
         }
 
 
-def terms_of(plan: Plan) -> Terms | None:
+def patients_told(guarantee: Guarantee) -> dict[str, Any]:
+    """Beside a delta: of how many patients, and delta times that; None where it is not known."""
+    patients = guarantee.patients
+    expected = None if patients is None else guarantee.delta * patients
+    return {"patients": patients, "delta_times_patients": expected}
+
+
+def terms_of(plan: Plan, patients: int | None = None) -> Terms | None:
     """The terms of a plan; None where ``privacy.unit`` is ``none``.
 
-    Errors: InputError for an epsilon that no noise reaches, or delta >= 1/declared_patients.
+    ``patients``: of all labs together; a plan with one number of patients does not know how many
+    labs they are at.
+
+    Errors: InputError for an epsilon that no noise reaches, or delta above 1/(2 N).
     """
     settings = plan.privacy
     if settings.unit == "none":
         return None
+    delta = delta_of(plan)
+    if at_least := patients or patients_of(plan):
+        check_delta(delta, at_least)
+    if isinstance(settings.declared_patients, Mapping):
+        patients = patients or at_least
     steps_per_round = private_steps(plan)
     steps = steps_per_round * plan.train.rounds
     sigma = settings.sigma
     if sigma is None:
         target = settings.epsilon or DEFAULT_EPSILON
-        sigma = sigma_for(target, settings.delta, settings.sampling_rate, steps)
+        sigma = sigma_for(target, delta, settings.sampling_rate, steps)
     training = SubsampledGaussian(settings.unit, settings.sampling_rate, sigma, steps_per_round)
     whole = SubsampledGaussian(settings.unit, settings.sampling_rate, sigma, steps)
-    for declared in _declared(plan):
-        check_delta(settings.delta, declared)
     scores = plan.evaluation.sigma
     return Terms(
         training=training,
         rounds=plan.train.rounds,
-        delta=settings.delta,
+        delta=delta,
         max_norm=settings.max_norm,
         cells_per_unit=settings.cells_per_patient if settings.unit == "patient" else 1,
-        guarantee=price([whole], settings.delta),
+        guarantee=replace(price([whole], delta), patients=patients),
         evaluation=None if scores is None else Gaussian(settings.unit, scores, 1),
         evaluate_every=plan.evaluated_every,
+        patients=patients,
     )
+
+
+def patients_of(plan: Plan, labs: int = 1) -> int | None:
+    """Patients of all labs together, as a plan declares them; None where it does not.
+
+    A map names all labs that can take part; one number is that of each of ``labs``.
+    """
+    declared = plan.privacy.declared_patients
+    if declared is None:
+        return None
+    return declared * labs if isinstance(declared, int) else sum(declared.values())
+
+
+def delta_of(plan: Plan) -> float:
+    """The plan's delta, or what it would be over the patients that it declares itself."""
+    if plan.privacy.delta is not None:
+        return plan.privacy.delta
+    return default_delta(patients_of(plan) or 1)
+
+
+def with_delta(plan: Plan, patients: int) -> Plan:
+    """The plan as it is run: a private one with its delta as a number.
+
+    ``patients``: of all labs together. Done before a plan is hashed for anybody.
+    Errors: InputError for a delta above 1/(2 N).
+    """
+    if plan.privacy.unit == "none":
+        return plan
+    delta = plan.privacy.delta
+    if delta is None:
+        delta = default_delta(patients)
+    check_delta(delta, patients)
+    return replace(plan, privacy=replace(plan.privacy, delta=delta))
 
 
 def private_steps(plan: Plan) -> int:
@@ -158,10 +215,3 @@ def declared_of(plan: Plan, lab: str) -> int | None:
             hint="list every lab of the cohort, or give one number for all",
         )
     return declared[lab]
-
-
-def _declared(plan: Plan) -> list[int]:
-    declared = plan.privacy.declared_patients
-    if declared is None:
-        return []
-    return [declared] if isinstance(declared, int) else list(declared.values())

@@ -31,6 +31,7 @@ from cytofed.messages import BadMessage
 from cytofed.plan import Plan
 from cytofed.plan_check import check_plan
 from cytofed.privacy.secagg import check_rules
+from cytofed.privacy.terms import patients_of, with_delta
 from cytofed.sealed_message import new_content
 from cytofed.secure_round import public_bound
 from cytofed.server import pki
@@ -169,6 +170,8 @@ class Coordinator:
             raise InputError(
                 f"the plan asks for {plan.cohort.min_labs} labs, {len(roster.members)} are enrolled"
             )
+        if patients := patients_of(plan, len(roster.members)):
+            plan = with_delta(plan, patients)
         folder = RunFolder.create(self._directory.runs, plan, roster, self._identity)
         self._wake.set()
         return folder
@@ -252,7 +255,7 @@ class Coordinator:
                 absent[member.name] = "did not decide"
             elif decision.verdict == "rejected":
                 absent[member.name] = f"rejected the plan {decision.reason}".strip()
-        summary = failed_summary(offer.plan, reason, absent)
+        summary = failed_summary(offer, reason, absent)
         folder.write_summary(summary)
         folder.end("failed", reason=reason, absent=absent)
 

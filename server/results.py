@@ -24,7 +24,7 @@ from cytofed.model_file import write_model
 from cytofed.plan import Plan
 from cytofed.plan_check import privacy_price, score_prices
 from cytofed.privacy.accounting import across_labs
-from cytofed.privacy.terms import declared_of, terms_of
+from cytofed.privacy.terms import declared_of, patients_of, patients_told, terms_of
 from cytofed.server.checkpoints import Progress
 from cytofed.server.rounds import Run, Scores, final_weights, status
 from cytofed.server.runs import RunFolder
@@ -100,8 +100,9 @@ def write_report(folder: RunFolder) -> None:
         _log.warning("run %s: no report: %s", folder.name, done.stderr.strip()[-300:])
 
 
-def failed_summary(plan: Plan, reason: str, absent: Mapping[str, str]) -> dict[str, Any]:
+def failed_summary(offer: Offer, reason: str, absent: Mapping[str, str]) -> dict[str, Any]:
     """The summary of a run that never came to a round."""
+    plan = offer.plan
     return {
         "status": "failed",
         "reason": reason,
@@ -115,7 +116,7 @@ def failed_summary(plan: Plan, reason: str, absent: Mapping[str, str]) -> dict[s
         "labs": None,
         "baselines": {},
         "participation": [],
-        "privacy": privacy_price(plan),
+        "privacy": privacy_price(plan, patients_of(plan, len(offer.roster.members))),
     }
 
 
@@ -155,7 +156,7 @@ def _summary(
             {key: record[key] for key in ("round", "expected", "received", "absent")}
             for record in records
         ],
-        "privacy": _privacy(plan, tuple(run.cohort)),
+        "privacy": _privacy(offer, tuple(run.cohort)),
         "wire": {
             "up_bytes_per_lab_round": int(max(up, default=0)),
             "down_bytes_per_lab_round": int(max(down, default=0)),
@@ -176,12 +177,14 @@ def _summary(
     }
 
 
-def _privacy(plan: Plan, labs: tuple[str, ...]) -> dict[str, Any]:
+def _privacy(offer: Offer, labs: tuple[str, ...]) -> dict[str, Any]:
     """The plan's price. What a lab has really spent is in its own ledger, and nobody else's."""
-    shown = privacy_price(plan)
+    plan = offer.plan
+    patients = patients_of(plan, len(offer.roster.members))
+    shown = privacy_price(plan, patients)
     if plan.privacy.unit == "none":
         return shown
-    terms = terms_of(plan)
+    terms = terms_of(plan, patients)
     assert terms is not None
     total = terms.total()
     priced = {
@@ -193,9 +196,10 @@ def _privacy(plan: Plan, labs: tuple[str, ...]) -> dict[str, Any]:
         "patients": plan.patients,
         "epsilon": whole.epsilon,
         "delta": whole.delta,
+        **patients_told(whole),
         "statement": str(whole),
     }
-    return {**shown, **score_prices(plan), "labs": priced, "federation": federation}
+    return {**shown, **score_prices(plan, patients), "labs": priced, "federation": federation}
 
 
 def _warnings(plan: Plan) -> list[str]:

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cytofed import figures
+from cytofed.card import delta_told
 from cytofed.errors import InputError
 from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
@@ -322,7 +323,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if privacy.get("unit", "none") == "none":
         tiles.append(("privacy", "none", "not differentially private"))
     else:
-        note = f"at delta {number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove"
+        note = f"at delta {delta_told(privacy)}, per {_unit(run)}, add-or-remove"
         tiles.append(("epsilon", _epsilon(_whole(privacy)), note))
     timing = summary.get("timing") or {}
     if timing.get("wall_s") is not None:
@@ -692,7 +693,7 @@ def _privacy(run: Run) -> str:
             )
         )
     claim = (
-        f"epsilon {_epsilon(_whole(privacy))} at delta {number(privacy.get('delta'))}, per "
+        f"epsilon {_epsilon(_whole(privacy))} at delta {delta_told(privacy)}, per "
         f"{_unit(run)}, add-or-remove"
     )
     scores = privacy.get("evaluation")
@@ -1023,7 +1024,7 @@ def privacy_line(summary: Json) -> str:
     who = "pseudo-patient" if unit == "patient" and pseudo else unit
     whole = _whole(privacy)
     line = (
-        f"privacy  epsilon {_epsilon(whole)} at delta {number(privacy.get('delta'))}, per {who}, "
+        f"privacy  epsilon {_epsilon(whole)} at delta {delta_told(privacy)}, per {who}, "
         "add-or-remove"
     )
     return line + (", training and scores" if privacy.get("evaluation") else "")

@@ -42,9 +42,9 @@ from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summar
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict, with_overrides
 from cytofed.plan_check import check_plan, large_steps, privacy_price, score_prices
-from cytofed.privacy.accounting import across_labs, check_delta, price, times
+from cytofed.privacy.accounting import across_labs, price, times
 from cytofed.privacy.ledger import Ledger
-from cytofed.privacy.terms import terms_of
+from cytofed.privacy.terms import delta_of, patients_told, terms_of, with_delta
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
 from cytofed.server.rounds import (
     Run,
@@ -110,7 +110,9 @@ def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
             for warning in _large_steps(labs):
                 progress.warn(warning)
             start = backend.start()
-            world = World(request, labs, start, strategy, private, progress)
+            world = World(
+                replace(request, plan=labs.plan), labs, start, strategy, private, progress
+            )
             results = backend.run(world)
     except InputError:
         if new and not (request.out / "metrics.jsonl").is_file():
@@ -273,10 +275,12 @@ def _prepare_folder(request: Request) -> dict[str, Any] | None:
                 f"{out} already holds a run",
                 hint="add --resume to go on with it, or choose another --out",
             )
-        before = to_dict(load_plan(plan_file))
-        if before != to_dict(request.plan):
+        before, now = to_dict(load_plan(plan_file)), to_dict(request.plan)
+        if request.plan.privacy.delta is None:  # the run has made a number of it
+            now["privacy"]["delta"] = before["privacy"]["delta"]
+        if before != now:
             raise InputError(
-                f"{out} holds a run of another plan: {_difference(before, to_dict(request.plan))}",
+                f"{out} holds a run of another plan: {_difference(before, now)}",
                 hint="resume with the same plan and flags, or choose another --out",
             )
         summary_file = out / "summary.json"
@@ -400,13 +404,13 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
         )
         cells = replace(cells, patients_N=patients_N)
     labs = cut(plan, cells, partition, test_N, private)
-    for k in range(len(labs.names)):
-        # At a lab this is an order refused; here all of it is known before anything is trained.
-        if declared := labs.declared(k):
-            check_delta(plan.privacy.delta, declared)
+    if patients := labs.patients:
+        # At a lab this is an offer refused; here all of it is known before anything is trained.
+        labs = replace(labs, plan=with_delta(plan, patients))
+        write_atomically(request.out / "plan.yaml", dump_plan(labs.plan))
     _check_unchanged(labs, request.out)
     labs.save()
-    make_keys(private, plan, labs.names)
+    make_keys(private, labs.plan, labs.names)
     return labs
 
 
@@ -649,7 +653,7 @@ def _privacy(world: World, run: Run, records: Sequence[Mapping[str, Any]]) -> di
     PRV takes half a second a round.
     """
     plan, labs = world.plan, world.labs
-    shown = privacy_price(plan)
+    shown = privacy_price(plan, labs.patients)
     if plan.privacy.unit == "none":
         return shown
     spent: dict[str, Any] = {}
@@ -660,18 +664,19 @@ def _privacy(world: World, run: Run, records: Sequence[Mapping[str, Any]]) -> di
         if labs.ledger_of(name).is_file():
             with Ledger.open(labs.ledger_of(name), pool=run.name, unit=plan.privacy.unit) as book:
                 events = book.spent_events()
-        found = price(events, plan.privacy.delta)
-        guarantees.append(replace(found, unit=plan.privacy.unit))
+        found = price(events, delta_of(plan))
+        guarantees.append(replace(found, unit=plan.privacy.unit, patients=labs.patients))
         spent[name] = {"epsilon": found.epsilon, "declared_patients": declared}
     whole = across_labs(guarantees, plan.patients)
     pseudo = _pseudo(labs)
     return shown | {
-        **score_prices(plan),
+        **score_prices(plan, labs.patients),
         "labs": spent,
         "federation": {
             "patients": plan.patients,
             "epsilon": whole.epsilon,
             "delta": whole.delta,
+            **patients_told(whole),
             "statement": str(whole),
         },
         "by_round": _by_round(plan, records),

@@ -191,6 +191,12 @@ class VirtualLabs:
             return len(rows)
         return len(np.unique(self.cells.patients_N[rows]))
 
+    @property
+    def patients(self) -> int | None:
+        """What all labs declare together; None without privacy."""
+        declared = [self.declared(number) for number in range(len(self.names))]
+        return sum(count or 0 for count in declared) or None
+
 
 def baseline_plan(plan: Plan) -> Plan:
     """The plan of the central model and the labs' own: as many epochs, nothing federated.

@@ -240,7 +240,7 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
         "## Privacy",
         "",
         f"**Differentially private: epsilon {_epsilon(whole)} at delta "
-        f"{_number(privacy.get('delta'))}, per {who}, add-or-remove.** It holds against whoever "
+        f"{delta_told(privacy)}, per {who}, add-or-remove.** It holds against whoever "
         "sees a lab's updates or this model: the coordinator, other labs, users of the model. It "
         "bounds how much better they can tell whether one "
         f"{who} was in the training data; it does not hide what holds for many.",
@@ -266,6 +266,14 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
     if pseudo:
         lines.append("- Pseudo-patients are made-up groups of images: no real person is protected")
     return "\n".join([*lines, "", anonymous])
+
+
+def delta_told(privacy: Mapping[str, Any]) -> str:
+    """Delta of the object ``privacy`` of a summary, and what it comes to over all patients."""
+    delta, patients = privacy.get("delta"), privacy.get("patients")
+    if not delta or not patients:
+        return _number(delta)
+    return f"{_number(delta)} (x {patients:,} patients: {delta * patients:.2g})"
 
 
 def _limits(summary: Mapping[str, Any], plan: Plan) -> str:

@@ -347,7 +347,7 @@ _overrides = click.option(
 def plan_check(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Check PLAN: keys, values, and that its parts fit together."""
     from cytofed.plan import load_plan
-    from cytofed.plan_check import check_plan
+    from cytofed.plan_check import check_plan, delta_told
 
     chosen = load_plan(plan, overrides)
     warnings = check_plan(chosen)
@@ -356,6 +356,8 @@ def plan_check(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
         _print_json(found)
     else:
         say(f"ok: plan {chosen.name}, sha256 {chosen.sha256}")
+        if told := delta_told(chosen):
+            say(told)
         for warning in warnings:
             say(f"warning: {warning}")
     return 0
@@ -368,7 +370,7 @@ def plan_check(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
 def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Show PLAN with every key, its hash and its price."""
     from cytofed.plan import dump_plan, load_plan, to_dict
-    from cytofed.plan_check import check_plan, price
+    from cytofed.plan_check import check_plan, delta_told, price
 
     chosen = load_plan(plan, overrides)
     warnings = check_plan(chosen)
@@ -390,6 +392,8 @@ def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
         "down, per lab over the run"
     )
     say(f"privacy  {cost['privacy']['statement']}")
+    if told := delta_told(chosen):
+        say(f"         {told}")
     for name in ("evaluation", "total"):
         if cost.get(name):
             say(f"{name:<8} {cost[name]['statement']}")

@@ -135,7 +135,9 @@ class Privacy:
     unit: Unit = "none"
     epsilon: float | None = None
     sigma: float | None = None
-    delta: float = 1e-3
+    delta: float | None = None
+    """left out: min(1e-5, 1/(10 N)) of the N patients whom all labs together declare; a run's plan
+    has it as a number"""
     max_norm: float = 1.0
     sampling_rate: float = 0.25
     cells_per_patient: int = 16
@@ -567,7 +569,7 @@ def _check_privacy(privacy: Privacy) -> None:
     _bound("privacy.cells_per_patient", privacy.cells_per_patient, 1)
     _bound("privacy.multiplicity", privacy.multiplicity, 1)
     _above_zero("privacy.noise_drift", privacy.noise_drift)
-    if not 0 < privacy.delta < 1:
+    if privacy.delta is not None and not 0 < privacy.delta < 1:
         raise InputError(f"Expected 0 < privacy.delta={privacy.delta:g} < 1")
     if privacy.epsilon is not None and privacy.sigma is not None:
         raise InputError(

@@ -16,7 +16,7 @@ from cytofed.labels import load_scheme
 from cytofed.plan import Plan
 from cytofed.privacy.accounting import Guarantee, shown
 from cytofed.privacy.secagg import check_rules
-from cytofed.privacy.terms import Terms, terms_of
+from cytofed.privacy.terms import Terms, delta_of, patients_of, patients_told, terms_of
 from cytofed.strategies import make_strategy
 
 
@@ -254,9 +254,12 @@ def price(plan: Plan) -> dict[str, Any]:
     }
 
 
-def privacy_price(plan: Plan) -> dict[str, Any]:
-    """The privacy terms of a plan, training alone: epsilon never without unit and adversary."""
-    terms = terms_of(plan)
+def privacy_price(plan: Plan, patients: int | None = None) -> dict[str, Any]:
+    """The privacy terms of a plan, training alone: epsilon never without unit and adversary.
+
+    ``patients``: of all labs together, where the plan does not say it.
+    """
+    terms = terms_of(plan, patients)
     if terms is None:
         return {
             "unit": "none",
@@ -266,12 +269,31 @@ def privacy_price(plan: Plan) -> dict[str, Any]:
     return terms.to_json()
 
 
-def score_prices(plan: Plan) -> dict[str, Any]:
+def delta_told(plan: Plan) -> str:
+    """Where a private plan's delta comes from; empty without privacy.
+
+    A plan does not know its labs where one number of patients stands for each of them.
+    """
+    if plan.privacy.unit == "none":
+        return ""
+    patients, declared = patients_of(plan), plan.privacy.declared_patients
+    if patients is None:
+        known = "no number of patients is declared here: a run counts those of all its labs"
+    elif isinstance(declared, int):
+        known = f"N is {patients:,} for one lab, and that for each lab of a run"
+    else:
+        known = f"N is {patients:,}, of {len(declared or {})} labs"
+    if plan.privacy.delta is None:
+        return f"delta    {delta_of(plan):g} by the rule min(1e-5, 1/(10 N)); {known}"
+    return f"delta    {plan.privacy.delta:g} as the plan says, at most 1/(2 N); {known}"
+
+
+def score_prices(plan: Plan, patients: int | None = None) -> dict[str, Any]:
     """``evaluation`` and ``total`` of a plan's price; None without differential privacy.
 
     ``evaluation.releases`` are the evaluations over the plan, each a Gaussian mechanism.
     """
-    terms = terms_of(plan)
+    terms = terms_of(plan, patients)
     if terms is None:
         return {"evaluation": None, "total": None}
     scores, evaluation = terms.scores(), None
@@ -289,6 +311,7 @@ def _guarantee(found: Guarantee) -> dict[str, Any]:
         "unit": found.unit,
         "epsilon": found.epsilon,
         "delta": found.delta,
+        **patients_told(found),
         "adversary": found.adversary,
         "accountant": found.accountant,
         "statement": str(found),

@@ -35,7 +35,13 @@ CENTRE = Identity.generate(COORDINATOR)
 KEYS = {lab: Identity.generate(lab) for lab in ("leeds", "porto", "york")}
 LEEDS = KEYS["leeds"].public
 P = 1000
-PRIVATE = {"unit": "patient", "sigma": 2.0, "declared_patients": 100, "sampling_rate": 0.1}
+PRIVATE = {
+    "unit": "patient",
+    "sigma": 2.0,
+    "delta": 1e-5,
+    "declared_patients": 100,
+    "sampling_rate": 0.1,
+}
 
 
 def plan_of(**sections: Any) -> Plan:
@@ -133,6 +139,28 @@ def test_a_plan_with_another_number_of_patients_is_refused(lab: Settings, stated
     offer = offer_of(plan_of(privacy={**PRIVATE, "declared_patients": stated}))
     with pytest.raises(RefusedError, match="declares 100"):
         refuse(offer, lab, own=LEEDS, parameters=P)
+
+
+@pytest.mark.parametrize(
+    ("delta", "said"),
+    [(1e-3, None), (1.7e-3, "N=300 patients"), (None, "names no delta")],
+)
+def test_a_delta_is_held_against_the_patients_of_the_whole_roster(
+    lab: Settings, plans: PlanBook, delta: float | None, said: str | None
+) -> None:
+    """Of one lab's hundred patients, 1.7e-3 would be fewer than a half."""
+    offer = offer_of(plan_of(privacy={**PRIVATE, "delta": delta}))
+    if said is None:
+        refuse(offer, lab, own=LEEDS, parameters=P)
+        with open_ledger(lab) as book:
+            told = price_of(offer, lab, book, lab="leeds", parameters=P).to_json()["privacy"]
+        assert told["plan"]["delta_times_patients"] == pytest.approx(0.3)
+        assert "at delta 0.001 (x 300 patients: 0.3), per patient" in told["statement"]
+        return
+    entry = offered(plans, offer)
+    with open_ledger(lab) as book, pytest.raises(RefusedError, match=said) as caught:
+        plans.approve(entry.plan_sha256, lab, book)
+    assert caught.value.exit_code == 3
 
 
 def test_a_plan_that_protects_nobody_holds_no_price_and_is_refused_under_a_limit(

@@ -34,7 +34,7 @@ cohort: {min_labs: 3, wait_s: 300, round_timeout_s: 600}
 """
 
 PRIVATE = PLAN.replace("rounds: 2, steps_per_round: 2", "rounds: 1, steps_per_round: 2") + (
-    "privacy: {unit: patient, epsilon: 8, delta: 1.0e-3, declared_patients: 20}\n"
+    "privacy: {unit: patient, epsilon: 8, declared_patients: 20}\n"
     "secure_aggregation: {enabled: true}\n"
 )
 

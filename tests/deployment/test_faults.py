@@ -40,7 +40,7 @@ PLAN: dict[str, Any] = {
 }
 PRIVATE: dict[str, Any] = {
     **PLAN,
-    "privacy": {"unit": "patient", "epsilon": 8, "delta": 1e-3, "declared_patients": 20},
+    "privacy": {"unit": "patient", "epsilon": 8, "declared_patients": 20},
     "secure_aggregation": {"enabled": True},
     "evaluation": {"sigma": 4.0},
 }

@@ -27,7 +27,7 @@ from cytofed.client.daemon import Daemon
 from cytofed.client.directory import ClientDirectory
 from cytofed.client.egress import EgressReport, verify
 from cytofed.client.fleet import _ROUTINE
-from cytofed.client.policy import open_ledger
+from cytofed.client.policy import Entry, open_ledger
 from cytofed.documents import Invite
 from cytofed.objects import enclosed, enclosed_in
 from cytofed.plan import from_dict, to_dict
@@ -47,7 +47,7 @@ PLAN: dict[str, Any] = {
 PRIVATE: dict[str, Any] = {
     **PLAN,
     "name": "private",
-    "privacy": {"unit": "patient", "epsilon": 8, "delta": 1e-3, "declared_patients": 20},
+    "privacy": {"unit": "patient", "epsilon": 8, "declared_patients": 20},
     "secure_aggregation": {"enabled": True},
     "evaluation": {"sigma": 4.0},
 }
@@ -144,8 +144,8 @@ def join(federation: Federation, lab: str) -> None:
         )  # fmt: skip
 
 
-def offered(directory: ClientDirectory, run: str) -> bool:
-    return any(entry.run == run for entry in directory.plans().entries())
+def offered(directory: ClientDirectory, run: str) -> list[Entry]:
+    return [entry for entry in directory.plans().entries() if entry.run == run]
 
 
 def finish(
@@ -154,10 +154,10 @@ def finish(
     tree = to_dict(from_dict(plan))
     run = str(send_command(federation.coordinator / "control.sock", "run", plan=tree)["run"])
     for lab, directory in directories.items():
-        federation.until(partial(offered, directory, run), f"{lab} has the plan")
+        [entry] = federation.until(partial(offered, directory, run), f"{lab} has the plan")
         settings = directory.settings()
         with open_ledger(settings) as book:
-            directory.plans().approve(from_dict(plan).sha256, settings, book)
+            directory.plans().approve(entry.plan_sha256, settings, book)
     federation.summary(run)
     for lab, directory in directories.items():
         model = partial(result_of, directory, run)

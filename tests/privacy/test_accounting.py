@@ -24,6 +24,8 @@ from cytofed.privacy.accounting import (
     PlanCost,
     SubsampledGaussian,
     across_labs,
+    check_delta,
+    default_delta,
     epsilon_for,
     event_from_dict,
     event_to_dict,
@@ -202,13 +204,21 @@ def test_images_and_patients_are_not_composed() -> None:
         price([dp_sgd(0.1, 1.0, 1), Gaussian("image", 1.0, 1)], 1e-3)
 
 
-@pytest.mark.parametrize("patients", [100, 1000])
-def test_delta_must_be_below_one_over_the_declared_patients(patients: int) -> None:
-    event = dp_sgd(0.25, 2.0, 10)
-    with pytest.raises(InputError, match=r"1/declared_patients") as error:
-        price([event], 1 / patients, declared_patients=patients)
-    wayout = float(error.value.hint.split("=")[1].split()[0])
-    assert price([event], wayout, declared_patients=patients).delta < 1 / patients
+@pytest.mark.parametrize("patients", [100, 1000, 2306])
+def test_delta_times_patients_is_at_most_a_half_and_by_default_a_tenth(patients: int) -> None:
+    check_delta(1 / (2 * patients), patients)
+    with pytest.raises(InputError, match=rf"N={patients:d} patients.*delta x N is 0\.51") as error:
+        check_delta(0.51 / patients, patients)
+    wayout = float(error.value.hint.split("privacy.delta=")[1].split()[0])
+    check_delta(wayout, patients)
+    assert default_delta(patients) == 1e-5
+    assert default_delta(1000 * patients) == 1 / (10 * 1000 * patients)
+
+
+def test_a_guarantee_over_known_patients_says_delta_times_them() -> None:
+    cost = Guarantee(3.0912, 1e-5, "patient", "PRV", patients=2306)
+    told = "epsilon 3.10 at delta 1e-05 (x 2,306 patients: 0.023), per patient, add-or-remove"
+    assert str(cost) == told
 
 
 def test_max_rounds_is_the_last_number_that_fits() -> None:

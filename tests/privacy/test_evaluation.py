@@ -253,7 +253,7 @@ def test_scores_have_a_price_of_their_own_and_add_to_the_total(
 ) -> None:
     overrides = (f"train.rounds={rounds}", f"evaluation.every={every}")
     found = score_prices(plan(*overrides))
-    alone = price([Gaussian("patient", 5.0, releases)], 1e-3).epsilon
+    alone = price([Gaussian("patient", 5.0, releases)], 1e-5).epsilon
     assert found["evaluation"]["epsilon"] == pytest.approx(alone)
     assert found["evaluation"]["releases"] == releases
     training = terms(*overrides).guarantee.epsilon
@@ -280,7 +280,7 @@ def test_a_hold_covers_the_scores_of_the_plan_and_no_more(tmp_path: Path) -> Non
     with Ledger.open(path) as ledger:
         hold = ledger.hold(federation="marrow", plan_sha256="a" * 64, cost=cost)
         assert hold.remaining == {"train": 5, "evaluate": 3}
-        assert ledger.balance().held.epsilon == price(cost.events(), 1e-3, accountant="RDP").epsilon
+        assert ledger.balance().held.epsilon == price(cost.events(), 1e-5, accountant="RDP").epsilon
         for number in (2, 4, 5):
             ledger.reserve(_order(number))
         assert ledger.spent_events() == (Gaussian("patient", 5.0, 1),) * 3

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
+from cytofed.cli import cli
 from cytofed.errors import InputError
 from cytofed.plan import Plan, load_plan
 from cytofed.plan_check import check_plan
 from cytofed.privacy.accounting import epsilon_for
-from cytofed.privacy.terms import declared_of, private_steps, terms_of
+from cytofed.privacy.terms import (
+    declared_of,
+    delta_of,
+    patients_of,
+    private_steps,
+    terms_of,
+    with_delta,
+)
 
 
 def private(*overrides: str) -> Plan:
@@ -18,7 +27,7 @@ def private(*overrides: str) -> Plan:
 def test_a_unit_alone_gives_the_documented_defaults() -> None:
     terms = terms_of(private())
     assert terms is not None
-    assert (terms.delta, terms.training.sampling_rate) == (1e-3, 0.25)
+    assert (terms.delta, terms.training.sampling_rate) == (1e-5, 0.25)
     assert (terms.max_norm, terms.cells_per_unit) == (1.0, 16)
     assert 7.9 < terms.guarantee.epsilon <= 8.0
     assert "per patient, add-or-remove" in str(terms.guarantee)
@@ -35,7 +44,7 @@ def test_epsilon_and_sigma_follow_from_each_other_over_all_steps() -> None:
     back = terms_of(private(f"privacy.sigma={terms.training.sigma!r}"))
     assert back is not None
     assert back.guarantee.epsilon == pytest.approx(terms.guarantee.epsilon, abs=1e-6)
-    whole = epsilon_for(terms.training.sigma, 1e-3, 0.25, terms.steps)
+    whole = epsilon_for(terms.training.sigma, 1e-5, 0.25, terms.steps)
     assert whole == pytest.approx(terms.guarantee.epsilon, abs=1e-6)
 
 
@@ -58,10 +67,38 @@ def test_both_epsilon_and_sigma_are_refused() -> None:
         private("privacy.epsilon=1", "privacy.sigma=1")
 
 
-def test_delta_not_below_one_over_declared_patients_is_refused() -> None:
-    with pytest.raises(InputError, match="delta"):
-        terms_of(private("privacy.declared_patients=1000"))
-    assert terms_of(private("privacy.declared_patients=999")) is not None
+def test_the_default_delta_is_a_number_once_the_labs_are_known() -> None:
+    one = private("privacy.declared_patients=3000")
+    assert one.privacy.delta is None
+    assert with_delta(one, 3 * 3000).privacy.delta == 1e-5
+    assert with_delta(one, 20 * 3000).privacy.delta == 1 / 600_000
+    assert with_delta(load_plan("demo"), 60_000).privacy.delta is None, "nobody is protected"
+    listed = private("privacy.declared_patients={leeds: 20000, york: 5000}")
+    assert (patients_of(listed), patients_of(one), patients_of(one, 4)) == (25_000, 3000, 12_000)
+    assert delta_of(listed) == 1 / 250_000
+
+
+def test_a_delta_above_half_a_patient_of_all_labs_is_refused() -> None:
+    named = private("privacy.declared_patients=1000", "privacy.delta=5e-4")
+    assert terms_of(named) is not None
+    with pytest.raises(InputError, match="N=2000 patients"):
+        with_delta(named, patients_of(named, 2) or 0)
+    with pytest.raises(InputError, match="N=1001 patients"):
+        terms_of(private("privacy.declared_patients=1001", "privacy.delta=5e-4"))
+    with pytest.raises(InputError, match="N=1200 patients"):
+        terms_of(private("privacy.declared_patients={a: 600, b: 600}", "privacy.delta=5e-4"))
+
+
+def test_plan_show_and_check_say_where_delta_comes_from() -> None:
+    asked = ["demo", "--set", "privacy.unit=patient", "--set"]
+    for command in ("show", "check"):
+        two = [*asked, "privacy.declared_patients={a: 20000, b: 5000}"]
+        out = CliRunner().invoke(cli, ["plan", command, *two]).output
+        assert "delta    4e-06 by the rule min(1e-5, 1/(10 N)); N is 25,000, of 2 labs" in out
+        assert ("(x 25,000 patients: 0.1)" in out) == (command == "show")
+        one = [*asked, "privacy.declared_patients=150"]
+        out = CliRunner().invoke(cli, ["plan", command, *one]).output
+        assert "N is 150 for one lab, and that for each lab of a run" in out
 
 
 def test_a_lab_that_the_plan_does_not_list_is_named() -> None:

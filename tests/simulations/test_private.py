@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from cytofed.errors import InputError
+from cytofed.plan import load_plan
 from cytofed.privacy.accounting import epsilon_for
 from cytofed.privacy.ledger import Ledger
 from cytofed.simulations.simulate import Request
@@ -31,11 +33,11 @@ def test_every_lab_pays_what_one_accountant_over_all_steps_says(
     privacy = directly(request)["privacy"]
     assert privacy["unit"] == "patient"
     assert privacy["steps"] == 3 * 2
-    expected = epsilon_for(privacy["sigma"], 1e-3, 0.25, 6)
+    expected = epsilon_for(privacy["sigma"], 1e-5, 0.25, 6)
     assert privacy["epsilon"] == pytest.approx(expected)
     for lab in ("lab-1", "lab-2"):
         assert privacy["labs"][lab]["epsilon"] == pytest.approx(expected, abs=1e-3)
-    one_round = epsilon_for(privacy["sigma"], 1e-3, 0.25, 2)
+    one_round = epsilon_for(privacy["sigma"], 1e-5, 0.25, 2)
     assert privacy["labs"]["lab-1"]["epsilon"] > one_round + 0.1, "not reset each round"
     by_round = privacy["by_round"]
     assert [entry["round"] for entry in by_round] == [1, 2, 3]
@@ -99,18 +101,28 @@ def test_same_seed_same_noise_same_weights(
     assert first["weights_sha256"] == again["weights_sha256"] != other["weights_sha256"]
 
 
-def test_declared_patients_too_many_for_delta_are_refused_before_training(
+def test_delta_is_by_the_rule_over_the_patients_of_all_labs_and_in_the_plan_of_the_run(
     small: Small, directly: Simulate
 ) -> None:
-    with pytest.raises(InputError, match="delta"):
-        directly(small(*PRIVATE, "privacy.declared_patients=5000"))
+    request = small(*PRIVATE, "privacy.declared_patients=30000", "train.rounds=1")
+    summary = directly(request, report=True)
+    assert summary["privacy"]["delta"] == 1 / 600_000
+    told = f"delta {1 / 600_000:.4g} (x 60,000 patients: 0.1)"
+    for name in ("model_card.md", "report.html"):
+        assert told in (request.out / name).read_text()
+    assert summary["privacy"]["federation"]["delta_times_patients"] == pytest.approx(0.1)
+    plan = load_plan(request.out / "plan.yaml")
+    assert plan.privacy.delta == 1 / 600_000
+    assert plan.sha256 == summary["plan_sha256"]
+    assert directly(replace(request, resume=True))["plan_sha256"] == summary["plan_sha256"]
 
 
-def test_more_patients_at_a_virtual_lab_than_delta_allows_are_refused_before_training(
+def test_a_delta_above_half_a_patient_of_all_labs_is_refused_before_training(
     small: Small, directly: Simulate
 ) -> None:
-    request = small(*PRIVATE, "privacy.delta=0.2")
-    with pytest.raises(InputError, match=r"delta=0\.2.*declared_patients") as refused:
+    asked = ("privacy.delta=1e-3", "privacy.declared_patients=300")  # 300 alone would pass
+    request = small(*PRIVATE, *asked)
+    with pytest.raises(InputError, match=r"delta=0\.001 <= .* N=600 patients") as refused:
         directly(request)
     assert "set privacy.delta=" in str(refused.value.hint)
     assert not request.out.exists()
