@@ -28,7 +28,7 @@ PLAN = from_dict(
     {
         "name": "marrow",
         "train": {"rounds": 4, "steps_per_round": 5},
-        "privacy": {"unit": "patient", "sigma": 2.0, "declared_patients": 100},
+        "privacy": {"unit": "patient", "sigma": 2.0, "delta": 1e-5, "declared_patients": 100},
     }
 )
 HOSTILE = "<script>alert(1)</script>"
@@ -168,7 +168,7 @@ def test_the_officer_finds_the_texts_they_must_file(facts: Facts) -> None:
     ):
         assert words in text
     assert "cytofed client leave DIR" in text
-    assert "at delta 0.001, per patient" in text
+    assert "at delta 1e-05, per patient" in text
 
 
 def test_keys_and_network_are_those_of_the_lab(facts: Facts) -> None:
