@@ -87,6 +87,11 @@ _MAX_BYTES = 1 << 31
 
 _MAX_ANSWER_BYTES = 1 << 16
 
+_LIE = (
+    "the coordinator tells of an entry of this lab's privacy ledger that this lab never signed: "
+    "ignored, nothing is charged"
+)
+
 _SIGNED_S = 20.0
 """for which signed headers are sent again"""
 
@@ -148,6 +153,7 @@ class FleetLink:
         self._client = self._new_client()
         self._renew_at = time.monotonic()
         self._head = ""
+        self._lied_to = False
 
     def stop(self) -> None:
         """End ``work`` as soon as it waits for nothing."""
@@ -192,20 +198,28 @@ class FleetLink:
             return
 
     def _check_ledger(self, message: Message) -> None:
-        """Stop where the coordinator has seen an entry that this lab's privacy ledger lacks.
+        """Stop where this lab has told an entry that its privacy ledger lacks.
 
+        What comes back counts only with the lab's own signature: a coordinator can't make a lab
+        stop, or charge its patients, by telling of an entry that never was.
         Errors: LedgerRolledBack, once the coordinator knows why there is no answer.
         """
         document = attached_head(message)
         if not document:
             return
         membership = self._directory.membership()
-        seen = LedgerHead.verified(
-            document,
-            self._directory.coordinator(),
-            federation=membership.federation,
-            lab=membership.lab,
-        )
+        try:
+            seen = LedgerHead.verified(
+                document,
+                self._directory.identity().public,
+                federation=membership.federation,
+                lab=membership.lab,
+            )
+        except VerificationError as error:
+            if not self._lied_to:  # once a connection is enough to know
+                self._lied_to = True
+                self._say(f"{_LIE} ({error.message})", True)
+            return
         if seen.head == self._head:
             return
         try:
@@ -498,8 +512,8 @@ class _EgressGate:
 
 
 def note_unknown_head(directory: ClientDirectory, head: str) -> None:
-    """Keep a head that the coordinator has seen and this lab's ledger lacks: charging all plans in
-    full makes up for what came before it, and the ledger then goes on after it."""
+    """Keep a head that this lab told and its ledger lacks: charging all plans in full makes up for
+    what came before it, and the ledger then goes on after it."""
     known = unknown_heads(directory)
     if head not in known:
         write_atomically(directory.root / "unknown.heads", "\n".join((*known, head)), mode=0o600)

@@ -265,14 +265,15 @@ class ServerDirectory:
     def _raise_epoch(self) -> None:
         write_atomically(self.root / "epoch", str(self._epoch() + 1))
 
-    def seen_head(self, lab: str) -> str:
-        """The last head of a lab's privacy ledger that it told; empty where it told none."""
+    def seen_head(self, lab: str) -> bytes:
+        """The last head of a lab's privacy ledger that it told, as it signed it; empty where it
+        told none."""
         file = self.root / "labs" / f"{lab}.head"
-        return file.read_text() if file.is_file() else ""
+        return file.read_bytes() if file.is_file() else b""
 
-    def note_head(self, lab: str, head: str) -> None:
-        if head != self.seen_head(lab):
-            write_atomically(self.root / "labs" / f"{lab}.head", head)
+    def note_head(self, lab: str, document: bytes) -> None:
+        if document != self.seen_head(lab):
+            write_atomically(self.root / "labs" / f"{lab}.head", document)
 
     # --- invites
 

@@ -99,10 +99,10 @@ class _Shared:
 
 
 class Heads(Protocol):
-    """Remembers the last head of each lab's privacy ledger."""
+    """Remembers the last head of each lab's privacy ledger, as the lab signed it."""
 
-    def seen_head(self, lab: str) -> str: ...
-    def note_head(self, lab: str, head: str) -> None: ...
+    def seen_head(self, lab: str) -> bytes: ...
+    def note_head(self, lab: str, document: bytes) -> None: ...
 
 
 class SealedGrid(Grid):
@@ -158,8 +158,7 @@ class SealedGrid(Grid):
             )
             content = pack_parcel(parcel, record)
             if head := self._heads.seen_head(lab):
-                seen = LedgerHead(self._sealed.roster.federation, lab, head)
-                attach_head(content, seen.signed(self._sealed.identity))
+                attach_head(content, head)
             outer = self._inner.create_message(
                 content,
                 metadata.message_type,
@@ -238,10 +237,10 @@ class SealedGrid(Grid):
 
     def _note_head(self, document: bytes, lab: str) -> None:
         roster = self._sealed.roster
-        told = LedgerHead.verified(
+        LedgerHead.verified(
             document, roster.member(lab).identity, federation=roster.federation, lab=lab
         )
-        self._heads.note_head(lab, told.head)
+        self._heads.note_head(lab, document)
 
 
 def _slot(content: RecordDict) -> int:

@@ -8,7 +8,8 @@
     Decision   lab -> coordinator             approved or rejected: this plan, this run, this roster
     Start      coordinator -> cohort          the approvals of all labs that take part
     Ended      coordinator -> other labs      the run is over for labs that are not in its start
-    LedgerHead lab -> coordinator, and back   the last entry of the lab's privacy ledger
+    LedgerHead lab -> coordinator, and back   the last entry of the lab's privacy ledger, the lab's
+                                              own signature under it both ways
 
 A lab approves keys along with a plan: the offer carries the roster, and a start is only good with
 every member's own approval of the same plan, run and roster.
@@ -397,21 +398,25 @@ def secure_cohort(start: Start, offer: Offer, coordinator: PublicIdentity) -> Co
 
 @dataclass(frozen=True)
 class LedgerHead:
-    """The head of a lab's privacy ledger: by the lab with an answer, by the coordinator with the
-    next order, as the last one that it saw. An older ledger, put back, does not have it."""
+    """The head of a lab's privacy ledger, signed by the lab: it goes with each answer, and comes
+    back with the next order. An older ledger, put back, does not have it; nobody else can make a
+    lab believe that its own is old."""
 
     federation: str
     lab: str
     head: str
 
-    def signed(self, by: Identity) -> bytes:
+    def signed(self, lab: Identity) -> bytes:
         body = wire.encode({"federation": self.federation, "head": self.head, "lab": self.lab})
-        return sign(by, LABEL_HEAD, body)
+        return sign(lab, LABEL_HEAD, body)
 
     @staticmethod
-    def verified(document: bytes, by: PublicIdentity, *, federation: str, lab: str) -> LedgerHead:
-        """Errors: VerificationError for another federation or lab, or what is no hash."""
-        fields = wire.Fields.of(verify(document, label=LABEL_HEAD, signer=by), "ledger head")
+    def verified(
+        document: bytes, signer: PublicIdentity, *, federation: str, lab: str
+    ) -> LedgerHead:
+        """Errors: VerificationError for what the lab ``signer`` did not sign, another federation or
+        lab, or what is no hash."""
+        fields = wire.Fields.of(verify(document, label=LABEL_HEAD, signer=signer), "ledger head")
         found = LedgerHead(fields.text("federation"), fields.text("lab"), fields.text("head"))
         fields.end()
         if (found.federation, found.lab) != (federation, lab):

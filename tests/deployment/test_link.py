@@ -29,9 +29,10 @@ from cytofed.client.directory import ClientDirectory
 from cytofed.client.egress import EgressLog, Outgoing, verify
 from cytofed.client.fleet import Answer, FleetLink, unknown_heads
 from cytofed.client.policy import open_ledger
-from cytofed.documents import LedgerHead
+from cytofed.documents import LABEL_LEAVE, LedgerHead
 from cytofed.messages import RAW, array_of
 from cytofed.objects import PIECE_BYTES
+from cytofed.privacy.identity import sign
 from cytofed.privacy.ledger import LedgerRolledBack
 from cytofed.sealed_message import attach_head
 from cytofed.server import pki
@@ -267,10 +268,41 @@ def test_lab_that_is_off_the_roster_is_a_failure_by_name(line: Line) -> None:
 
 
 def head_of(line: Line, head: str) -> bytes:
-    return LedgerHead("fed", "leeds", head).signed(line.server.identity())
+    """As the lab told it."""
+    return LedgerHead("fed", "leeds", head).signed(line.lab.identity())
 
 
-def test_lab_stops_where_the_coordinator_has_seen_what_its_ledger_lacks(line: Line) -> None:
+def lies_about(line: Line) -> dict[str, bytes]:
+    """What a coordinator may send in place of what the lab told."""
+    own = head_of(line, "a" * 64)
+    chief = line.server.identity()
+    return {
+        "signed by the coordinator": LedgerHead("fed", "leeds", "a" * 64).signed(chief),
+        "of another lab": LedgerHead("fed", "bonn", "a" * 64).signed(line.lab.identity()),
+        "of another federation": LedgerHead("other", "leeds", "a" * 64).signed(line.lab.identity()),
+        "another head under a signature": own.replace(b"a" * 64, b"b" * 64),
+        "signed for something else": sign(line.lab.identity(), LABEL_LEAVE, b"a" * 64),
+        "bytes": b"a" * 64,
+        "many bytes": bytes(1 << 20),
+    }
+
+
+def test_lie_about_the_ledgers_head_is_ignored_and_told_and_burns_nothing(line: Line) -> None:
+    with open_ledger(line.lab.settings()) as book:
+        before = book.summary()
+    line.work(lambda _message: Answer(LOGGED, content_of(b"y")))
+    for lie in lies_about(line).values():
+        content = content_of(b"x")
+        attach_head(content, lie)
+        assert bytes_of(line.ask(content)) == b"y"
+    assert not line.errors
+    assert unknown_heads(line.lab) == ()
+    with open_ledger(line.lab.settings()) as book:
+        assert book.summary() == before
+    assert sum("never signed" in said for said in line.said) == 1
+
+
+def test_lab_stops_where_it_has_told_what_its_ledger_lacks(line: Line) -> None:
     content = content_of(b"x")
     attach_head(content, head_of(line, "a" * 64))
     asked: list[Message] = []

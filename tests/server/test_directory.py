@@ -88,11 +88,11 @@ def test_epoch_rises_with_every_change_and_never_falls(directory: ServerDirector
 def test_no_key_comes_back_under_any_name(directory: ServerDirectory) -> None:
     lab, other = member("leeds"), member("leeds")
     directory.enrol(lab, b"certificate")
-    directory.note_head("leeds", "a" * 64)
+    directory.note_head("leeds", b"signed")
     with pytest.raises(RefusedError, match="already enrolled"):
         directory.enrol(other, b"certificate")
     directory.revoke("leeds")
-    assert directory.seen_head("leeds") == ""  # that of a lab's own ledger, which is another now
+    assert directory.seen_head("leeds") == b""  # that of a lab's own ledger, which is another now
     new = member("oslo")
     for same in (
         replace(new, node_key_sha256=lab.node_key_sha256),
