@@ -360,6 +360,7 @@ class Daemon:
         # From here on the coordinator has asked this: whatever goes wrong is answered in its place.
         try:
             if kind == "query.start":
+                self._refuse_paused()
                 if why := self._over(entry):
                     raise RefusedError(f"run {offer.run} is over at this lab: {why}")
                 return self._to_start(entry, parcel, content)
