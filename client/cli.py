@@ -389,7 +389,9 @@ def check(folder: Path, as_json: bool) -> int:
     directory = ClientDirectory.open(folder)
     membership, settings, root = directory.membership(), directory.settings(), directory.root
     host, _, port = membership.address.rpartition(":")
-    secrets = [root / name for name in ("identity.key", "node.key", "storage.key")]
+    secrets = [root / name for name in ("identity.key", "node.key")]
+    if not (settings.storage_key or "").startswith("credential:"):
+        secrets.append(root / "storage.key")
     findings = doctor.examine(
         settings,
         doctor.Files(root, secrets, directory.egress),

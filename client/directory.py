@@ -4,7 +4,8 @@
 
     client.yaml                    settings, commented; the lab's to change
     identity.key node.key          0600: signatures and sealing; TLS and node authentication
-    storage.key                    0600: encrypts what is kept between attempts at a round
+    storage.key                    0600: encrypts what is kept between attempts at a round; may be
+                                   elsewhere, or encrypted itself, see cytofed.client.storage
     certificate.pem ca.pem         what the coordinator's authority signed; the authority itself
     federation.json                federation, lab, address, the coordinator's pinned fingerprint
     coordinator.cbor               the coordinator's public identity
@@ -39,6 +40,7 @@ from cytofed import __version__
 from cytofed.client.egress import EgressLog, Outgoing, fields_of
 from cytofed.client.policy import PlanBook
 from cytofed.client.settings import Settings, fresh_yaml, load_settings
+from cytofed.client.storage import KEY_BYTES, KEY_FILE, open_storage_key
 from cytofed.client.transport import Connections
 from cytofed.documents import COORDINATOR, LABEL_ENROL, LABEL_ENROLLED, Invite, Offer
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
@@ -106,7 +108,8 @@ class ClientDirectory:
         return found
 
     def storage_key(self) -> bytes:
-        return (self.root / "storage.key").read_bytes()
+        """Errors: InputError where it is not there, or is not to be opened."""
+        return open_storage_key(self.root, self.settings().storage_key)
 
     def plans(self) -> PlanBook:
         coordinator = self.coordinator()
@@ -294,7 +297,7 @@ def _request(root: Path, invite: Invite, settings: Settings) -> bytes:
     )
     write_atomically(root / "identity.key", identity.to_bytes(), mode=0o600)
     write_atomically(root / "node.key", node_key, mode=0o600)
-    write_atomically(root / "storage.key", os.urandom(32), mode=0o600)
+    write_atomically(root / KEY_FILE, os.urandom(KEY_BYTES), mode=0o600)
     write_atomically(root / "request.pem", request_pem)
     body = wire.encode(
         {

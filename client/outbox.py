@@ -37,6 +37,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cytofed.client.egress import EgressLog, Outgoing
+from cytofed.client.storage import KEY_BYTES
 from cytofed.errors import CytofedError, InputError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.privacy import wire
@@ -44,7 +45,6 @@ from cytofed.privacy.ledger import AlreadyAnswered, Order
 from cytofed.privacy.sealing import TAG_BYTES as _TAG_BYTES
 from cytofed.privacy.sealing import Sealed
 
-KEY_BYTES = 32
 _NONCE_BYTES = 12
 _MAGIC = b"CYTOOUT1"
 _LABEL = "cytofed/1/outbox"
@@ -95,7 +95,7 @@ class _UpdateHead:
 class Outbox:
     """One lab's outbox. Each method is on the disk when it returns, unless it is told otherwise.
 
-    ``key``: 32 bytes, from ``open_key``. ``log``: the lab's egress log.
+    ``key``: the lab's storage key. ``log``: the lab's egress log.
     """
 
     def __init__(self, folder: Path, key: bytes, log: EgressLog) -> None:
@@ -347,24 +347,6 @@ class Outbox:
     def _place(self, order: Order) -> bytes:
         """Bound into the encryption: a file moved to another round does not open there."""
         return wire.encode([_LABEL, order.federation, order.run, order.task, order.round])
-
-
-def open_key(path: Path) -> bytes:
-    """The outbox's key, made at its first use.
-
-    Errors: InputError for a file that others can read, or that is no key.
-    """
-    if not path.exists():
-        write_atomically(path, os.urandom(KEY_BYTES), mode=0o600)
-    if path.stat().st_mode & 0o077:
-        raise InputError(
-            f"{path} can be read by others (mode {path.stat().st_mode & 0o777:03o})",
-            hint=f"chmod 600 {path}",
-        )
-    key = path.read_bytes()
-    if len(key) != KEY_BYTES:
-        raise InputError(f"{path} has {len(key)} bytes, a key has {KEY_BYTES}")
-    return key
 
 
 def _run_name(federation: str, run: str) -> str:

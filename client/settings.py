@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cytofed.client.storage import check_spec
 from cytofed.errors import InputError
 from cytofed.privacy import ledger
 from cytofed.sections import build, read_tree
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_NEVER_EMPTY = ("limits", "auto_approve", "pool", "ledger")
+_NEVER_EMPTY = ("limits", "auto_approve", "pool", "ledger", "storage_key")
 """what protects patients: an empty value of it is a slip, never a wish"""
 
 
@@ -92,6 +93,8 @@ class Settings:
     patients: str | None = None
     patients_declared: int | None = None
     pool: str = "default"
+    storage_key: str | None = None
+    """where the key is that encrypts what is kept: see cytofed.client.storage; None: storage.key"""
     limits: Limits = field(default_factory=Limits)
     auto_approve: AutoApprove = field(default_factory=AutoApprove)
     proxy: str | None = field(default=None, repr=False)  # may hold a password
@@ -176,6 +179,11 @@ patients_declared:{patients_declared}
 # All federations that use the same patients must name the same pool and ledger.
 pool:{pool}
 ledger:{ledger}
+
+# --- the key that encrypts what is kept between attempts at a round: the file storage.key, unless
+# it is bound to the machine or to a passphrase (docs/lab.md, Keys)
+# storage_key: credential:cytofed-storage
+# storage_key: passphrase:file:/etc/cytofed/passphrase
 
 # --- limits: what breaks one is refused by its name. None is set: your approval decides.
 # Take the # away from `limits:` and from each line that you fill in. No value may be empty, and
@@ -277,6 +285,8 @@ def _check(settings: Settings, source: str) -> None:
             "be approved, each within auto_approve.max_epsilon",
             hint="state under limits what all of them together may spend",
         )
+    if settings.storage_key is not None:
+        check_spec(settings.storage_key)
     if not settings.pool.strip():
         raise InputError(f"{source}: pool is empty, expected a name")
     proxy = settings.proxy

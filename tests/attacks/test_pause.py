@@ -44,8 +44,8 @@ def test_a_paused_lab_answers_no_order_and_no_step_and_takes_results(stage: Boun
 def test_pause_stops_a_training_that_runs_and_nothing_of_it_leaves(
     stage: Boundary, sections: dict[str, Any]
 ) -> None:
-    long = {"rounds": 1, "steps_per_round": 12, "batch": 8}
-    offer = stage.approved(plan_of(train=long, **sections))
+    some = {"rounds": 1, "steps_per_round": 12, "batch": 8}
+    offer = stage.approved(plan_of(train=some, **sections))
     at_work = f"train for run {offer.run}, round 1"
 
     def pause_at_work(text: str) -> None:

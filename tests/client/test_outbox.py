@@ -20,7 +20,6 @@ from cytofed.client.outbox import (
     Outbox,
     SameBytes,
     SameUpdate,
-    open_key,
 )
 from cytofed.errors import CytofedError, InputError, VerificationError
 from cytofed.privacy.identity import Identity
@@ -292,17 +291,6 @@ def test_a_run_named_like_a_path_stays_in_the_outbox(box: Outbox, tmp_path: Path
     assert {p.parent for p in tmp_path.rglob("*.sealed")} == set(box.folder.iterdir())
     with pytest.raises(InputError):
         put(box, replace(order_of(2), order_sha256="../x"))
-
-
-def test_the_key_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
-    path = tmp_path / "outbox.key"
-    key = open_key(path)
-    assert open_key(path) == key
-    assert path.stat().st_mode & 0o777 == 0o600
-    path.chmod(0o640)
-    with pytest.raises(InputError, match="640") as caught:
-        open_key(path)
-    assert "chmod 600" in caught.value.hint
 
 
 def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path, log: EgressLog) -> None:
