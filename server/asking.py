@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from cytofed.errors import CytofedError
 from cytofed.messages import BadMessage
-from cytofed.words import one_line
+from cytofed.words import one_line, reason_of
 
 T = TypeVar("T")
 
@@ -107,9 +107,8 @@ def read(message: Message | None, how: Callable[[Message], T]) -> T:
 
 def unreadable(error: Exception) -> str:
     """Why a lab's answer cannot be read, in words that can be shown."""
-    if isinstance(error, CytofedError):
-        return one_line(error.message)
-    return one_line(f"its answer cannot be read: {type(error).__name__}: {error}")
+    told = reason_of(error)
+    return told if isinstance(error, CytofedError) else f"its answer cannot be read: {told}"
 
 
 class Pauses:

@@ -6,6 +6,7 @@ metadata. Written atomically; the newest two are kept.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,10 +44,10 @@ def save_progress(folder: Path, progress: Progress, *, plan_sha256: str) -> None
         "wall_s": repr(progress.wall_s),
     }
     path = _file(folder, progress.round)
-    before = [file for file in sorted(folder.glob("round-*.safetensors")) if file != path]
+    before = [file for file in _files(folder) if file != path]
     over = before[-2] if len(before) > 1 else None
     write_tensors(path, progress.state, metadata, over=over)
-    for old in sorted(folder.glob("round-*.safetensors"))[:-2]:
+    for old in _files(folder)[:-2]:
         old.unlink(missing_ok=True)
     for part in folder.glob(".*.part"):  # left by a crash in the middle of a write
         part.unlink(missing_ok=True)
@@ -57,30 +58,45 @@ def load_progress(folder: Path, *, plan_sha256: str) -> Progress | None:
 
     Errors: InputError when it belongs to another plan or cannot be read.
     """
-    files = sorted(folder.glob("round-*.safetensors"))
-    if not files:
-        return None
+    files = _files(folder)
+    return _load(files[-1], plan_sha256) if files else None
+
+
+def load_last_whole(folder: Path, *, plan_sha256: str) -> Progress | None:
+    """The newest checkpoint of this plan that can be read, or None where there is none."""
+    for file in reversed(_files(folder)):
+        with contextlib.suppress(InputError):
+            return _load(file, plan_sha256)
+    return None
+
+
+def _load(path: Path, plan_sha256: str) -> Progress:
     try:
-        with safe_open(files[-1], "numpy") as file:
+        with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        found = Progress(
+            round=int(metadata["round"]),
+            state=state,
+            records=tuple(json.loads(metadata["records"])),
+            wall_s=float(metadata["wall_s"]),
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"checkpoint {files[-1]} cannot be read: {error}",
+            f"checkpoint {path} cannot be read: {error}",
             hint="remove it to go on from the one before",
         ) from None
     if metadata.get("plan_sha256") != plan_sha256:
         raise InputError(
-            f"checkpoint {files[-1]} is of plan {metadata.get('plan_sha256', '?')[:12]}, "
+            f"checkpoint {path} is of plan {metadata.get('plan_sha256', '?')[:12]}, "
             f"this plan is {plan_sha256[:12]}",
             hint="resume with the same plan, seed and data, or choose another --out",
         )
-    return Progress(
-        round=int(metadata["round"]),
-        state=state,
-        records=tuple(json.loads(metadata["records"])),
-        wall_s=float(metadata["wall_s"]),
-    )
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.safetensors"))
 
 
 def _file(folder: Path, round_: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 
 from cytofed.console import note, say
 from cytofed.errors import InputError
+from cytofed.words import one_line
 
 _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -78,10 +80,17 @@ def start(folder: Path) -> int:
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @click.argument("plan")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any key of the plan.")
+@click.option("--labs", default="", metavar="A,B,C", help="Offer it to these labs only.")
 @click.option("--wait", is_flag=True, help="Return when the run has ended.")
 @_json
-def run(folder: Path, plan: str, overrides: tuple[str, ...], wait: bool, as_json: bool) -> int:
-    """Offer PLAN to the labs that are enrolled now, and run it with those that approve."""
+def run(
+    folder: Path, plan: str, overrides: tuple[str, ...], labs: str, wait: bool, as_json: bool
+) -> int:
+    """Offer PLAN to the labs that are enrolled now, and run it with those that approve.
+
+    It starts when all of them have decided, or the plan's cohort.approval_days are over, or with
+    `start-run`.
+    """
     from cytofed.plan import load_plan, to_dict
     from cytofed.server.app import wait_for
     from cytofed.server.control import send_command
@@ -91,7 +100,8 @@ def run(folder: Path, plan: str, overrides: tuple[str, ...], wait: bool, as_json
 
     directory = ServerDirectory.open(folder)
     chosen = with_absolute_start(load_plan(plan, overrides))
-    queued = send_command(directory.socket, "run", plan=to_dict(chosen))
+    named = [lab.strip() for lab in labs.split(",") if lab.strip()]
+    queued = send_command(directory.socket, "run", plan=to_dict(chosen), labs=named)
     name = queued["run"]
     note(f"run {name}: plan {queued['plan_sha256']} waits for the labs' approval")
     if not wait:
@@ -104,7 +114,7 @@ def run(folder: Path, plan: str, overrides: tuple[str, ...], wait: bool, as_json
     else:
         say(f"run {name}: {summary['status']}")
         if summary.get("reason"):
-            say(summary["reason"])
+            say(one_line(summary["reason"]))
     return {"completed": 0, "incomplete": 4}.get(summary["status"], 1)
 
 
@@ -143,12 +153,25 @@ def status(folder: Path, as_json: bool) -> int:
     _print_rows([[gone["lab"], f"{gone['why']} {gone['at']}"] for gone in found["gone"]])
     _print_rows(
         [
-            [r["run"], r["status"], f"{r['rounds']} rounds", f"{len(r['cohort'])} labs"]
-            + ([r["reason"]] if r["reason"] else [])
+            [r["run"], r["status"], f"{r['rounds']} rounds", f"{len(r['cohort'])} labs", _told(r)]
             for r in found["runs"]
         ]
     )
+    if found["trouble"]:
+        say(f"trouble: {one_line(found['trouble'])}")
     return 0
+
+
+def _told(run: Mapping[str, Any]) -> str:
+    """Why a run is as it is: what it waits for, or why it ended."""
+    if run["reason"]:
+        return one_line(run["reason"])
+    if run["status"] == "approval":
+        silent = [lab for lab, verdict in run["decisions"].items() if verdict is None]
+        return f"waits for {', '.join(silent)}" if silent else ""
+    if run["status"] == "rounds" and not run["at_work"]:
+        return "waits for its turn"
+    return ""
 
 
 @server.command()
@@ -165,6 +188,23 @@ def revoke(folder: Path, lab: str) -> int:
     except InputError:  # nothing runs: the directory is all there is
         directory.revoke(lab)
     say(f"{lab} is revoked; a new invite needs new keys")
+    return 0
+
+
+@server.command("start-run")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("name", metavar="RUN")
+@_json
+def start_run(folder: Path, name: str, as_json: bool) -> int:
+    """Start RUN with the labs that have approved it by now, without waiting for others."""
+    from cytofed.server.control import send_command
+    from cytofed.server.directory import ServerDirectory
+
+    found = send_command(ServerDirectory.open(folder).socket, "start-run", run=name)
+    if as_json:
+        _print_json({"run": name, **found})
+    else:
+        say(f"run {name} starts with {', '.join(found['labs'])}")
     return 0
 
 

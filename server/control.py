@@ -34,6 +34,13 @@ class Command:
             raise InputError(f"command {self.name} lacks {key}")
         return value
 
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of names; empty where there is none."""
+        value = self.arguments.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise InputError(f"command {self.name}: {key} is not a list of names")
+        return tuple(value)
+
     def plan(self) -> Plan:
         tree = self.arguments.get("plan")
         if not isinstance(tree, dict):

@@ -181,6 +181,16 @@ def route_of(
     return route
 
 
-async def health(_request: Request) -> Response:
-    """Says that the coordinator is up and which version it is."""
-    return JSONResponse({"ok": True, "version": __version__})
+def health_of(trouble: Callable[[], str]) -> Callable[[Request], Awaitable[Response]]:
+    """Says that the coordinator is up and which version it is; 503 and why, while it is not well.
+
+    ``trouble``: what is wrong now, or nothing; for anybody's eyes.
+    """
+
+    async def health(_request: Request) -> Response:
+        wrong = trouble()
+        if wrong:
+            return JSONResponse({"ok": False, "reason": wrong, "version": __version__}, 503)
+        return JSONResponse({"ok": True, "version": __version__})
+
+    return health

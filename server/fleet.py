@@ -926,9 +926,10 @@ class FleetGrid(Grid):
         with store.lock_store:
             for missing in store.preregister(self._run.run_id, objects.tree):
                 store.put_own(missing, objects)
-        self._link.deliveries[objects.number] = _Delivery(
-            old.metadata.dst_node_id, self._reply_bytes, objects.numbers
-        )
+        with self._link.lock:  # another thread may be looking through them
+            self._link.deliveries[objects.number] = _Delivery(
+                old.metadata.dst_node_id, self._reply_bytes, objects.numbers
+            )
         if self._link.store_message_ins(objects.head) is None:
             self._link.forget(objects.number)
             return

@@ -66,13 +66,24 @@ def read_scores(folder: RunFolder, number: int, classes: int) -> Scores | None:
 
 
 def write_results(
-    folder: RunFolder, run: Run, offer: Offer, progress: Progress, scores: Scores, start: Start
+    folder: RunFolder,
+    run: Run,
+    offer: Offer,
+    progress: Progress,
+    scores: Scores,
+    start: Start,
+    *,
+    reason: str = "",
 ) -> dict[str, Any]:
     """Write metrics, model and card, and last of all the summary, which says that it is finished.
 
-    A run without a single applied round leaves no model.
+    A run without a single applied round leaves no model. ``reason``: why it ended before its end;
+    it is then not completed.
     """
     summary = _summary(run, offer, progress, scores, start)
+    if reason:
+        unfinished = "incomplete" if summary["status"] == "completed" else summary["status"]
+        summary = {**summary, "status": unfinished, "reason": reason}
     if summary["status"] != "failed":
         write_model(
             folder.root / "model.safetensors",

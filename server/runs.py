@@ -12,19 +12,22 @@
         private/given.safetensors given.json     the file that it is made from, and its card
         private/given/LAB                        that the lab has that file
         private/delivered/LAB                    that the lab has the result
+        private/told/LAB                         that a lab outside the cohort knows it is over
+        private/stop private/start-now           what the coordinator's person asked for
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cytofed.documents import Decision, Offer, Roster
 from cytofed.errors import CytofedError, InputError, VerificationError
@@ -32,10 +35,17 @@ from cytofed.files import write_atomically
 from cytofed.plan import Plan, dump_plan
 from cytofed.privacy.identity import Identity
 from cytofed.start import give_start
+from cytofed.words import reason_of
 
 Phase = Literal["approval", "rounds", "completed", "incomplete", "failed"]
 
 ENDED = ("completed", "incomplete", "failed")
+
+_STATE = "state.json"
+
+
+class DamagedRun(CytofedError):
+    """The state of a run's folder cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class RunFolder:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         folder = RunFolder(runs / f"{slug}-{stamp}-{secrets.token_hex(2)}")
         folder.root.mkdir(mode=0o700)
-        for sub in ("", "/decisions", "/delivered", "/given"):
+        for sub in ("", "/decisions", "/delivered", "/given", "/told"):
             (folder.root / f"private{sub}").mkdir(mode=0o700)
         folder.checkpoints.mkdir(mode=0o700)
         try:
@@ -96,25 +106,44 @@ class RunFolder:
         return folder
 
     @staticmethod
-    def all(runs: Path) -> list[RunFolder]:
-        """All runs, in the order in which they were queued."""
-        found = [RunFolder(file.parent) for file in runs.glob("*/state.json")]
-        return sorted(found, key=lambda folder: (folder.state().queued_at, folder.name))
+    def all(runs: Path, *, but: Container[str] = ()) -> list[RunFolder]:
+        """All runs but those of these names, in the order in which they were queued.
+
+        Those whose state cannot be read come first.
+        """
+        names = [entry.name for entry in os.scandir(runs) if entry.name not in but]
+        found = [RunFolder(runs / name) for name in names if (runs / name / _STATE).is_file()]
+        return sorted(found, key=lambda folder: (folder._queued_at(), folder.name))
+
+    def _queued_at(self) -> str:
+        try:
+            return self.state().queued_at
+        except DamagedRun:
+            return ""
 
     @staticmethod
     def open(runs: Path, name: str) -> RunFolder:
         """Errors: InputError for an unknown name."""
         folder = RunFolder(runs / name)
-        if "/" in name or not (folder.root / "state.json").is_file():
+        if "/" in name or not (folder.root / _STATE).is_file():
             raise InputError(f"no run {name!r}", hint="`cytofed server status DIR` lists them")
         return folder
 
     def state(self) -> RunState:
-        found = json.loads((self.root / "state.json").read_text())
-        return RunState(**{**found, "cohort": tuple(found["cohort"])})
+        """Errors: DamagedRun where it cannot be read."""
+        try:
+            found = json.loads((self.root / _STATE).read_text())
+            state = RunState(**{**found, "cohort": tuple(found["cohort"])})
+            if state.phase not in get_args(Phase) or not isinstance(state.queued_at, str):
+                raise ValueError(f"phase {state.phase!r:.40}")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DamagedRun(
+                f"run {self.name}: {_STATE} cannot be read: {reason_of(error)}"
+            ) from None
+        return state
 
     def save(self, state: RunState) -> None:
-        write_atomically(self.root / "state.json", json.dumps(asdict(state), indent=1) + "\n")
+        write_atomically(self.root / _STATE, json.dumps(asdict(state), indent=1) + "\n")
 
     def ask_to_stop(self, why: str) -> None:
         write_atomically(self.private / "stop", why)
@@ -124,8 +153,27 @@ class RunFolder:
         file = self.private / "stop"
         return file.read_text() if file.is_file() else ""
 
-    def end(self, phase: Phase, *, reason: str = "", absent: Mapping[str, str] = {}) -> None:
-        state = self.state()
+    def ask_to_start(self) -> None:
+        """Have it start with the labs that have approved it, without waiting for others."""
+        write_atomically(self.private / "start-now", now())
+
+    @property
+    def asked_to_start(self) -> bool:
+        return (self.private / "start-now").is_file()
+
+    def end(
+        self,
+        phase: Phase,
+        *,
+        reason: str = "",
+        absent: Mapping[str, str] = {},
+        cohort: tuple[str, ...] = (),
+    ) -> None:
+        """The run is over. ``cohort``: where its state, which knows, may be damaged."""
+        try:
+            state = self.state()
+        except DamagedRun:
+            state = RunState("failed", now(), cohort=cohort)
         self.save(
             replace(
                 state,
@@ -142,11 +190,9 @@ class RunFolder:
 
     # --- decisions
 
-    def decide(self, offer: Offer, lab: str, document: bytes) -> Decision:
-        """Keep a lab's decision. Errors: VerificationError."""
-        decision = Decision.verified(document, offer.roster.member(lab).identity, offer)
+    def keep_decision(self, lab: str, document: bytes) -> None:
+        """Keep a lab's decision, which was verified."""
         write_atomically(self.private / "decisions" / lab, document)
-        return decision
 
     def decisions(self, offer: Offer) -> dict[str, tuple[Decision, bytes]]:
         """What the labs said so far."""
@@ -173,8 +219,16 @@ class RunFolder:
         write_atomically(self.root / "summary.json", json.dumps(summary, indent=1) + "\n")
 
     def summary(self) -> dict[str, Any] | None:
+        """Errors: DamagedRun where it cannot be read."""
         file = self.root / "summary.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise DamagedRun(
+                f"run {self.name}: {file.name} cannot be read: {reason_of(error)}"
+            ) from None
 
     def has_start(self, lab: str) -> bool:
         """Whether the lab has the start model that was given."""
@@ -188,6 +242,13 @@ class RunFolder:
 
     def deliver(self, lab: str) -> None:
         write_atomically(self.private / "delivered" / lab, now())
+
+    def told(self, lab: str) -> bool:
+        """Whether a lab outside the cohort knows that the run is over for it."""
+        return (self.private / "told" / lab).is_file()
+
+    def tell(self, lab: str) -> None:
+        write_atomically(self.private / "told" / lab, now())
 
 
 def now() -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from cytofed.errors import CytofedError
+
 MOST_CHARS = 200
 """of a reason, shown to people"""
 
@@ -32,3 +34,10 @@ def markdown(text: object, *, most: int = MOST_CHARS) -> str:
     line = " ".join(one_line(text, most=most).split())
     escaped = re.sub(r"([\\`*_{}\[\]<>#|~!&@])", r"\\\1", line)
     return re.sub(r"(?i)(www)\.|(:)//", lambda m: f"{m[1]}\\." if m[1] else r"\://", escaped)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line; an unexpected one with its type."""
+    if isinstance(error, CytofedError):
+        return one_line(error.message)
+    return one_line(f"{type(error).__name__}: {error}")

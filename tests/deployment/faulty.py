@@ -7,10 +7,15 @@
     skip:MODULE:NAME                   calls of NAME do nothing
     clock:SECONDS                      the clock that signs requests is off by so much
     stumble:N                          the coordinator answers every Nth request with HTTP 500
+    fail:MODULE:NAME:WHEN:ERROR        calls of NAME raise the built-in ERROR: the Nth, or all while
+                                       the file WHEN is there
+    shape:MODULE:NAME                  manifests of NAME have another array, empty and of a shape
+                                       that no array can have
 """
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib
 import itertools
@@ -20,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 
@@ -67,6 +73,36 @@ def skip(place: str, name: str) -> None:
     replace(place, name, lambda original: functools.wraps(original)(lambda *_args, **_kw: None))
 
 
+def fail(place: str, name: str, when: str, error: str) -> None:
+    calls = itertools.count(1)
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if (next(calls) == int(when)) if when.isdigit() else Path(when).exists():
+                raise getattr(builtins, error)("planted")
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    replace(place, name, wrap)
+
+
+def shape(place: str, name: str) -> None:
+    from cytofed.privacy import wire
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            manifest, payload = original(*args, **kwargs)
+            rows = wire.decode(manifest)
+            return wire.encode([*rows, ["more", [0, 2**62, 2**62], "<f4"]]), payload
+
+        return wrapped
+
+    replace(place, name, wrap)
+
+
 def clock(seconds: str) -> None:
     off = timedelta(seconds=float(seconds))
     replace("flwr.supernode.node_auth_http_interceptor", "now", lambda now: lambda: now() + off)
@@ -103,6 +139,8 @@ FAULTS: dict[str, Callable[..., None]] = {
     "skip": skip,
     "clock": clock,
     "stumble": stumble,
+    "fail": fail,
+    "shape": shape,
 }
 
 
