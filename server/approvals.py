@@ -25,6 +25,7 @@ from cytofed.server.asking import Pauses, read
 from cytofed.server.fleet import Fleet, Stopped
 from cytofed.server.runs import RunFolder
 from cytofed.strategies import make_strategy
+from cytofed.words import reason_of
 
 _ANSWER_S = 120.0
 """a lab that has approved reads its images before it answers"""
@@ -90,15 +91,15 @@ class Approvals:
         folder, lab = question.folder, question.lab
         try:
             told = read(reply, lambda got: _decision_in(got, question.offer, lab))
-        except BadMessage as error:
-            _log.warning("run %s: answer of %s to the offer: %s", folder.name, lab, error.message)
-            told = None
-        if told is None:
-            self._pauses.refused((folder.name, lab))
-        else:
-            decision, document = told
-            folder.keep_decision(lab, document)
-            _log.info("run %s: %s %s the plan", folder.name, lab, decision.verdict)
+            if told is not None:
+                decision, document = told
+                folder.keep_decision(lab, document)
+                _log.info("run %s: %s %s the plan", folder.name, lab, decision.verdict)
+                return
+        except (BadMessage, OSError) as error:  # asked again, it says the same
+            why = reason_of(error)
+            _log.warning("run %s: answer of %s to the offer: %s", folder.name, lab, why)
+        self._pauses.refused((folder.name, lab))
 
     def start_if_due(self, folder: RunFolder, offer: Offer) -> bool:
         """Fix the run's cohort where it is time to; whether it was.

@@ -7,8 +7,8 @@
     skip:MODULE:NAME                   calls of NAME do nothing
     clock:SECONDS                      the clock that signs requests is off by so much
     stumble:N                          the coordinator answers every Nth request with HTTP 500
-    fail:MODULE:NAME:WHEN:ERROR        calls of NAME raise the built-in ERROR: the Nth, or all while
-                                       the file WHEN is there
+    fail:MODULE:NAME:WHEN:ERROR        calls of NAME raise ERROR, an exception or a number of errno:
+                                       the Nth, or all while the file WHEN is there
     shape:MODULE:NAME                  manifests of NAME have another array, empty and of a shape
                                        that no array can have
 """
@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import functools
 import importlib
 import itertools
@@ -80,7 +81,8 @@ def fail(place: str, name: str, when: str, error: str) -> None:
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if (next(calls) == int(when)) if when.isdigit() else Path(when).exists():
-                raise getattr(builtins, error)("planted")
+                number = getattr(errno, error, None)
+                raise OSError(number, "planted") if number else getattr(builtins, error)("planted")
             return original(*args, **kwargs)
 
         return wrapped

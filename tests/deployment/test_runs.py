@@ -187,6 +187,25 @@ def test_failure_in_the_middle_of_a_run_keeps_its_model_and_names_the_reason(
     assert read_model(folder_of(federation, run) / "model.safetensors")[0]
 
 
+@pytest.mark.faults
+def test_full_disk_sets_a_run_aside_and_it_goes_on_when_there_is_room(
+    federation: Federation, tmp_path: Path
+) -> None:
+    planted = tmp_path / "full"
+    planted.touch()
+    for lab in LABS:
+        federation.start(lab)
+    federation.kill("coordinator")
+    federation.start("coordinator", f"fail:cytofed.server.app:save_progress:{planted}:ENOSPC")
+    run = queue(federation, "full", rounds=2)
+    approve(federation, run, *LABS)
+    told = federation.until(lambda: described(federation, run)["reason"], "the run is set aside")
+    assert "planted" in told
+    assert described(federation, run)["status"] == "rounds"
+    planted.unlink()
+    assert federation.summary(run)["status"] == "completed"
+
+
 def health(federation: Federation) -> httpx.Response:
     context = ssl.create_default_context(cafile=str(federation.coordinator / "ca.pem"))
     return httpx.get(f"https://localhost:{federation.port}/health", verify=context)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cytofed.errors import InputError
-from cytofed.server.checkpoints import Progress, load_progress, save_progress
+from cytofed.server.checkpoints import Progress, load_last_whole, load_progress, save_progress
 
 PLAN, OTHER_PLAN = "a" * 64, "b" * 64
 
@@ -68,6 +69,22 @@ def test_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"round-00001\.safetensors cannot be read"):
         load_progress(tmp_path, plan_sha256=PLAN)
+
+
+@pytest.mark.parametrize("lost", ["round", "records", "wall_s"])
+def test_checkpoint_without_its_notes_is_damaged_and_the_one_before_is_found(
+    lost: str, tmp_path: Path
+) -> None:
+    save_progress(tmp_path, progress(1), plan_sha256=PLAN)
+    notes = {"round": "2", "records": "[]", "wall_s": "1.0", "plan_sha256": PLAN}
+    notes[lost] = "no"
+    save_file(dict(progress(2).state), tmp_path / "round-00002.safetensors", notes)
+    with pytest.raises(InputError, match=r"round-00002\.safetensors cannot be read"):
+        load_progress(tmp_path, plan_sha256=PLAN)
+    found = load_last_whole(tmp_path, plan_sha256=PLAN)
+    assert found is not None
+    assert found.round == 1
+    assert load_last_whole(tmp_path, plan_sha256="f" * 64) is None
 
 
 CRASH = """

@@ -322,6 +322,16 @@ def test_order_of_labs_does_not_decide_who_is_refused_for_weight() -> None:
         assert federate(labs).records("received") == [["ulm", "york"]] * 2
 
 
+@pytest.mark.parametrize("labs", [9, 11, 40])
+def test_labs_that_all_take_the_largest_weight_end_no_run(labs: int) -> None:
+    """A sum of equal shares of floating point may be above the whole."""
+    names = [f"lab-{number}" for number in range(labs)]
+    for weight in (MAX_WEIGHT / labs, MAX_WEIGHT // labs):
+        ended = federate({name: trains(weight=weight) for name in names}, plan(1))
+        [received] = ended.records("received")
+        assert received == (sorted(names) if weight == MAX_WEIGHT // labs else [])
+
+
 def test_lab_that_cannot_be_reached_is_absent_by_name() -> None:
     ended = federate({"leeds": honest, "ulm": honest}, unreachable=["ulm"])
     assert [*ended.records("absent")[0]] == ["ulm"]
