@@ -371,6 +371,7 @@ def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Show PLAN with every key, its hash and its price."""
     from cytofed.plan import dump_plan, load_plan, to_dict
     from cytofed.plan_check import check_plan, delta_told, price
+    from cytofed.work import work_of
 
     chosen = load_plan(plan, overrides)
     warnings = check_plan(chosen)
@@ -382,6 +383,8 @@ def plan_show(plan: str, overrides: tuple[str, ...], as_json: bool) -> int:
     say(dump_plan(chosen))
     say(f"\nsha256   {chosen.sha256}")
     say(f"rounds   {cost['rounds']}")
+    for line in work_of(chosen).lines():
+        say(f"work     {line}")
     up, down = cost["bytes"]["up_per_lab_round"], cost["bytes"]["down_per_lab_round"]
     say(
         f"bytes    {up:,} up, {down:,} down, per lab and round "

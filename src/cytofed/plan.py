@@ -475,6 +475,10 @@ def _build_strategy(tree: Mapping[str, Any], source: str) -> StrategySpec:
     return StrategySpec(name=name, options=options)
 
 
+_MOST_DAYS, _MOST_WAIT_S = 366.0, 30 * 86400.0
+"""that a run waits for approval, and for labs in one step of a round"""
+
+
 def _bound(where: str, value: float | None, low: float, high: float = math.inf) -> None:
     if value is not None and not low <= value <= high:
         limit = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
@@ -498,9 +502,10 @@ def _check_values(plan: Plan) -> None:
     _bound("model.width", plan.model.width, 8, MOST_WIDTH)
     _bound("train.rounds", train.rounds, 1)
     _above_zero("train.local_epochs", train.local_epochs)
+    _bound("train.local_epochs", train.local_epochs, 0, 1e5)
     _bound("train.steps_per_round", train.steps_per_round, 1)
-    _bound("train.batch", train.batch, 1)
-    _bound("train.steps_per_epoch", train.steps_per_epoch, 1)
+    _bound("train.batch", train.batch, 1, 65_536)
+    _bound("train.steps_per_epoch", train.steps_per_epoch, 1, 10_000_000)
     _above_zero("train.lr", train.lr)
     _bound("train.momentum", train.momentum, 0, 0.9999)
     _bound("train.weight_decay", train.weight_decay, 0)
@@ -524,8 +529,11 @@ def _check_values(plan: Plan) -> None:
     _above_zero("secure_aggregation.control_range", plan.secure_aggregation.control_range)
     _bound("cohort.min_labs", plan.cohort.min_labs, 1)
     _above_zero("cohort.approval_days", plan.cohort.approval_days)
+    _bound("cohort.approval_days", plan.cohort.approval_days, 0, _MOST_DAYS)
     _above_zero("cohort.wait_s", plan.cohort.wait_s)
+    _bound("cohort.wait_s", plan.cohort.wait_s, 0, _MOST_WAIT_S)
     _above_zero("cohort.round_timeout_s", plan.cohort.round_timeout_s)
+    _bound("cohort.round_timeout_s", plan.cohort.round_timeout_s, 0, _MOST_WAIT_S)
     _bound("evaluation.fraction", plan.evaluation.fraction, 0, 0.9)
     _bound("evaluation.calibration", plan.evaluation.calibration, 0, 0.5)
     folds = int(1 / plan.evaluation.fraction + 1e-9) if plan.evaluation.fraction else 1
@@ -565,9 +573,9 @@ def _check_privacy(privacy: Privacy) -> None:
     _above_zero("privacy.sigma", privacy.sigma)
     _above_zero("privacy.max_norm", privacy.max_norm)
     _above_zero("privacy.sampling_rate", privacy.sampling_rate)
-    _bound("privacy.sampling_rate", privacy.sampling_rate, 0, 1)
-    _bound("privacy.cells_per_patient", privacy.cells_per_patient, 1)
-    _bound("privacy.multiplicity", privacy.multiplicity, 1)
+    _bound("privacy.sampling_rate", privacy.sampling_rate, 1e-6, 1)
+    _bound("privacy.cells_per_patient", privacy.cells_per_patient, 1, 65_536)
+    _bound("privacy.multiplicity", privacy.multiplicity, 1, 1024)
     _above_zero("privacy.noise_drift", privacy.noise_drift)
     if privacy.delta is not None and not 0 < privacy.delta < 1:
         raise InputError(f"Expected 0 < privacy.delta={privacy.delta:g} < 1")

@@ -18,6 +18,7 @@ from cytofed.privacy.accounting import Guarantee, shown
 from cytofed.privacy.secagg import check_rules
 from cytofed.privacy.terms import Terms, delta_of, patients_of, patients_told, terms_of
 from cytofed.strategies import make_strategy
+from cytofed.work import work_of
 
 
 def check_plan(plan: Plan) -> list[str]:
@@ -25,6 +26,7 @@ def check_plan(plan: Plan) -> list[str]:
 
     Errors: InputError for parts that do not fit together or are not offered.
     """
+    work_of(plan)
     strategy = make_strategy(plan.strategy)
     check_start(plan.model.start, arch=plan.model.arch, width=plan.model.width)
     _check_prior(plan)
@@ -244,6 +246,7 @@ def price(plan: Plan) -> dict[str, Any]:
     parameters = models.manifest(net, plan.model.trainable).size
     return {
         "rounds": plan.train.rounds,
+        "work": work_of(plan).to_json(),
         "bytes": {
             "parameters": parameters,
             "up_per_lab_round": 4 * parameters * len(strategy.lab.up),
