@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def described(federation: Federation, run: str) -> dict[str, Any]:
     return dict(found)
 
 
+def has_failed(federation: Federation, run: str) -> bool:
+    return bool(described(federation, run)["status"] == "failed")
+
+
 def folder_of(federation: Federation, run: str) -> Path:
     return federation.coordinator / "runs" / run
 
@@ -133,9 +138,7 @@ def test_damaged_folder_is_the_end_of_its_run_and_others_go_on(federation: Feder
     federation.start("coordinator")
 
     for run, why in ((cut, "state.json cannot be read"), (altered, "")):
-        federation.until(
-            lambda run=run: described(federation, run)["status"] == "failed", f"{run} has ended"
-        )
+        federation.until(partial(has_failed, federation, run), f"{run} has ended")
         reason = described(federation, run)["reason"]
         assert reason
         assert why in reason
