@@ -14,7 +14,7 @@ from cytofed.server.worker import Worker
 def made(
     turn: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Worker, threading.Event, list[str], threading.Event]:
-    """A worker that starts at once, its end, what it gave up for, and that it did."""
+    """A worker that has not started, its end, what it gave up for, and that it did."""
     monkeypatch.setattr(worker, "_FIRST_PAUSE_S", 0.001)
     ending, reasons, gave_up = threading.Event(), list[str](), threading.Event()
 
@@ -23,7 +23,6 @@ def made(
         gave_up.set()
 
     made = Worker("rounds", turn, ending=ending, give_up=give_up)
-    made.start()
     return made, ending, reasons, gave_up
 
 
@@ -44,6 +43,7 @@ def test_turn_that_fails_now_and_then_is_tried_again_and_trouble_passes(
     found: list[Worker] = []
     one, ending, reasons, _ = made(turn, monkeypatch)
     found.append(one)
+    one.start()
     assert whole.wait(60)
     assert one.trouble() == ""
     assert "rounds: OSError: no room" in seen
@@ -62,6 +62,7 @@ def test_thread_that_cannot_go_on_says_so_however_it_ends(
         raise error
 
     one, _, reasons, gave_up = made(turn, monkeypatch)
+    one.start()
     assert gave_up.wait(60)
     one.join(60)
     assert len(reasons) == 1
@@ -70,15 +71,16 @@ def test_thread_that_cannot_go_on_says_so_however_it_ends(
 
 
 def test_woken_worker_does_not_wait_out_its_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns, again = [0], threading.Event()
+    turns, first, again = [0], threading.Event(), threading.Event()
 
     def turn() -> float:
         turns[0] += 1
-        if turns[0] == 2:
-            again.set()
+        (first if turns[0] == 1 else again).set()
         return 3600.0
 
     one, ending, _, _ = made(turn, monkeypatch)
+    one.start()
+    assert first.wait(60)
     one.wake()
     assert again.wait(60)
     ending.set()
