@@ -89,6 +89,12 @@ class Cells:
         pairs = zip(self.source_N.tolist(), self.row_N.tolist(), strict=True)
         return [hashes[source][row].tobytes().hex() for source, row in pairs]
 
+    def own_patients(self) -> list[str]:
+        """Each image's patient as its own folder names it, whatever other folders there are."""
+        assert self.patients_N is not None
+        names = self.patients_N.tolist()
+        return names if len(self.sources) == 1 else [name.partition(":")[2] for name in names]
+
     def column(self, name: str) -> np.ndarray:
         """Text of a CSV column, "" for sources without it; InputError when none has it."""
         if not any(name in source.listing.columns for source in self.sources):
@@ -189,6 +195,7 @@ def open_cells(
     field_um: float | None,
     cache_dir: Path,
     progress: Progress | None = None,
+    alone: bool = False,
 ) -> Cells:
     """Every labelled, readable image of the data folders, at the plan's scale.
 
@@ -196,6 +203,7 @@ def open_cells(
     ``field_um``: the plan's field; each source is cropped or continued to it where its own field
     is known, else its whole frame is used.
     ``progress``: called with images done and images in all of the folder at work.
+    ``alone``: see :func:`list_cells`.
 
     Unreadable images are left out and listed in ``sources[i].listing.problems``.
     Raises InputError as :func:`list_cells` does, or when a folder has no usable image.
@@ -212,7 +220,7 @@ def open_cells(
         )
     sources = []
     for root, label_map in zip(roots, chosen, strict=True):
-        listing = list_cells(root, scheme, label_map=label_map, patients=patients)
+        listing = list_cells(root, scheme, label_map=label_map, patients=patients, alone=alone)
         if not listing.paths:
             raise InputError(
                 f"no image below {root} can be used: {sum(listing.excluded.values())} excluded "

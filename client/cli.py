@@ -31,7 +31,7 @@ def client() -> None:
 @click.option("--dir", "folder", required=True, type=_FOLDER, help="The lab's new directory.")
 @click.option("--data", required=True, type=_FOLDER, help="Folder or CSV with this lab's images.")
 @click.option("--labels", help="Label map: a name or a YAML file; found by itself if left out.")
-@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH or name:REGEX.")
+@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH, name:REGEX or none.")
 @click.option("--patients-declared", type=click.IntRange(1), help="Public, rounded number.")
 @click.option(
     "--pool", default="default", help="Whose budget: labs with the same patients share it."

@@ -39,6 +39,7 @@ from cryptography.x509.oid import NameOID
 from cytofed import __version__
 from cytofed.client.egress import EgressLog, Outgoing, fields_of
 from cytofed.client.policy import PlanBook
+from cytofed.client.reader import fitting_map, refuse_unsaid_patients
 from cytofed.client.settings import Settings, fresh_yaml, load_settings
 from cytofed.client.storage import KEY_BYTES, KEY_FILE, open_storage_key
 from cytofed.client.transport import Connections
@@ -221,13 +222,14 @@ def join(
     coordinator is not the one of the invite.
     """
     _check_new(root, data)
+    refuse_unsaid_patients(data, patients)
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     root.chmod(0o700)
     write_atomically(root / "ca.pem", invite.ca_pem)
     if not (root / "client.yaml").is_file():
         text = fresh_yaml(
             data=data,
-            labels=labels,
+            labels=labels or fitting_map(data),
             patients=patients,
             patients_declared=patients_declared,
             pool=pool,

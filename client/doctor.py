@@ -41,7 +41,6 @@ CLOCK_WARN_S = 30.0
 CLOCK_FAIL_S = 240.0
 """requests are signed with the time and refused beyond 300 s"""
 CERTIFICATE_WARN_DAYS = 30
-DEFAULT_SCHEME = "bone-marrow-21"
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ def check_images(
 ) -> Iterator[Finding]:
     """Every image is read once (see ``cytofed data check`` for all of the report)."""
     from cytofed.client.check import check_data
+    from cytofed.client.reader import DEFAULT_SCHEME, patient_columns
 
     more = f"cytofed data check {settings.data}"
     try:
@@ -158,8 +158,14 @@ def check_images(
         where = ", ".join(item.where for item in found.identifiers[:3])
         detail = f"something like an identifier in {where}; nothing of it leaves"
         yield Finding("data, identifiers", "warn", detail, f"better still, remove it: {more}")
+    yield from _check_alone(settings, found.label_map, found.images)
     declared = settings.patients_declared
-    if found.patients is None:
+    columns = () if settings.patients else patient_columns(settings.data)
+    if columns:
+        detail = f'column "{columns[0]}" seems to name the patients, and patients is not set'
+        way_out = f"set patients: column:{columns[0]} in client.yaml, or none where it does not"
+        yield Finding("patients", "fail", detail, way_out)
+    elif found.patients is None:
         detail = "not known who is who: plans with patient-level privacy are refused"
         yield Finding("patients", "warn", detail, "set patients in client.yaml")
     elif declared is None:
@@ -171,6 +177,31 @@ def check_images(
         yield Finding("patients", "warn", detail, way_out)
     else:
         yield Finding("patients", "ok", f"{declared} declared")
+
+
+def _check_alone(settings: Settings, fits: str, images: int) -> Iterator[Finding]:
+    """What plans with differential privacy ask of the labels: each patient's stand alone."""
+    from cytofed.client.reader import list_cells
+
+    if settings.labels is None:
+        detail = "the label map is found by itself: private plans are refused"
+        yield Finding("label map", "warn", detail, f"set labels: {fits} in client.yaml")
+        return
+    label_map = load_map(settings.labels)
+    scheme, whose = load_scheme(label_map.scheme), settings.patients
+    try:
+        usual, alone = (
+            list_cells(settings.data, scheme, label_map=label_map, patients=whose, alone=alone)
+            for alone in (False, True)
+        )
+    except CytofedError as error:
+        yield Finding("data, private plans", "fail", error.message, error.hint)
+        return
+    lost = set(usual.paths) - set(alone.paths)
+    if lost:
+        detail = f"{len(lost)} of {images} images are left out of private plans, as {min(lost)}"
+        way_out = "write paths into the CSV as they are below its folder, one line a row"
+        yield Finding("data, private plans", "warn", detail, way_out)
 
 
 def check_disk(directory: Path) -> Iterator[Finding]:

@@ -22,9 +22,10 @@ from cytofed.client.cells import Cells, open_cells
 from cytofed.client.check import near_duplicate_groups
 from cytofed.client.outbox import Outbox, SameUpdate
 from cytofed.client.policy import ledger_federation
+from cytofed.client.reader import fitting_map, patient_columns
 from cytofed.client.secure import SecureLab
 from cytofed.client.settings import Settings
-from cytofed.client.split import hold_out, image_keys, test_split, units
+from cytofed.client.split import Bools, hold_out, hold_out_alone, image_keys, test_split, units
 from cytofed.documents import Offer
 from cytofed.encoder import Given, is_shipped, refuse_seen, shipped
 from cytofed.errors import InputError, VerificationError
@@ -45,8 +46,9 @@ def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.b
         return np.zeros(len(scheme.codes), dtype=bool)
     if plan.train.mask_absent == "missing" and plan.privacy.unit == "none":
         return np.asarray(~train.targets_NC.any(axis=0))
-    used = [train.sources[number].listing.absent for number in np.unique(train.source_N)]
-    declared = frozenset.intersection(*used) if used else frozenset()
+    # Where no image is left, the maps still say the same: no patient decides about the mask.
+    used = np.unique(train.source_N) if len(train) else np.arange(len(train.sources))
+    declared = frozenset.intersection(*(train.sources[k].listing.absent for k in used.tolist()))
     return np.array([code in declared for code in scheme.codes])
 
 
@@ -115,9 +117,9 @@ def kept_for_calibration(train: Cells, plan: Plan) -> npt.NDArray[np.bool_]:
     """Which of the images that are not for the test stay out of training too, (N,).
 
     Patients and images that look the same are on one side; of data that cannot be divided so,
-    nothing is kept.
+    nothing is kept. Under differential privacy nothing is: a temperature is not released.
     """
-    fraction = plan.evaluation.calibration
+    fraction = plan.evaluation.calibration if plan.privacy.unit == "none" else 0.0
     unit_N = units(train.dhash_N, train.patients_N)
     if fraction == 0 or len(np.unique(unit_N)) < 2:
         return np.zeros(len(train), dtype=bool)
@@ -130,13 +132,68 @@ def kept_for_calibration(train: Cells, plan: Plan) -> npt.NDArray[np.bool_]:
     )
 
 
+def indivisible(cells: Cells, plan: Plan) -> npt.NDArray[np.int64]:
+    """Number of each image's unit, (N,): what is never divided between sides or virtual labs.
+
+    Under differential privacy a patient alone (an image, where that is the unit); else patients and
+    images that look the same.
+    """
+    if _each_alone(cells, plan):
+        whose_N = cells.patients_N if plan.privacy.unit == "patient" else None
+        return units(np.arange(len(cells)), whose_N)
+    return units(near_duplicate_groups(cells.dhash_N, images=cells.images), cells.patients_N)
+
+
+def held_out(
+    cells: Cells, plan: Plan, unit_N: npt.NDArray[np.int64], *, exact: bool = False
+) -> Bools:
+    """Which images are kept for scores, (N,). ``unit_N``: of ``indivisible``.
+
+    Without privacy whole units by class quotas. With it each patient (each image where that is the
+    unit) is decided by its own identifier alone, and nobody is held out where no scores are
+    released: they would be lost to training. ``exact``: scores are told whatever the plan releases,
+    as a simulation does.
+    """
+    settings, seed = plan.evaluation, plan.train.seed
+    if not _each_alone(cells, plan):
+        return hold_out(
+            cells.class_N,
+            unit_N,
+            cells.paths(),
+            cells.dhash_N,
+            cells.source_N,
+            fraction=settings.fraction,
+            fold=settings.fold,
+            seed=seed,
+        )
+    if not (plan.releases_scores or exact):
+        return np.zeros(len(cells), dtype=np.bool_)
+    owner_N = cells.own_patients() if plan.privacy.unit == "patient" else cells.file_sha256()
+    return hold_out_alone(owner_N, fraction=settings.fraction, fold=settings.fold, seed=seed)
+
+
+def _each_alone(cells: Cells, plan: Plan) -> bool:
+    """Whether there is somebody to protect; pseudo-patients are made up after the split."""
+    unit = plan.privacy.unit
+    return unit == "image" or (unit == "patient" and cells.patients_N is not None)
+
+
 def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
     """Read (or find cached) all images of the lab and hold out the plan's share of them.
 
     ``folder``: the lab's place for the run's files, with the start model where one was given.
 
+    Guarantees: under differential privacy, what becomes of one patient's images (whether they are
+    used, for what, and their pixels) depends on no image, file or row of another patient.
     Errors: InputError for data that cannot be used, with what to do.
     """
+    private = plan.privacy.unit != "none"
+    if private and settings.labels is None:
+        raise InputError(
+            "labels is empty in client.yaml: under differential privacy the label map is declared, "
+            "or one patient's folders would choose the map, and the scale, of all others",
+            hint=_map_to_set(settings.data),
+        )
     cells = open_cells(
         (settings.data,),
         load_scheme(plan.labels.scheme),
@@ -145,25 +202,16 @@ def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
         size_px=plan.labels.scale.size_px,
         field_um=plan.labels.scale.field_um,
         cache_dir=default_cache_dir(),
+        alone=private,
     )
     if plan.privacy.unit == "patient" and cells.patients_N is None:
         raise InputError(
             "the plan protects patients, and the data does not say which image is whose",
-            hint="set patients in client.yaml, for example patients: column:patient",
+            hint=_patients_to_set(settings.data),
         )
-    if plan.privacy.unit != "none":
+    if private:
         refuse_seen(model_of(plan, folder).start, cells.file_sha256())
-    groups_N = near_duplicate_groups(cells.dhash_N, images=cells.images)
-    test_N = hold_out(
-        cells.class_N,
-        units(groups_N, cells.patients_N),
-        cells.paths(),
-        cells.dhash_N,
-        cells.source_N,
-        fraction=plan.evaluation.fraction,
-        fold=plan.evaluation.fold,
-        seed=plan.train.seed,
-    )
+    test_N = held_out(cells, plan, indivisible(cells, plan))
     train = cells.take(np.flatnonzero(~test_N))
     kept_N = kept_for_calibration(train, plan)
     return Images(
@@ -171,6 +219,16 @@ def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
         test=cells.take(np.flatnonzero(test_N)),
         calibration=train.take(np.flatnonzero(kept_N)),
     )
+
+
+def _map_to_set(data: Path) -> str:
+    fits = fitting_map(data)
+    return f"set labels: {fits}" if fits else "name the map of your labels, or write one"
+
+
+def _patients_to_set(data: Path) -> str:
+    columns = (*patient_columns(data), "patient")
+    return f"set patients in client.yaml, for example patients: column:{columns[0]}"
 
 
 def parameters_of(plan: Plan) -> int:

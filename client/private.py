@@ -197,11 +197,15 @@ def _make_step(
     precision = training.choose_precision(settings.precision, place)
     copies = plan.privacy.multiplicity
     step_seed = 0
+    named = cells.patients_N if plan.privacy.unit == "patient" else None
+
+    def owner_of(row: int) -> str | int:
+        return row if named is None else str(named[row])
 
     def loss_of(rows_K: Rows) -> Tensor:
         pixels = torch.from_numpy(cells.images(np.repeat(rows_K, copies)))
-        # Of the step and the patient's own rows: nobody else moves a patient's augmentation.
-        seed = derive(step_seed, "augment", int(rows_K[0])) & 0xFFFFFFFF
+        # Of the step and the patient's own name: nobody else moves a patient's augmentation.
+        seed = derive(step_seed, "augment", owner_of(int(rows_K[0]))) & 0xFFFFFFFF
         generator = torch.Generator().manual_seed(seed)
         images = augment(pixels.to(place), settings.augment, generator)
         images = images.contiguous(memory_format=torch.channels_last)

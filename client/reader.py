@@ -10,13 +10,14 @@ Shapes: N images, C classes.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,16 +34,26 @@ from PIL import (
 )
 
 from cytofed.errors import InputError
-from cytofed.labels import LabelMap, Scheme, built_in_maps, identity_map
+from cytofed.labels import LabelMap, Scheme, built_in_maps, identity_map, load_scheme
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"})
 # Only these decoders see a lab's files: each more is one more parser of untrusted bytes.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+DEFAULT_SCHEME = "bone-marrow-21"
+"""into which labels are read where no map says another"""
+NOBODY = "none"
+"""as ``patients``: the images say nothing of patients, whatever the columns of a CSV are called"""
 MAX_FRAME_PX = 40_000_000  # a whole-slide image is not a single cell
 
 _PLUGINS = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin)  # import registers
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 _LABEL_COLUMNS = ("label", "class", "code", "cell_type", "celltype", "category")
+_PATIENT_COLUMN = re.compile(
+    r"(patient(en|in)?|pat|subject|case|donor|person|individual|participant|proband(en)?|fall)s?"
+    r"([ _.-]?(id|ids|identifier|no|nr|num|number|nummer|code|key|name|uid|uuid|hash|ref|pseudonym"
+    r"|index))?|pid|mrn|pseudonym",
+    re.IGNORECASE,
+)
 _RANGE_FOLDER = re.compile(r"\d+(\s*-\s*\d+)?")
 
 Kind = Literal[
@@ -124,29 +135,33 @@ class Found:
 
 
 def find_images(root: Path) -> Found:
-    """Every file below ``root`` with the ending of an image; links are followed once.
+    """Every file below ``root`` with the ending of an image.
 
+    A link to a folder is followed, unless that folder is below ``root`` (and found there) or above
+    it. So whether a file is found depends on its own path, never on what else is there.
     Raises InputError when ``root`` is not a folder that can be read.
     """
     if not root.is_dir():
         raise InputError(f"no data folder {root}", hint="give an existing folder, or a CSV file")
     paths: list[str] = []
     hidden = 0
-    visited: set[tuple[int, int]] = set()
-    waiting = [("", str(root))]
+    home = Path(os.path.realpath(root))
+    waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [("", str(root), frozenset())]
     while waiting:
-        prefix, folder = waiting.pop()
+        prefix, folder, above = waiting.pop()
         try:
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in visited:  # a link to a folder above
+            if (status.st_dev, status.st_ino) in above:  # outside folders that link to each other
                 continue
-            visited.add((status.st_dev, status.st_ino))
+            above |= {(status.st_dev, status.st_ino)}
             with os.scandir(folder) as entries:
                 for entry in entries:
                     is_hidden = entry.name.startswith(".")
                     if entry.is_dir():
-                        if not is_hidden:
-                            waiting.append((f"{prefix}{entry.name}/", entry.path))
+                        if not is_hidden and not (
+                            entry.is_symlink() and _found_elsewhere(entry.path, home)
+                        ):
+                            waiting.append((f"{prefix}{entry.name}/", entry.path, above))
                     elif is_hidden:
                         hidden += 1
                     elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
@@ -159,14 +174,29 @@ def find_images(root: Path) -> Found:
     return Found(tuple(sorted(paths)), hidden)
 
 
+def _found_elsewhere(link: str, home: Path) -> bool:
+    """Whether a link leads to a folder that is found without it, or that holds all of these."""
+    target = Path(os.path.realpath(link))
+    return target.is_relative_to(home) or home.is_relative_to(target)
+
+
 def list_cells(
-    root: Path, scheme: Scheme, *, label_map: LabelMap | None = None, patients: str | None = None
+    root: Path,
+    scheme: Scheme,
+    *,
+    label_map: LabelMap | None = None,
+    patients: str | None = None,
+    alone: bool = False,
 ) -> Listing:
     """The labelled images of ``root``, a folder or a CSV file.
 
     ``label_map`` None: the built-in map of a known layout that knows all labels here.
     ``patients``: ``column:NAME`` of the CSV, ``folder:DEPTH`` (1 = the folders in ``root``) or
-    ``name:REGEX`` on the file name (first group).
+    ``name:REGEX`` on the file name (first group); None or ``none``: nobody says.
+    ``alone``: nothing of a patient's images depends on another patient's, as differential privacy
+    needs it: a row of a CSV is read by itself and its path taken as it stands (no search by file
+    name), an image listed for two patients is each one's own, a label conflict is within a patient,
+    and a label that the map lacks is a problem of its images, not of the folder.
 
     Guarantees: every image file is a row, an excluded image, or a problem by name.
     Raises InputError for an unmapped label (with its count and the line to add), a wrong
@@ -178,12 +208,15 @@ def list_cells(
             f"the plan's scheme is {scheme.name}",
             hint="choose a map into the plan's scheme, or set labels.scheme",
         )
-    candidates = _candidates(root, _table_of(root))
+    patients = None if patients == NOBODY else patients
+    candidates = _candidates(root, _table_of(root, alone), patients if alone else None, alone)
     if not candidates.rows and not candidates.problems:
         raise InputError(
             f"no images below {root}", hint=f"looked for {' '.join(sorted(ENDINGS))} and a CSV"
         )
     chosen, verdicts = _judged(candidates, [label_map] if label_map else _known_maps(scheme))
+    if alone:
+        verdicts = [_as_problem(verdict, chosen) for verdict in verdicts]
     _refuse_unmapped(verdicts, chosen, scheme, automatic=label_map is None)
 
     problems = list(candidates.problems)
@@ -219,6 +252,33 @@ def list_cells(
         hidden=candidates.hidden,
     )
     return listing if patients is None else _with_patients(listing, patients, chosen)
+
+
+def fitting_map(root: Path) -> str | None:
+    """Name of the map, of those that ship, that knows the labels of ``root``; None: none does."""
+    try:
+        return list_cells(root, load_scheme(DEFAULT_SCHEME)).map_name
+    except InputError:
+        return None
+
+
+def patient_columns(root: Path) -> tuple[str, ...]:
+    """Columns of the CSV that labels ``root`` whose names say that they tell patients apart."""
+    table = _table_of(root)
+    header = table.header if table else ()
+    return tuple(name for name in header if _PATIENT_COLUMN.fullmatch(name))
+
+
+def refuse_unsaid_patients(root: Path, patients: str | None) -> None:
+    """Raises InputError where ``root`` seems to name patients and nobody said what that is.
+
+    Taken for images without patients it would be protected image by image, or by made-up patients.
+    """
+    if patients is None and (columns := patient_columns(root)):
+        raise InputError(
+            f'{root} has a column "{columns[0]}", and nothing says whether it names the patients',
+            hint=f"--patients 'column:{columns[0]}', or --patients {NOBODY} where it does not",
+        )
 
 
 def load_rgb(data: bytes, *, at_least_px: tuple[int, int] | None = None) -> Image.Image:
@@ -354,10 +414,10 @@ class _Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def _table_of(root: Path) -> _Table | None:
+def _table_of(root: Path, alone: bool = False) -> _Table | None:
     """The CSV that labels ``root``, if there is one; abbreviations.csv has no path column."""
     if root.suffix.lower() == ".csv" and root.is_file():
-        table = _read_table(root)
+        table = _read_table(root, alone)
         if table is None:
             raise InputError(
                 f"{root.name} has no column of paths and labels",
@@ -371,7 +431,7 @@ def _table_of(root: Path) -> _Table | None:
         for path in root.iterdir()
         if path.suffix.lower() == ".csv" and not path.name.startswith(".") and path.is_file()
     )
-    tables = [table for table in map(_read_table, files) if table is not None]
+    tables = [table for file in files if (table := _read_table(file, alone)) is not None]
     if len(tables) > 1:
         names = " and ".join(table.path.name for table in tables)
         raise InputError(
@@ -380,17 +440,18 @@ def _table_of(root: Path) -> _Table | None:
     return tables[0] if tables else None
 
 
-def _read_table(path: Path) -> _Table | None:
+def _read_table(path: Path, alone: bool) -> _Table | None:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = path.read_text(encoding="latin-1")
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    first = text.split("\n", 1)[0]
-    delimiter = max(";,\t", key=first.count)
+    # Each line by itself: a name in another encoding must not change how others are spelled.
+    texts = [
+        _decoded(line) for line in data.removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
+    ]
+    delimiter = max(";,\t", key=(texts[0] if texts else "").count)
     try:
-        lines = [line for line in csv.reader(io.StringIO(text), delimiter=delimiter) if any(line)]
+        lines = [*_rows(texts, delimiter, alone)]
     except csv.Error:
         return None
     if not lines:
@@ -406,7 +467,24 @@ def _read_table(path: Path) -> _Table | None:
     return _Table(path, header, path_at, label_at, rows)
 
 
-def _candidates(root: Path, table: _Table | None) -> _Candidates:
+def _rows(texts: Sequence[str], delimiter: str, alone: bool) -> Iterator[list[str]]:
+    """The rows that are not empty. ``alone``: each line is one, whatever quotes it leaves open."""
+    if not alone:
+        yield from (row for row in csv.reader(texts, delimiter=delimiter) if any(row))
+        return
+    for text in texts:
+        with suppress(csv.Error):  # too long for a row: its image is one that is not listed
+            yield from (row for row in csv.reader([text], delimiter=delimiter) if any(row))
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
+def _candidates(root: Path, table: _Table | None, patients: str | None, alone: bool) -> _Candidates:
     if table is None:
         found = find_images(root)
         return _Candidates(root, tuple(_Row(path) for path in found.paths), (), (), found.hidden)
@@ -419,34 +497,39 @@ def _candidates(root: Path, table: _Table | None) -> _Candidates:
         by_name.setdefault(PurePosixPath(path).name, []).append(path)
 
     others = [at for at in range(len(table.header)) if at not in (table.path_at, table.label_at)]
-    rows: dict[str, _Row] = {}
+    whose_at = None
+    if patients is not None and patients.startswith("column:"):
+        name = patients.removeprefix("column:")
+        whose_at = table.header.index(name) if name in table.header else None
+    rows: dict[tuple[str, str], _Row] = {}  # by path and, where it matters, patient
+    conflicts: set[tuple[str, str]] = set()
     problems: dict[tuple[str, str], Problem] = {}
     for cells in table.rows:
         given, label = cells[table.path_at], cells[table.label_at]
         if any(part.startswith(".") for part in PurePosixPath(os.path.normpath(given)).parts):
             continue  # hidden, like the files themselves
-        found_path = _place(given, folder, known, by_name)
+        found_path = _place(given, folder, known, {} if alone else by_name)
         if found_path is None:
             problems[given, "missing"] = Problem(given, "missing", f"in {table.path.name} only")
             continue
-        path = found_path
-        if path in rows and rows[path].label != (label or None):
-            detail = f"{table.path.name} says {rows[path].label} and {label}"
+        path, key = found_path, (found_path, "" if whose_at is None else cells[whose_at])
+        if key in rows and rows[key].label != (label or None):
+            detail = f"{table.path.name} says {rows[key].label} and {label}"
             problems[path, "conflict"] = Problem(path, "conflict", detail)
+            conflicts.add(key)
         elif not label:
             problems[path, "no label"] = Problem(path, "no label", f"empty in {table.path.name}")
         else:
-            rows[path] = _Row(path, label, tuple(cells[at] for at in others))
-    for problem in problems.values():
-        if problem.kind == "conflict":
-            rows.pop(problem.path, None)
-    accounted = rows.keys() | {path for path, _ in problems}
+            rows[key] = _Row(path, label, tuple(cells[at] for at in others))
+    for key in conflicts:
+        del rows[key]
+    accounted = {path for path, _ in rows} | {path for path, _ in problems}
     for path in found.paths:
         if path not in accounted:
             problems[path, "not listed"] = Problem(path, "not listed", f"not in {table.path.name}")
     return _Candidates(
         root=folder,
-        rows=tuple(rows[path] for path in sorted(rows)),
+        rows=tuple(rows[key] for key in sorted(rows)),
         columns=tuple(table.header[at] for at in others),
         problems=tuple(problems.values()),
         hidden=found.hidden,
@@ -479,6 +562,14 @@ class _Verdict:
     problem: Kind | None = None
     detail: str = ""
     unmapped: bool = False
+
+
+def _as_problem(verdict: _Verdict, label_map: LabelMap) -> _Verdict:
+    """An unmapped label as a problem of its own image."""
+    if not verdict.unmapped:
+        return verdict
+    detail = f'label "{verdict.label}" is not in label map {label_map.name}'
+    return _Verdict(verdict.label, problem="no label", detail=detail)
 
 
 class _Judge:
@@ -616,7 +707,7 @@ def _guess(label: str, scheme: Scheme) -> str:
 def _with_patients(listing: Listing, spec: str, label_map: LabelMap) -> Listing:
     ids = _patient_of(listing, spec, label_map)
     missing = [row for row, patient in enumerate(ids) if not patient]
-    if len(missing) == len(ids):
+    if ids and len(missing) == len(ids):
         raise InputError(
             f'--patients "{spec}" finds no patient in any of {len(ids)} images',
             hint=f"the first image is {listing.paths[0]}" if listing.paths else "",

@@ -82,8 +82,9 @@ class Timeouts:
 class Settings:
     """client.yaml, read and checked.
 
-    ``data``: folder or CSV of images. ``labels``: label map; None finds it. ``patients``: who is
-    who, such as ``column:patient``. ``patients_declared``: this lab's public, rounded number of
+    ``data``: folder or CSV of images. ``labels``: label map; None finds it, which
+    private plans do not take. ``patients``: who is who, such as ``column:patient``; ``none`` where
+    a column of that name is none. ``patients_declared``: this lab's public, rounded number of
     patients. ``pool``: whose budget is spent: labs that share patients share a pool's name.
     """
 
@@ -170,8 +171,8 @@ _FRESH = """\
 
 # --- images (they never leave; nor do file names and patient identifiers)
 data:{data}
-labels:{labels}                # label map: a name or a YAML file; empty: found by itself
-patients:{patients}              # who is who: column:NAME, folder:DEPTH or name:REGEX
+labels:{labels}                # label map: a name or a YAML file (private plans need it)
+patients:{patients}              # who is who: column:NAME, folder:DEPTH, name:REGEX or none
 # public, rounded number of this lab's patients; private plans must carry it
 patients_declared:{patients_declared}
 

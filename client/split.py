@@ -1,10 +1,15 @@
 """The test split: which of a lab's images are held out.
 
 The same in a deployment and in a simulation: it sees data, seed and fraction, and nothing of labs.
+Without privacy:
 
 1. ``units``: images of one patient and near-duplicates of each other belong together.
 2. ``test_split``: whole units go to the test side.
 3. ``hold_out``: both, folder by folder, so that a lab that has one of the folders finds the same.
+
+With privacy ``hold_out_alone``: each patient by its own identifier. A quota over all patients, or a
+near-duplicate of another's image, would let one patient move others between the sides, and their
+gradients with them: a sum that one patient moves by far more than its clipping norm.
 
 Shapes: N images, U units, C classes.
 """
@@ -63,6 +68,29 @@ def hold_out(
                 left = left[~held_N]
         test_N[rows[left[held_N]]] = True
     return test_N
+
+
+def hold_out_alone(
+    owner_N: Sequence[str], *, fraction: float, fold: int = 0, seed: int
+) -> NDArray[np.bool_]:
+    """Choose the test images by whose they are alone: True where an image is held out.
+
+    Guarantees: an owner's side is a function of its own name, seed, fraction and fold; taking an
+    owner out, or adding one, moves no other. The folds of a seed have no owner in common; with a
+    fraction of 1/k, k folds hold all. The share held out is ``fraction`` on average only, and may
+    be nobody: a rule of "at least one" would let one owner decide about another.
+    """
+    first = fold * fraction
+    # The last fold takes the rest, whatever rounding leaves of 1.
+    end = 2.0 if (fold + 1) * fraction > 1 - 1e-9 else (fold + 1) * fraction
+    key = derive(seed, "hold out alone").to_bytes(8, "big")
+    sides: dict[str, bool] = {}
+    for owner in owner_N:
+        if owner not in sides:
+            name = owner.encode("utf-8", errors="surrogatepass")
+            drawn = hashlib.blake2b(name, key=key, digest_size=8).digest()
+            sides[owner] = first <= int.from_bytes(drawn, "big") / 2**64 < end
+    return np.array([sides[owner] for owner in owner_N], dtype=np.bool_)
 
 
 def _connected(source_N: Ints, unit_N: Ints) -> NDArray[np.int64]:

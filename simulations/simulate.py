@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from flwr.serverapp import Grid
 
 import cytofed
@@ -31,8 +32,8 @@ from cytofed.arrays import weights_sha256
 from cytofed.card import model_card
 from cytofed.client.cache import default_cache_dir
 from cytofed.client.cells import Cells, open_cells
-from cytofed.client.check import near_duplicate_groups
-from cytofed.client.split import hold_out
+from cytofed.client.opening import held_out, indivisible
+from cytofed.client.reader import NOBODY, patient_columns, refuse_unsaid_patients
 from cytofed.console import RunProgress
 from cytofed.encoder import refuse_seen, seen
 from cytofed.errors import CytofedError, InputError
@@ -60,7 +61,7 @@ from cytofed.simulations.exchange import Step
 from cytofed.simulations.inprocess import InProcessGrid
 from cytofed.simulations.partitions import Partition, assign, parse_partition
 from cytofed.simulations.secure import make_keys, open_secure_run
-from cytofed.simulations.split import image_keys, pseudo_patients, units
+from cytofed.simulations.split import image_keys, pseudo_patients
 from cytofed.simulations.virtual import CENTRAL, FEDERATION, VirtualLabs, baseline_plan, cut
 from cytofed.start import Start, read_start
 from cytofed.strategies import make_strategy
@@ -352,6 +353,11 @@ def sample_folder() -> Path:
 
 def _read(request: Request, progress: RunProgress) -> Cells:
     plan = request.plan
+    for root in request.data:
+        if plan.privacy.unit == "patient":
+            refuse_unsaid_patients(root, request.patients)
+    if warning := _unsaid_patients(request):
+        progress.warn(warning)
     scheme = load_scheme(plan.labels.scheme)
     maps: list[LabelMap | None] = [load_map(name) for name in request.labels]
     return open_cells(
@@ -366,23 +372,27 @@ def _read(request: Request, progress: RunProgress) -> Cells:
     )
 
 
+def _unsaid_patients(request: Request) -> str:
+    """A warning where a CSV seems to name patients whom the test split does not know; or empty."""
+    columns = () if request.patients else [c for d in request.data for c in patient_columns(d)]
+    if not columns:
+        return ""
+    return (
+        f'Column "{columns[0]}" seems to name the patients: images of one may be on both sides of '
+        f"the test split, and scores too good. Add --patients 'column:{columns[0]}', or --patients "
+        f"{NOBODY} where it does not."
+    )
+
+
 def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLabs:
     plan = request.plan
     seed = plan.train.seed
     if plan.privacy.unit != "none":
         refuse_seen(plan.model.start, cells.file_sha256())
     key_N = image_keys(cells.paths(), cells.dhash_N)
-    unit_N = units(near_duplicate_groups(cells.dhash_N, images=cells.images), cells.patients_N)
-    test_N = hold_out(
-        cells.class_N,
-        unit_N,
-        cells.paths(),
-        cells.dhash_N,
-        cells.source_N,
-        fraction=plan.evaluation.fraction,
-        fold=plan.evaluation.fold,
-        seed=seed,
-    )
+    unit_N = indivisible(cells, plan)
+    test_N = held_out(cells, plan, unit_N, exact=True)
+    _refuse_one_side(test_N, plan)
     partition: Partition = assign(
         spec,
         plan.simulation.labs or (None if spec.law in ("sources", "column") else 4),
@@ -412,6 +422,18 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
     labs.save()
     make_keys(private, labs.plan, labs.names)
     return labs
+
+
+def _refuse_one_side(test_N: npt.NDArray[np.bool_], plan: Plan) -> None:
+    """A simulation has images on both sides; who is held out by chance may be nobody or all."""
+    if plan.evaluation.fraction > 0 and (test_N.all() or not test_N.any()):
+        who = "everybody" if test_N.all() else "nobody"
+        raise InputError(
+            f"with evaluation.fraction={plan.evaluation.fraction:g} and "
+            f"train.seed={plan.train.seed} chance holds out {who}: under differential privacy "
+            "each patient is drawn alone",
+            hint="choose another --seed, or more patients",
+        )
 
 
 def _check_unchanged(labs: VirtualLabs, out: Path) -> None:
@@ -766,6 +788,11 @@ def _warnings(world: World, scores: Scores) -> list[str]:
             "Scores are exact, which a simulation on public images may tell; a deployment would "
             "add noise to them."
         )
+        if world.plan.evaluation.sigma is None and world.plan.evaluation.fraction > 0:
+            found.append(
+                "A deployment of this plan tells no scores, so it holds nobody out and trains on "
+                "all patients; this simulation kept some to score."
+            )
     if scores.failed:
         found.append(f"The final model was not evaluated: {scores.failed}.")
     if _pseudo(world.labs):
@@ -785,6 +812,8 @@ def _warnings(world: World, scores: Scores) -> list[str]:
     problems = sum(len(source.listing.problems) for source in world.labs.cells.sources)
     if problems:
         found.append(f"{problems} files could not be used; see `cytofed data check`.")
+    if warning := _unsaid_patients(world.request):
+        found.append(warning)
     return [*found, *_large_steps(labs)]
 
 

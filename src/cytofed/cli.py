@@ -57,7 +57,7 @@ def cli() -> None:
 @click.argument("plan", required=False)
 @click.option("--data", multiple=True, type=_FOLDER, help="Folder with images; may be repeated.")
 @click.option("--labels", multiple=True, help="Label map: a name or a YAML file, one per --data.")
-@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH or name:REGEX.")
+@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH, name:REGEX or none.")
 @click.option("--labs", type=int, help="How many virtual labs.")
 @click.option(
     "--partition",
@@ -417,7 +417,7 @@ def data() -> None:
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @click.option("--labels", help="Label map: a name or a YAML file.")
 @click.option("--scheme", default="bone-marrow-21", show_default=True, help="Label scheme.")
-@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH or name:REGEX.")
+@click.option("--patients", help="Who is who: column:NAME, folder:DEPTH, name:REGEX or none.")
 @_json
 def data_check(
     folder: Path, labels: str | None, scheme: str, patients: str | None, as_json: bool

@@ -137,10 +137,12 @@ def _scheme(path: Path) -> Scheme:
 
 
 def load_map(name_or_path: str) -> LabelMap:
-    """A built-in map by name, or one from a YAML file by path.
+    """A built-in map by name, or one from a YAML file by path; a scheme's name: its own codes.
 
     Raises InputError for an unknown name, key or code, a label given twice, or a bad field.
     """
+    if name_or_path in built_in_schemes() and not (_HERE / f"maps/{name_or_path}.yaml").is_file():
+        return identity_map(load_scheme(name_or_path))
     path = _find(name_or_path, "maps", "label map")
     tree = _read(path, allowed=("name", "scheme", "extends", "field_um", "labels", "absent"))
     base = load_map(str(tree["extends"])) if tree.get("extends") else None

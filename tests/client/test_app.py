@@ -25,7 +25,7 @@ from cytofed.messages import (
     unpack_hello,
     unpack_update,
 )
-from cytofed.plan import Plan, from_dict
+from cytofed.plan import Plan, Privacy, from_dict
 from cytofed.start import START_FILE, Start, read_start, write_start
 from cytofed.strategies import make_strategy
 
@@ -206,6 +206,28 @@ def test_lab_without_training_images_says_so(desk: Callable[..., Desk]) -> None:
     empty = replace(lab, train=lab.train.take(np.zeros(0, dtype=np.int64)))
     at = Desk(empty, desk(PLAN).start, lab_app(lambda _context, _run: empty))
     assert at.refusal(at.send()) == "leeds has no image to train on"
+
+
+class Unlimited:
+    """A budget that lets everything pass."""
+
+    def reserve(self, order: Order) -> None: ...
+    def release(self, order: Order, parts: Parts) -> None: ...
+
+
+def test_under_privacy_a_lab_of_nobody_sends_noise_as_any_other(
+    desk: Callable[..., Desk],
+) -> None:
+    plan = replace(PLAN, privacy=Privacy(unit="image", sigma=1.0, declared_patients=10))
+    lab = desk(plan).lab
+    nobody = replace(
+        lab,
+        train=lab.train.take(np.zeros(0, dtype=np.int64)),
+        budget=Unlimited(),
+        declared_patients=10,
+    )
+    at = Desk(nobody, desk(plan).start, lab_app(lambda _context, _run: nobody))
+    assert float(np.abs(at.train().parts["weights"]).min()) > 0
 
 
 def test_of_an_unexpected_error_only_its_type_leaves(desk: Callable[..., Desk]) -> None:

@@ -378,6 +378,25 @@ def test_a_declared_number_far_from_the_truth_warns(settings: Settings) -> None:
     assert "5000 declared" in found.detail
 
 
+def test_a_column_that_seems_to_name_patients_is_asked_about(
+    settings: Settings, sample: Path, tmp_path: Path
+) -> None:
+    image = sorted((sample / "marrow" / "EOS").iterdir())[0]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(image.read_bytes())
+    (tmp_path / "cells.csv").write_text("path,label,Patient-ID\n1.jpg,EOS,7\n")
+    asked = by_name(check_images(replace(settings, data=tmp_path)))
+    assert asked["patients"].state == "fail"
+    assert "patients: column:Patient-ID" in asked["patients"].way_out
+    assert "labels: marrow" in asked["label map"].way_out
+    said = replace(settings, data=tmp_path, labels="marrow", patients="column:Patient-ID")
+    found = by_name(check_images(said))
+    assert found["patients"].state == "warn"
+    assert "1 of 1 images are left out" in found["data, private plans"].detail, "found by its name"
+    none = by_name(check_images(replace(said, patients="none")))
+    assert none["patients"].detail.startswith("not known who is who")
+
+
 def test_the_budget_is_told_with_unit_and_delta(settings: Settings) -> None:
     limited = replace(settings, limits=Limits(max_epsilon=5.0, delta=1e-4))
     found = next(iter(check_budget(limited)))

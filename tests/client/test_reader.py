@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cytofed.client.reader import UnreadableImage, list_cells, load_rgb
+from cytofed.client.reader import UnreadableImage, list_cells, load_rgb, patient_columns
 from cytofed.errors import InputError
 from cytofed.labels import load_map, load_scheme
 
@@ -151,6 +151,27 @@ def test_hidden_files_and_folders_are_skipped_in_silence(tmp_path: Path) -> None
     listing = list_cells(tmp_path, MARROW)
     assert listing.paths == ("BLA/BLA_1.jpg",)
     assert not listing.problems
+
+
+def test_a_link_to_a_folder_that_is_there_anyway_changes_nothing(tmp_path: Path) -> None:
+    put(tmp_path, "p1/BLA/1.jpg", "p2/LYT/2.jpg")
+    before = codes(tmp_path)
+    (tmp_path / "p0").mkdir()
+    (tmp_path / "p0" / "all").symlink_to(tmp_path / "p2")
+    assert codes(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("column", "asked"),
+    [("patient", True), ("Patient_ID", True), ("Case", True), ("patienten-nr", True),
+     ("subject id", True), ("MRN", True), ("donor", True), ("patient_age", False),
+     ("slide", False), ("casein", False)],
+)  # fmt: skip
+def test_columns_that_tell_patients_apart_are_known_by_their_names(
+    tmp_path: Path, column: str, asked: bool
+) -> None:
+    (tmp_path / "x.csv").write_text(f"path,label,{column}\n")
+    assert patient_columns(tmp_path) == ((column,) if asked else ())
 
 
 def test_a_link_to_a_folder_above_does_not_loop(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import pytest
 
+from cytofed.client.split import hold_out_alone
 from cytofed.errors import InputError
 from cytofed.plan import load_plan
 from cytofed.privacy.accounting import epsilon_for
@@ -90,6 +92,40 @@ def test_pseudo_patients_and_seeded_noise_are_labelled_everywhere(
         text = (request.out / name).read_text()
         assert "pseudo-patient" in text
         assert "seeded" in text
+
+
+@pytest.fixture
+def of_patients(few: Path, tmp_path: Path) -> Path:
+    """The few images once more, as a CSV that names 16 patients."""
+    rows = ["path,label,patient"]
+    for number, image in enumerate(sorted(few.rglob("*.jpg"))):
+        rows.append(f"{image},{image.parent.name},p{number % 16}")
+    shutil.copytree(few, tmp_path / "data")
+    text = "\n".join(rows).replace(str(few), str(tmp_path / "data"))
+    (tmp_path / "data" / "cells.csv").write_text(text)
+    return tmp_path / "data"
+
+
+def test_a_column_of_patients_is_used_or_asked_about_and_never_overlooked(
+    small: Small, directly: Simulate, of_patients: Path
+) -> None:
+    with pytest.raises(InputError, match='column "patient"') as refused:
+        directly(small(*PRIVATE, data=(of_patients,)))
+    assert "--patients 'column:patient'" in str(refused.value.hint)
+    made_up = directly(small(*PRIVATE, data=(of_patients,), patients="none"))
+    assert made_up["privacy"]["pseudo_patients"] is True
+    public = directly(small("simulation.labs=2", data=(of_patients,), out=of_patients / "public"))
+    assert any("--patients 'column:patient'" in warning for warning in public["warnings"])
+
+
+def test_real_patients_are_held_out_each_by_its_own_name(
+    small: Small, directly: Simulate, of_patients: Path
+) -> None:
+    summary = directly(small(*PRIVATE, data=(of_patients,), patients="column:patient"))
+    names = [f"p{number}" for number in range(16)]
+    held = sum(hold_out_alone(names, fraction=0.2, seed=summary["seed"]))
+    assert sum(map(sum, summary["partition"]["test_counts_KC"])) == 3 * held > 0
+    assert any("holds nobody out" in warning for warning in summary["warnings"])
 
 
 def test_same_seed_same_noise_same_weights(
