@@ -182,9 +182,8 @@ pool:{pool}
 ledger:{ledger}
 
 # --- the key that encrypts what is kept between attempts at a round: the file storage.key, unless
-# it is bound to the machine or to a passphrase (docs/lab.md, Keys)
+# it is bound to the machine, or to a passphrase (docs/lab.md, Keys).
 # storage_key: credential:cytofed-storage
-# storage_key: passphrase:file:/etc/cytofed/passphrase
 
 # --- limits: what breaks one is refused by its name. None is set: your approval decides.
 # Take the # away from `limits:` and from each line that you fill in. No value may be empty, and

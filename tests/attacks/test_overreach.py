@@ -16,7 +16,7 @@ from tests.attacks.boundary import Boundary, boundary, plan_of
 ROUNDS = {"train": {"rounds": 4, "steps_per_round": 1, "batch": 8}, "evaluation": {"every": 2}}
 PRIVATE: dict[str, Any] = {
     **ROUNDS,
-    "privacy": {"unit": "patient", "epsilon": 8, "declared_patients": 20},
+    "privacy": {"unit": "patient", "epsilon": 8, "delta": 1e-3, "declared_patients": 20},
     "evaluation": {"every": 2, "sigma": 4.0},
 }
 

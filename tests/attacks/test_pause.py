@@ -15,7 +15,9 @@ from cytofed.secure_round import STEPS
 from tests.attacks.boundary import Boundary, boundary, plan_of
 
 SECURE: dict[str, Any] = {"secure_aggregation": {"enabled": True}, "cohort": {"min_labs": 3}}
-PRIVATE: dict[str, Any] = {"privacy": {"unit": "patient", "epsilon": 8, "declared_patients": 20}}
+PRIVATE: dict[str, Any] = {
+    "privacy": {"unit": "patient", "epsilon": 8, "delta": 1e-3, "declared_patients": 20}
+}
 
 
 @pytest.fixture
