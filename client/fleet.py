@@ -26,7 +26,7 @@ import httpx
 from cryptography import x509
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -43,7 +43,6 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -65,6 +64,7 @@ from cytofed.objects import (
     enclosed_in,
     inflate,
     long_field,
+    read_tree,
     split_long_field,
     with_enclosed,
 )
@@ -81,7 +81,6 @@ RENEW_DAYS = 30.0
 
 _RENEW_EVERY_S = 3600.0
 _FIRST_PAUSE_S = 0.5
-_MAX_OBJECTS = 4096
 _MAX_BYTES = 1 << 31
 """of the arrays of one message"""
 
@@ -195,7 +194,7 @@ class FleetLink:
                 if answer is not None:
                     self._push(message, answer)
         except _Withdrawn:
-            return
+            self._stop.wait(_FIRST_PAUSE_S)  # a coordinator that is never content gets no more
 
     def _check_ledger(self, message: Message) -> None:
         """Stop where this lab has told an entry that its privacy ledger lacks.
@@ -240,16 +239,13 @@ class FleetLink:
             raise
 
     def _fetch(self, found: Any) -> Message | None:
-        head, tree = found.messages_list[0], found.message_object_trees[0]
-        run_id = message_from_proto(head).metadata.run_id
-        wanted = dict.fromkeys(item.object_id for item in iterate_object_tree(tree))
-        if len(wanted) > _MAX_OBJECTS:
+        """The message that was found; None, once the coordinator knows, where it cannot be read."""
+        if len(found.messages_list) != 1 or len(found.message_object_trees) != 1:
             raise _Withdrawn
+        run_id, announced = found.messages_list[0].metadata.run_id, found.message_object_trees[0]
         came_along = enclosed_in(found)
 
         def fetched(number: str) -> bytes | memoryview:
-            if number not in wanted:
-                raise ValueError("an object that belongs to another message")
             if number in came_along:
                 return came_along[number]
             request = PullObjectRequest(node=self._node, run_id=run_id, object_id=number)
@@ -261,13 +257,12 @@ class FleetLink:
 
         message = None
         try:  # each piece goes to its place in an array as it comes
-            message = inflate(tree.object_id, fetched, max_bytes=_MAX_BYTES)
-        except (_Again, _Withdrawn, CytofedError, OSError):
-            raise
-        except Exception as error:
-            self._say(f"a message could not be read: {type(error).__name__}", True)
+            message = inflate(read_tree(announced), fetched, max_bytes=_MAX_BYTES)
+        except BadMessage as error:
+            self._say(f"a message could not be read: {error.message}", True)
+            self._stop.wait(_FIRST_PAUSE_S)  # the next may be no better
         confirm = ConfirmMessageReceivedRequest(
-            node=self._node, run_id=run_id, message_object_id=tree.object_id
+            node=self._node, run_id=run_id, message_object_id=announced.object_id
         )
         self._call("confirm_message_received", confirm)
         return message

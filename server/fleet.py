@@ -7,6 +7,8 @@ What Flower leaves open and is added here:
 
 - it checks who calls, not what a caller may touch: ``_Calls`` ties every message, object and
   upload to the node it is meant for;
+- it keeps all objects of all labs in one store, as their announcements say they hang together:
+  here a reply's objects belong to one delivery, are a tree, have room of their own, and go with it;
 - a lab that restarts is refused for a minute: here the same key takes its session over;
 - a message is delivered once, even where the answer to the lab's question got lost: a lab asks for
   work only with nothing in hand, so what it had then is sent again;
@@ -16,9 +18,11 @@ What Flower leaves open and is added here:
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -52,9 +56,11 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
     PullObjectRequest,
     PullObjectResponse,
     PushObjectRequest,
+    PushObjectResponse,
 )
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.serverapp import Grid
@@ -66,7 +72,6 @@ from flwr.supercore.constant import (
 )
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -88,12 +93,14 @@ from cytofed.objects import (
     Content,
     InFile,
     Objects,
+    Tree,
     body_of_piece,
     deflate,
     enclosed,
     enclosed_in,
     inflate,
     long_field,
+    read_tree,
 )
 from cytofed.server.gate import FLEET_BODIES, Gate
 from cytofed.server.uploads import Arriving, Spooled
@@ -117,8 +124,11 @@ _SENT_BYTES, _LEAST_SENT_BYTES = 1 << 19, 1 << 14
 """that are sent to all labs at a time, and to each: what waits to be sent is in memory several
 times, and each connection keeps buffers of that size"""
 
-_OBJECTS = 4096
-"""most objects in one reply"""
+_IN_MEMORY = 1 << 22
+"""bytes of a reply that are not spooled"""
+
+_LATE_S = 60.0
+"""after its time that a message is dropped, whoever forgot it"""
 
 _SPOOLING = 4
 """chunks of uploads that wait to be written"""
@@ -143,6 +153,65 @@ class Presence:
     version: str = ""
 
 
+class _Reply:
+    """A lab's reply on its way: what it consists of, and what of that has come.
+
+    ``room``: bytes that may still come; ``folder``: for those that are large.
+    """
+
+    def __init__(self, head: Message, tree: Tree, *, room: int, folder: Path) -> None:
+        self.head, self.tree = head, tree
+        self.missing = dict.fromkeys(tree.children)
+        self._room, self._in_memory, self._folder = room, _IN_MEMORY, folder
+        self._contents: dict[str, bytes | Path] = {}
+
+    def put(self, number: str, content: bytes | Spooled) -> None:
+        """Take an object; one that is there already changes nothing.
+
+        Errors: BadMessage for an object of another name, a large one that is no piece of an array,
+        or one that has no room.
+        """
+        if number not in self.missing:
+            return
+        if isinstance(content, Spooled):
+            body_of_piece(content.start, len(content))
+            name = content.sha256
+        else:
+            name = hashlib.sha256(content).hexdigest()
+            self._in_memory -= len(content)
+        self._room -= len(content)
+        if self._room < 0 or self._in_memory < 0:
+            raise BadMessage("the reply is larger than any that was asked for")
+        if name != number:
+            raise BadMessage("not the object of that name")
+        if isinstance(content, Spooled):
+            place = self._folder / secrets.token_hex(16)
+            content.path.rename(place)
+            self._contents[number] = place
+        else:
+            self._contents[number] = content
+        del self.missing[number]
+
+    @property
+    def whole(self) -> bool:
+        return not self.missing or self.head.has_error()
+
+    @property
+    def files(self) -> list[Path]:
+        return [content for content in self._contents.values() if isinstance(content, Path)]
+
+    def read(self, *, max_bytes: int) -> Message:
+        """The reply, which is whole. Errors: BadMessage, OSError."""
+        if self.head.has_error():
+            return self.head
+
+        def content_of(number: str) -> Content:
+            content = self._contents[number]
+            return InFile.of(content) if isinstance(content, Path) else content
+
+        return inflate(self.tree, content_of, max_bytes=max_bytes)
+
+
 @dataclass
 class _Delivery:
     """One message to one lab, from the moment it can be asked for until its reply is collected."""
@@ -150,111 +219,37 @@ class _Delivery:
     node: int
     room: int
     """bytes that the reply may have"""
-    objects: frozenset[str]
+    until: float
+    """when nobody waits for the reply any more"""
+    sent: Objects | None
+    """its objects, until the lab confirms that it has them"""
     delivered: bool = False
     lost: bool = False
-    reply: str = ""
+    reply: _Reply | None = None
     pushes: int = 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the reply has arrived."""
+        return self.reply is not None and self.reply.whole
 
-@dataclass
+
+@dataclass(frozen=True)
 class _Upload:
-    """A lab's upload session. ``room``: bytes that may still come."""
+    """A lab's upload session."""
 
     node: int
     message: str
-    reply: str
-    room: int
-
-
-class _SpooledStore(InMemoryObjectStore):
-    """Flower's object store; what is large is sealed, and lies in files until it is read."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self._spooled: set[str] = set()
-        self._own: dict[str, Objects] = {}
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-
-    def has(self, object_id: str) -> bool:
-        """Whether an object has arrived, without reading it."""
-        with self.lock_store:
-            entry = self.store.get(object_id)
-            return entry is not None and entry.is_available
-
-    def put(self, object_id: str, object_content: bytes | Spooled) -> None:
-        """Errors: ValueError for an object of another name, or a large one that is no piece."""
-        if not isinstance(object_content, Spooled):
-            super().put(object_id, object_content)
-            return
-        body_of_piece(object_content.start, len(object_content))
-        if object_content.sha256 != object_id:
-            raise ValueError("not the object of that name")
-        with self.lock_store:
-            entry = self.store.get(object_id)
-            if entry is None:
-                raise NoObjectInStoreError("not announced")
-            if not entry.is_available:
-                object_content.path.rename(self.folder / object_id)
-                self._spooled.add(object_id)
-                entry.is_available = True
-
-    def put_own(self, object_id: str, objects: Objects) -> None:
-        """Have an object of this process: its bytes are made when they are asked for."""
-        with self.lock_store:
-            self._own[object_id] = objects
-            self.store[object_id].is_available = True
-
-    def small(self, message: str) -> list[bytes]:
-        """The small objects of a message of this process."""
-        with self.lock_store:
-            own = self._own.get(message)
-        return [] if own is None else own.small()
-
-    def get(self, object_id: str) -> bytes | None:
-        with self.lock_store:
-            if object_id in self._own:
-                return self._own[object_id].content(object_id)
-            if object_id in self._spooled:
-                return (self.folder / object_id).read_bytes()
-            return super().get(object_id)
-
-    def content(self, object_id: str) -> Content:
-        """As ``get``; what is spooled stays in its file until it is read."""
-        with self.lock_store:
-            if object_id in self._spooled:
-                return InFile.of(self.folder / object_id)
-        return self.get(object_id) or b""
-
-    def parts(self, object_id: str) -> Parts | None:
-        """As ``content``, in parts that need not be joined; None for what has not arrived."""
-        with self.lock_store:
-            if not self.has(object_id):
-                return None
-            own = self._own.get(object_id)
-        return (self.content(object_id),) if own is None else own.parts(object_id)
-
-    def delete(self, object_id: str) -> None:
-        with self.lock_store:
-            super().delete(object_id)
-            if object_id in self.store:
-                return
-            self._own.pop(object_id, None)
-            if object_id in self._spooled:
-                self._spooled.remove(object_id)
-                (self.folder / object_id).unlink(missing_ok=True)
 
 
 class _Link(InMemoryLinkState):
     """Flower's link state, with take-over, wake-ups and a record of who may touch what."""
 
     def __init__(self, spool: Path) -> None:
-        self.objects = _SpooledStore(spool)
-        super().__init__(NoOpFederationManager(), self.objects)
-        # Flower takes these two in either order, where an upload ends for good as one begins.
-        self._lock_object_push_sessions = self.lock
+        super().__init__(NoOpFederationManager(), InMemoryObjectStore())  # which stays empty
+        self.spool = spool
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(mode=0o700)
         self.wake = threading.Event()
         self.deliveries: dict[str, _Delivery] = {}
         self.uploads: dict[str, _Upload] = {}
@@ -298,34 +293,49 @@ class _Link(InMemoryLinkState):
             self._loop.call_soon_threadsafe(event.set)
         return stored
 
-    def store_message_res(self, message: Message) -> str | None:
-        stored: str | None = super().store_message_res(message)
-        if stored is not None:
-            with self.lock:
-                delivery = self.deliveries.get(message.metadata.reply_to_message_id)
-                if delivery is not None:
-                    delivery.reply = stored
-        self.wake.set()
-        return stored
+    def start_session(self, run_id: int) -> str:
+        """Without Flower's record of it, which stays for ever where nothing comes."""
+        return secrets.token_hex(16)
 
-    def reply_to(self, message_id: str) -> Message | None:
-        """The reply to a message, whether or not the lab is still there: Flower's own look-up
-        says "unavailable" of a lab that answered and went."""
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: Any, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """Take the announcement of a reply; what of it is missing.
+
+        Errors: BadMessage for an impossible tree, and for another reply than was announced before.
+        """
+        tree = read_tree(object_tree)
         with self.lock:
-            delivery = self.deliveries.get(message_id)
-            return None if delivery is None else self.message_res_store.get(delivery.reply)
-
-    def store_object(
-        self, run_id: int, session_id: str, object_id: str, object_content: bytes | Spooled
-    ) -> bool:
-        stored: bool = super().store_object(
-            run_id, session_id, object_id, cast(bytes, object_content)
-        )
+            number = message.metadata.reply_to_message_id
+            delivery = self.deliveries.get(number)
+            if delivery is None or self.store_message_res(message) is None:
+                raise BadMessage("nobody waits for this reply, or another one came first")
+            if delivery.reply is None:
+                delivery.reply = _Reply(message, tree, room=delivery.room, folder=self.spool)
+            elif delivery.reply.tree != tree:
+                raise BadMessage("the reply hangs together in another way than before")
+            self.uploads[session_id] = _Upload(delivery.node, number)
+            # A reason is in the head; and nobody waits any more for what comes after it.
+            missing = [] if delivery.reply.whole else list(delivery.reply.missing)
         self.wake.set()
-        # Two labs may send an equal object, and both are asked for it: the second copy may come
-        # when the reply it belongs to is already collected. That is no error.
-        upload = self.uploads.get(session_id)
-        return stored or upload is None or upload.message not in self.deliveries
+        return True, missing
+
+    def take_object(self, session: str, number: str, content: bytes | Spooled) -> None:
+        """Store an object of a reply. Errors: BadMessage for what is none, or has no room."""
+        with self.lock:
+            upload = self.uploads.get(session)
+            delivery = self.deliveries.get(upload.message) if upload is not None else None
+            if delivery is None or delivery.reply is None:
+                raise BadMessage("nobody waits for this reply any more")
+            delivery.reply.put(number, content)
+        self.wake.set()
+
+    def get_object_tree(self, number: str) -> Any:
+        """The objects of a message to a lab, which Flower's handler asks a store for."""
+        delivery = self.deliveries.get(number)
+        if delivery is None or delivery.sent is None:
+            raise NoObjectInStoreError(f"no message {number}")
+        return delivery.sent.tree
 
     async def wait_for_message(self, node_id: int, timeout_s: float) -> None:
         """Return when there is a message for the node, after the timeout, or at the end.
@@ -355,11 +365,27 @@ class _Link(InMemoryLinkState):
         with self.lock:
             delivery = self.deliveries.pop(message_id, None)
             self.delete_messages({message_id})
-            self.object_store.delete(message_id)
-            if delivery is not None and delivery.reply:
-                self.object_store.delete(delivery.reply)
+            if delivery is not None and delivery.reply is not None:
+                for file in delivery.reply.files:
+                    file.unlink(missing_ok=True)
             for session in [s for s, u in self.uploads.items() if u.message == message_id]:
                 del self.uploads[session]
+
+    def sweep(self) -> None:
+        """Drop what nobody waits for any more: messages past their time, files of no reply."""
+        with self.lock:
+            late = time.monotonic() - _LATE_S
+            known = [number for number, found in self.deliveries.items() if found.until > late]
+            for number in {*self.deliveries, *self.message_ins_store}.difference(known):
+                self.forget(number)
+            files = {
+                file
+                for delivery in self.deliveries.values()
+                for file in (delivery.reply.files if delivery.reply is not None else ())
+            }
+            for file in self.spool.iterdir():
+                if file not in files and not file.name.startswith("."):  # which is arriving
+                    file.unlink(missing_ok=True)
 
     def _queued(self, node_id: int) -> bool:
         with self.lock:
@@ -372,22 +398,9 @@ class _Link(InMemoryLinkState):
         """Mark what the node had in hand: it asks for work, so it does not have it any more."""
         with self.lock:
             for delivery in self.deliveries.values():
-                if delivery.node == node_id and delivery.delivered and not self.whole(delivery):
+                if delivery.node == node_id and delivery.delivered and not delivery.whole:
                     delivery.lost = True
                     self.wake.set()
-
-    def whole(self, delivery: _Delivery) -> bool:
-        """Whether all of the reply has arrived."""
-        if not delivery.reply:
-            return False
-        message = self.message_res_store.get(delivery.reply)
-        if message is None or message.has_error():
-            return True
-        try:
-            tree = self.object_store.get_object_tree(delivery.reply)
-        except NoObjectInStoreError:
-            return False
-        return all(self.objects.has(item.object_id) for item in iterate_object_tree(tree))
 
 
 class _Holder:
@@ -471,8 +484,7 @@ class _Calls:
 
     async def _take_object(self, request: Request, call: str) -> Parts:
         number = PushObjectRequest.OBJECT_CONTENT_FIELD_NUMBER
-        folder = self._link.objects.folder
-        with Arriving(number, folder, file_from=_SPOOL_FROM_BYTES) as arriving:
+        with Arriving(number, self._link.spool, file_from=_SPOOL_FROM_BYTES) as arriving:
             fed: Future[None] | None = None
             try:
                 async for chunk in request.stream():
@@ -522,38 +534,52 @@ class _Calls:
     def _handle(self, call: str, asked: Any, node: int) -> Parts:
         link = self._link
         if call == "pull-object":
-            return _pulled(link.objects.parts(asked.object_id))
-        stores = {"store": link.object_store} if _CALLS[call].takes_store else {}
+            return _pulled(self._sent(node, asked.object_id).parts(asked.object_id))
         try:
+            if call == "push-object":
+                link.take_object(asked.session_id, asked.object_id, asked.object_content)
+                return (PushObjectResponse(stored=True).SerializeToString(),)
+            if call == "confirm-message-received":
+                link.deliveries[asked.message_object_id].sent = None
+                return (ConfirmMessageReceivedResponse().SerializeToString(),)
+            stores = {"store": link} if _CALLS[call].takes_store else {}
             found = _CALLS[call].handler(request=asked, state=link, **stores)
+            if call == "push-messages":
+                self._take_enclosed(asked, found)
+        except BadMessage as error:
+            raise HTTPException(400, error.message) from error
         except (ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
             raise HTTPException(400, f"not understood: {type(error).__name__}") from error
-        if call == "push-messages":
-            metadata = asked.messages_list[0].metadata
-            delivery = link.deliveries.get(metadata.reply_to_message_id)
-            if delivery is not None:
-                link.uploads[found.session_id] = _Upload(
-                    node, metadata.reply_to_message_id, metadata.message_id, delivery.room
-                )
-                self._take_enclosed(asked, found)
         return (found.SerializeToString(), *self._enclosed(call, found))
 
     def _take_enclosed(self, asked: Any, found: Any) -> None:
         """Store the small objects that came with a reply's announcement; the rest is asked for."""
-        run_id, wanted = asked.messages_list[0].metadata.run_id, set(found.objects_to_push)
+        wanted = set(found.objects_to_push)
         for number, content in enclosed_in(asked).items():
             if number in wanted:
-                _take_room(self._link.uploads[found.session_id], len(content))
-                self._link.store_object(run_id, found.session_id, number, content)
+                self._link.take_object(found.session_id, number, content)
                 found.objects_to_push.remove(number)
 
     def _enclosed(self, call: str, found: Any) -> Parts:
         """The small objects of a message, which its lab would fetch one by one."""
-        trees = found.message_object_trees if call == "pull-messages" else ()
-        return tuple(enclosed(self._link.objects.small(tree.object_id)) for tree in trees)
+        if call != "pull-messages":
+            return ()
+        sent = (self._link.deliveries[tree.object_id].sent for tree in found.message_object_trees)
+        return tuple(enclosed(objects.small()) for objects in sent if objects is not None)
+
+    def _sent(self, node: int, number: str) -> Objects:
+        """The objects of a message that this node has in hand, with that one. Errors: 403."""
+        for delivery in list(self._link.deliveries.values()):
+            sent = delivery.sent if delivery.node == node and delivery.delivered else None
+            if sent is not None and number in sent:
+                return sent
+        raise HTTPException(403, "not yours")
 
     def _check(self, call: str, node: int, asked: Any) -> None:
-        """Raise 403 for what is not this node's, 413 for more than its reply may have."""
+        """Raise 403 for what is not this node's, 413 for more than its reply may have.
+
+        A reply's head has no content: that is in the objects.
+        """
         if call == "push-messages":
             if len(asked.messages_list) != 1 or len(asked.message_object_trees) != 1:
                 raise HTTPException(400, "one message at a time")
@@ -568,30 +594,30 @@ class _Calls:
             ):
                 raise HTTPException(403, "not yours")
             delivery.pushes += 1
-            if delivery.pushes > _PUSHES or _count(tree) > _OBJECTS:
-                raise HTTPException(413, "too many objects or uploads")
+            if delivery.pushes > _PUSHES or asked.messages_list[0].content.items:
+                raise HTTPException(413, "too many uploads, or a content in the announcement")
         elif call == "pull-object":
-            if not any(
-                asked.object_id in delivery.objects
-                for delivery in list(self._link.deliveries.values())
-                if delivery.node == node and delivery.delivered
-            ):
-                raise HTTPException(403, "not yours")
+            self._sent(node, asked.object_id)
         elif call == "push-object":
             upload = self._link.uploads.get(asked.session_id) if asked.session_id else None
             if upload is None or upload.node != node:
                 raise HTTPException(403, "not yours")
-            _take_room(upload, len(asked.object_content))
         elif call == "confirm-message-received":
             own = self._link.deliveries.get(asked.message_object_id)
             if own is None or own.node != node:
                 raise HTTPException(403, "not yours")
 
 
+def _not_flowers(**_: Any) -> Any:
+    raise TypeError("handled here")
+
+
 @dataclass(frozen=True)
 class _Call:
+    """``handler``: Flower's, where what it does is left to it."""
+
     request: type[Any]
-    handler: Callable[..., Any]
+    handler: Callable[..., Any] = _not_flowers
     takes_store: bool = False
 
 
@@ -601,19 +627,10 @@ _CALLS: Mapping[str, _Call] = {
     "send-node-heartbeat": _Call(SendNodeHeartbeatRequest, fleet_handlers.send_node_heartbeat),
     "pull-messages": _Call(PullMessagesRequest, fleet_handlers.pull_messages, takes_store=True),
     "push-messages": _Call(PushMessagesRequest, fleet_handlers.push_messages),
-    "pull-object": _Call(PullObjectRequest, fleet_handlers.pull_object),
-    "push-object": _Call(PushObjectRequest, fleet_handlers.push_object),
-    "confirm-message-received": _Call(
-        ConfirmMessageReceivedRequest, fleet_handlers.confirm_message_received, takes_store=True
-    ),
+    "pull-object": _Call(PullObjectRequest),
+    "push-object": _Call(PushObjectRequest),
+    "confirm-message-received": _Call(ConfirmMessageReceivedRequest),
 }
-
-
-def _take_room(upload: _Upload, size: int) -> None:
-    """Count what came of a reply. Errors: HTTPException 413."""
-    upload.room -= size
-    if upload.room < 0:
-        raise HTTPException(413, "the reply is larger than any that was asked for")
 
 
 async def _done(work: Future[None] | None) -> None:
@@ -633,12 +650,9 @@ async def _body_of(request: Request) -> bytearray:
     return body
 
 
-def _pulled(content: Parts | None) -> Parts:
+def _pulled(content: Parts) -> Parts:
     """Flower's PullObjectResponse, whose last field is sent from where it lies."""
-    found = content is not None
-    head: bytes = PullObjectResponse(object_found=found, object_available=found).SerializeToString()
-    if content is None:
-        return (head,)
+    head: bytes = PullObjectResponse(object_found=True, object_available=True).SerializeToString()
     number = PullObjectResponse.OBJECT_CONTENT_FIELD_NUMBER
     return (head + long_field(number, sum(map(len, content))), *content)
 
@@ -652,10 +666,6 @@ class _Push:
     object_id: str
     session_id: str
     object_content: bytes | Spooled = field(repr=False)
-
-
-def _count(tree: Any) -> int:
-    return 1 + sum(_count(child) for child in tree.children)
 
 
 def _decoded(key: str) -> bytes:
@@ -793,8 +803,6 @@ class _Waiting:
     held_since: float
     sent: str = ""
     times: int = 0
-    reply: str = ""
-    missing: dict[str, None] = field(default_factory=dict)
 
 
 class FleetGrid(Grid):
@@ -830,6 +838,7 @@ class FleetGrid(Grid):
         return list(self._fleet.nodes.values())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self._link.sweep()
         ids = []
         for message in messages:
             number = f"cytofed-{next(self._numbers)}"
@@ -892,7 +901,7 @@ class FleetGrid(Grid):
         online = self._fleet._online(node)
         if waiting.sent and (delivery is None or delivery.lost):
             self._withdraw(waiting)
-        elif delivery is not None and not online and not self._link.whole(delivery):
+        elif delivery is not None and not online and not delivery.whole:
             self._withdraw(waiting)  # a lab that answered may go; one that did not is sent it again
         if not waiting.sent:
             away_s = time.monotonic() - waiting.held_since
@@ -903,16 +912,15 @@ class FleetGrid(Grid):
                 return _failure(waiting, f"took the message {waiting.times} times, never answered")
             self._send(waiting)
             return None
-        return self._collect(waiting)
+        return None if delivery is None else self._collect(waiting, delivery)
 
     def _withdraw(self, waiting: _Waiting) -> None:
         self._link.forget(waiting.sent)
-        waiting.sent, waiting.reply = "", ""
-        waiting.missing = {}
+        waiting.sent = ""
         waiting.held_since = time.monotonic()
 
     def _send(self, waiting: _Waiting) -> None:
-        old, store = waiting.message, self._link.objects
+        old = waiting.message
         left_s = max(1.0, waiting.deadline - time.monotonic())
         message = Message(
             old.content,
@@ -922,46 +930,22 @@ class FleetGrid(Grid):
             group_id=old.metadata.group_id,
         )
         objects = deflate(message)
-        # Labs share objects: one lab's confirmation must not drop what another is about to get.
-        with store.lock_store:
-            for missing in store.preregister(self._run.run_id, objects.tree):
-                store.put_own(missing, objects)
         with self._link.lock:  # another thread may be looking through them
             self._link.deliveries[objects.number] = _Delivery(
-                old.metadata.dst_node_id, self._reply_bytes, objects.numbers
+                old.metadata.dst_node_id, self._reply_bytes, waiting.deadline, objects
             )
         if self._link.store_message_ins(objects.head) is None:
             self._link.forget(objects.number)
             return
         waiting.sent, waiting.times = objects.number, waiting.times + 1
 
-    def _collect(self, waiting: _Waiting) -> Message | None:
-        if not waiting.reply:
-            reply = self._link.reply_to(waiting.sent)
-            if reply is None:
-                return None
-            if reply.has_error():
-                return _reply_to(waiting, reply)
-            waiting.reply = reply.metadata.message_id
-            try:
-                tree = self._link.object_store.get_object_tree(waiting.reply)
-            except NoObjectInStoreError:
-                self._withdraw(waiting)
-                return None
-            waiting.missing = dict.fromkeys(x.object_id for x in iterate_object_tree(tree))
-        store = self._link.objects
-        for number in list(waiting.missing):
-            if store.has(number):
-                del waiting.missing[number]
-            elif self._link.get_object(self._run.run_id, number) is None:
-                self._withdraw(waiting)  # the upload took too long and is gone
-                return None
-        if waiting.missing:
+    def _collect(self, waiting: _Waiting, delivery: _Delivery) -> Message | None:
+        if delivery.reply is None or not delivery.whole:
             return None
         try:
-            message = inflate(waiting.reply, store.content, max_bytes=self._reply_bytes)
-        except Exception as error:  # whatever a hostile lab can make of Flower's objects
-            return _failure(waiting, f"its reply cannot be read: {type(error).__name__}")
+            message = delivery.reply.read(max_bytes=self._reply_bytes)
+        except (BadMessage, OSError) as error:
+            return _failure(waiting, f"its reply cannot be read: {error}")
         return _reply_to(waiting, message)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -23,13 +25,16 @@ from hypothesis import strategies as st
 
 from cytofed.messages import RAW, BadMessage, array_of, new_message
 from cytofed.objects import (
+    MOST_OBJECTS,
     PIECE_BYTES,
     InFile,
+    Tree,
     body_of_piece,
     cut_to_file,
     deflate,
     enclosed_in,
     inflate,
+    read_tree,
     split_long_field,
     with_enclosed,
 )
@@ -44,9 +49,9 @@ def message_of(data: bytes, **header: Any) -> Message:
     return new_message(content, kind="train", node=1, group="1", ttl_s=1.0)
 
 
-def objects_of(message: Message) -> tuple[str, dict[str, bytes]]:
+def objects_of(message: Message) -> tuple[Tree, dict[str, bytes]]:
     found = deflate(message)
-    return found.number, {number: found.content(number) for number in found.numbers}
+    return read_tree(found.tree), {number: found.content(number) for number in found.numbers}
 
 
 def data_of(message: Message) -> bytes:
@@ -61,20 +66,20 @@ SIZES = [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES + 12345]
 @pytest.mark.parametrize("size", SIZES)
 def test_message_comes_back_as_it_was(size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
-    number, contents = objects_of(message_of(data, round=3))
-    back = inflate(number, contents.__getitem__, max_bytes=ROOM)
+    tree, contents = objects_of(message_of(data, round=3))
+    back = inflate(tree, contents.__getitem__, max_bytes=ROOM)
     assert data_of(back) == data
     assert back.content["header"] == {"run": "r", "round": 3}
-    assert back.metadata.message_id == number
+    assert back.metadata.message_id == tree.root
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_objects_are_those_that_flower_makes_and_reads(size: int) -> None:
     data = bytes(size)  # all pieces alike: they share one object
-    number, contents = objects_of(message_of(data))
+    tree, contents = objects_of(message_of(data))
     plain = get_all_nested_objects(message_of(data))
     assert {name: item.deflate() for name, item in plain.items()} == contents
-    back = inflate_object_from_contents(number, contents)
+    back = inflate_object_from_contents(tree.root, contents)
     assert isinstance(back, Message)
     assert data_of(back) == data
 
@@ -128,22 +133,22 @@ def test_a_piece_is_told_by_its_head_and_length() -> None:
      b"ArrayChunk  02\0ab"],
 )  # fmt: skip
 def test_what_is_no_piece_is_refused(content: bytes) -> None:
-    with pytest.raises(ValueError, match="not a piece"):
+    with pytest.raises(BadMessage, match="not a piece"):
         body_of_piece(content, len(content))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_message_is_read_from_files_as_from_memory(size: int, tmp_path: Path) -> None:
     data = np.random.default_rng(size).bytes(size)
-    number, contents = objects_of(message_of(data))
+    tree, contents = objects_of(message_of(data))
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    back = inflate(number, lambda name: InFile.of(tmp_path / name), max_bytes=ROOM)
+    back = inflate(tree, lambda name: InFile.of(tmp_path / name), max_bytes=ROOM)
     assert data_of(back) == data
 
 
 def test_a_file_that_lost_its_end_is_no_array(tmp_path: Path) -> None:
-    number, contents = objects_of(message_of(bytes(PIECE_BYTES)))
+    tree, contents = objects_of(message_of(bytes(PIECE_BYTES)))
 
     def read(name: str) -> InFile:
         (tmp_path / name).write_bytes(contents[name])
@@ -152,16 +157,16 @@ def test_a_file_that_lost_its_end_is_no_array(tmp_path: Path) -> None:
             os.truncate(tmp_path / name, PIECE_BYTES)
         return found
 
-    with pytest.raises(ValueError, match="shorter"):
-        inflate(number, read, max_bytes=ROOM)
+    with pytest.raises(BadMessage, match="shorter"):
+        inflate(tree, read, max_bytes=ROOM)
 
 
 def test_a_message_that_was_read_is_freed_with_its_last_reference() -> None:
-    number, contents = objects_of(message_of(bytes(1000)))
+    tree, contents = objects_of(message_of(bytes(1000)))
     gc.collect()
     gc.disable()
     try:
-        back = inflate(number, contents.__getitem__, max_bytes=ROOM)
+        back = inflate(tree, contents.__getitem__, max_bytes=ROOM)
         record = back.content["parts"]
         assert isinstance(record, ArrayRecord)
         array = weakref.ref(record["body"])
@@ -172,36 +177,103 @@ def test_a_message_that_was_read_is_freed_with_its_last_reference() -> None:
 
 
 def test_array_larger_than_allowed_is_refused() -> None:
-    number, contents = objects_of(message_of(bytes(1001)))
-    with pytest.raises(ValueError, match="more than 1000 bytes"):
-        inflate(number, contents.__getitem__, max_bytes=1000)
+    tree, contents = objects_of(message_of(bytes(1001)))
+    with pytest.raises(BadMessage, match="more than 1000 bytes"):
+        inflate(tree, contents.__getitem__, max_bytes=1000)
 
 
-def test_one_piece_named_a_million_times_takes_no_memory() -> None:
-    number, contents = objects_of(message_of(b"x" * 1000))
+def test_one_piece_named_many_times_takes_no_memory() -> None:
+    tree, contents = objects_of(message_of(b"x" * 1000))
     for name, content in contents.items():
         if content.startswith(b"Array "):
             head, _, body = content.partition(b"\0")
-            told = {**json.loads(body), "arraychunk_ids": [0] * 10**6}
+            told = {**json.loads(body), "arraychunk_ids": [0] * 10**5}
             contents[name] = head + b"\0" + json.dumps(told).encode()
-    with pytest.raises(ValueError, match="too many pieces"):
-        inflate(number, contents.__getitem__, max_bytes=ROOM)
+    with pytest.raises(BadMessage, match="too many pieces"):
+        inflate(tree, contents.__getitem__, max_bytes=ROOM)
 
 
 @given(data=st.data())
-def test_damaged_objects_raise_and_give_nothing(data: st.DataObject) -> None:
-    number, contents = objects_of(message_of(b"x" * 100))
+def test_damaged_objects_are_a_bad_message_or_another_one(data: st.DataObject) -> None:
+    tree, contents = objects_of(message_of(b"x" * 100))
     name = data.draw(st.sampled_from(sorted(contents)))
     at = data.draw(st.integers(0, len(contents[name]) - 1))
     damaged = bytearray(contents[name])
     damaged[at] ^= data.draw(st.integers(1, 255))
     try:
-        back = inflate(number, {**contents, name: bytes(damaged)}.__getitem__, max_bytes=ROOM)
-    except MemoryError:
-        raise
-    except Exception:
+        back = inflate(tree, {**contents, name: bytes(damaged)}.__getitem__, max_bytes=ROOM)
+    except BadMessage:
         return
     assert isinstance(back, Message)
+
+
+def nodes(*levels: int) -> ObjectTree:
+    """A tree with so many children at each node of a level; every name once."""
+    numbers = itertools.count()
+
+    def make(rest: tuple[int, ...]) -> ObjectTree:
+        children = [make(rest[1:]) for _ in range(rest[0])] if rest else []
+        return ObjectTree(object_id=f"{next(numbers):064x}", children=children)
+
+    return make(levels)
+
+
+def tree_of(name: str, *children: ObjectTree) -> ObjectTree:
+    return ObjectTree(object_id=name * 64, children=children)
+
+
+def test_tree_is_as_deep_and_as_wide_as_a_message_may_be() -> None:
+    assert len(read_tree(nodes(1, 2, 2, 3)).children) == 1 + 1 + 2 + 4 + 12
+    assert len(read_tree(nodes(1, MOST_OBJECTS - 2)).children) == MOST_OBJECTS
+    for large in (nodes(1, MOST_OBJECTS - 1), nodes(1, 1, 1, 1, 1), nodes(*[1] * 90)):
+        with pytest.raises(BadMessage, match="more than 4096 objects, or deeper"):
+            read_tree(large)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a" * 63, "A" * 64, "0x" + "a" * 62, "../" * 21 + "a", "_" * 64]
+)
+def test_name_of_an_object_is_a_hash(name: str) -> None:
+    with pytest.raises(BadMessage, match="no name"):
+        read_tree(ObjectTree(object_id=name))
+
+
+def test_object_in_two_places_is_one_object() -> None:
+    piece = tree_of("e")
+    shared = tree_of("a", tree_of("b", tree_of("c", tree_of("d", piece), tree_of("f", piece))))
+    assert read_tree(shared).children["d" * 64] == ("e" * 64,)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        tree_of("a", tree_of("a")),
+        tree_of("a", tree_of("b", tree_of("a"))),
+        tree_of("a", tree_of("b", tree_of("b"))),
+        tree_of("a", tree_of("b", tree_of("c")), tree_of("b")),
+    ],
+    ids=["itself", "cycle", "inner cycle", "two shapes"],
+)
+def test_object_that_lies_in_itself_or_hangs_together_in_two_ways_is_refused(
+    tree: ObjectTree,
+) -> None:
+    with pytest.raises(BadMessage, match="other children"):
+        read_tree(tree)
+
+
+def test_objects_hang_together_as_announced_or_are_not_read() -> None:
+    tree, contents = objects_of(message_of(b"x" * 100))
+    [record] = tree.children[tree.root]
+    less = replace(tree, children={**tree.children, record: tree.children[record][:1]})
+    for lie in (less, replace(tree, root=record)):
+        with pytest.raises(BadMessage, match="not what was announced"):
+            inflate(lie, contents.__getitem__, max_bytes=ROOM)
+
+
+def test_record_of_megabytes_is_not_read() -> None:
+    tree, contents = objects_of(message_of(b"x", text="x" * (1 << 20)))
+    with pytest.raises(BadMessage, match="is no piece"):
+        inflate(tree, contents.__getitem__, max_bytes=ROOM)
 
 
 @given(content=st.binary(max_size=300), found=st.booleans())

@@ -4,6 +4,9 @@ Flower makes an object of a message, of each of its records and of every 5 MB of
 is named by its SHA-256 and travels in a request of its own. Its own functions copy and hash every
 piece several times over, once more for each receiver. Here a piece is hashed once where it lies,
 copied once when it is sent, and joined to an array of known largest size when it has come.
+
+Whoever announces objects says how they hang together, and may say anything: ``read_tree`` takes
+what a message can be and nothing else, and ``inflate`` reads what is announced and nothing else.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
@@ -34,7 +39,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
-from cytofed.arrays import in_shares
+from cytofed.arrays import in_shares, is_shape
 from cytofed.messages import RAW, BadMessage, array_of
 
 PIECE_BYTES: int = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
@@ -59,6 +64,28 @@ T = TypeVar("T")
 
 _CHUNK, _ARRAY, _RECORD = (kind.__qualname__ for kind in (ArrayChunk, Array, ArrayRecord))
 
+_LEVELS = (
+    {Message.__qualname__},
+    {RecordDict.__qualname__},
+    {_RECORD, ConfigRecord.__qualname__, MetricRecord.__qualname__},
+    {_ARRAY},
+    {_CHUNK},
+)
+"""what may lie in what, from the message down"""
+
+MOST_OBJECTS = 4096
+"""of one message, each counted where it is named"""
+
+_MOST_BYTES = 1 << 20
+"""of an object that is no piece of an array"""
+
+_NAME = re.compile(r"[0-9a-f]{64}")
+
+_DTYPES = frozenset(
+    {"float16", "float32", "float64", "int8", "int16", "int32", "int64",
+     "uint8", "uint16", "uint32", "uint64"}
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class InFile:
@@ -81,11 +108,11 @@ class InFile:
         return os.pread(self.file.fileno(), stop - start, self.at + start)
 
     def read_into(self, out: memoryview, start: int) -> None:
-        """Fill ``out`` from ``start`` on. Errors: ValueError where the file ends before."""
+        """Fill ``out`` from ``start`` on. Errors: BadMessage where the file ends before."""
         while out:
             count = os.preadv(self.file.fileno(), [out], self.at + start)
             if count == 0:
-                raise ValueError("the file is shorter than it was")
+                raise BadMessage("the file is shorter than it was")
             out, start = out[count:], start + count
 
 
@@ -110,9 +137,13 @@ def with_enclosed(message: T, contents: Iterable[bytes]) -> T:
 
 
 def enclosed_in(message: Any) -> dict[str, bytes]:
-    """The objects that came with a message, by name, which is the hash of each."""
-    found = (
-        f for f in UnknownFieldSet(message) if (f.field_number, f.wire_type) == (_ENCLOSED, LONG)
+    """The objects that came with a message, by name, which is the hash of each.
+
+    Of more than ``MOST_OBJECTS`` the first.
+    """
+    found = islice(
+        (f for f in UnknownFieldSet(message) if (f.field_number, f.wire_type) == (_ENCLOSED, LONG)),
+        MOST_OBJECTS,
     )
     return {hashlib.sha256(field.data).hexdigest(): field.data for field in found}
 
@@ -297,41 +328,91 @@ def _cut(data: memoryview) -> list[_Piece]:
     return in_shares(lambda share: _Piece(data[share]), len(data), share=PIECE_BYTES)
 
 
-def inflate(number: str, read: Callable[[str], Content], *, max_bytes: int) -> Message:
-    """The message of that name; ``read`` gives each object's bytes.
+@dataclass(frozen=True)
+class Tree:
+    """How the objects of one message hang together, as whoever sends it announced them.
 
-    Errors: ValueError (and what Flower's own reading raises) for what is no message, or for arrays
-    of more than ``max_bytes`` altogether.
+    Guarantees: at most ``MOST_OBJECTS``, no deeper than a message is, and no object in itself.
+    """
+
+    root: str
+    children: Mapping[str, tuple[str, ...]] = field(repr=False)
+
+
+def read_tree(announced: ObjectTree) -> Tree:
+    """Errors: BadMessage for what is no tree of a message's objects.
+
+    An object may be named in several places, with the same children in each. So none lies in
+    itself: it would have no end.
+    """
+    children: dict[str, tuple[str, ...]] = {}
+    waiting, count = [(announced, 1)], 1
+    while waiting:
+        node, depth = waiting.pop()
+        count += len(node.children)
+        if count > MOST_OBJECTS or depth > len(_LEVELS):
+            raise BadMessage(f"more than {MOST_OBJECTS} objects, or deeper than a message is")
+        name, own = node.object_id, tuple(child.object_id for child in node.children)
+        if not _NAME.fullmatch(name):
+            raise BadMessage(f"{name!r:.80} is no name of an object")
+        if children.setdefault(name, own) != own:
+            raise BadMessage(f"object {name:.16} has other children in another place")
+        waiting += ((child, depth + 1) for child in node.children)
+    return Tree(announced.object_id, children)
+
+
+def inflate(tree: Tree, read: Callable[[str], Content], *, max_bytes: int) -> Message:
+    """The message of that tree; ``read`` gives each object's bytes.
+
+    Each object is read once, and only those of the tree. Errors: BadMessage for what is no message,
+    has other children than announced, or arrays of more than ``max_bytes`` altogether; and what
+    ``read`` raises.
     """
     known: dict[str, Any] = {}
     room = max_bytes
 
-    def build(name: str) -> Any:
+    def build(name: str, level: int) -> Any:
         nonlocal room
         if name in known:
             return known[name]
-        content = bytes(read(name)[:])
-        kind, children, _ = get_object_head_values_from_object_content(content)
+        found = read(name)
+        if len(found) > _MOST_BYTES:
+            raise BadMessage(
+                f"object {name:.16} has {len(found)} bytes and is no piece of an array"
+            )
+        content, children = bytes(found[:]), tree.children[name]
+        with _reading(name):
+            kind, said, _ = get_object_head_values_from_object_content(content)
+        if kind not in _LEVELS[level] or tuple(said) != children:
+            raise BadMessage(f"object {name:.16} is not what was announced")
         if kind == _ARRAY:
-            found, used = _join(content, children, read, room)
+            made, used = _join(name, content, children, read, room)
             room -= used
         else:
-            built = {child: build(child) for child in children}
-            if kind == _RECORD:
-                found = _record(content, built)
-            else:
-                found = inflatable_class_registry[kind].inflate(content, built)
-        known[name] = found
-        return found
+            built = {child: build(child, level + 1) for child in children}
+            with _reading(name):
+                if kind == _RECORD:
+                    made = _record(content, built)
+                else:
+                    made = inflatable_class_registry[kind].inflate(content, built)
+        known[name] = made
+        return made
 
     try:
-        message = build(number)
+        message: Message = build(tree.root, 0)
     finally:
         known.clear()  # ``build`` knows itself: that cycle must not keep the arrays
-    if not isinstance(message, Message):
-        raise ValueError("not a message")
-    message.metadata.__dict__["_message_id"] = number
+    message.metadata.__dict__["_message_id"] = tree.root
     return message
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Whatever Flower, protobuf and json raise over bytes of the other side is BadMessage."""
+    try:
+        yield
+    except Exception as error:
+        raise BadMessage(f"object {name:.16} cannot be read: {type(error).__name__}") from error
 
 
 def _record(content: bytes, arrays: Mapping[str, Any]) -> ArrayRecord:
@@ -343,40 +424,51 @@ def _record(content: bytes, arrays: Mapping[str, Any]) -> ArrayRecord:
 
 
 def _join(
-    content: bytes, children: list[str], read: Callable[[str], Content], room: int
+    name: str,
+    content: bytes,
+    children: tuple[str, ...],
+    read: Callable[[str], Content],
+    room: int,
 ) -> tuple[Any, int]:
     """An array from its pieces, one of them in memory at a time, and its bytes."""
-    told = json.loads(bytes(_body(content)))
-    shape, pieces = tuple(told["shape"]), told["arraychunk_ids"]
-    size = math.prod(shape) * np.dtype(told["dtype"]).itemsize
-    if told["stype"] != RAW or min(shape, default=0) < 0:
-        raise ValueError("an array that is not raw bytes of its shape")
-    if size > room or len(pieces) > 1 + room // PIECE_BYTES:
-        raise ValueError(f"arrays of more than {room} bytes, or in too many pieces")
+    with _reading(name):
+        told = json.loads(bytes(_body(content)))
+        dtype, shape, places = told["dtype"], tuple(told["shape"]), told["arraychunk_ids"]
+        names = [children[place] for place in places if type(place) is int and place >= 0]
+        if told["stype"] != RAW or dtype not in _DTYPES or not is_shape(shape, np.dtype(dtype)):
+            raise ValueError("an array that is not raw bytes of its shape")
+        if len(names) != len(places):
+            raise ValueError("a piece that is none of its own")
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size > room or len(names) > 1 + room // PIECE_BYTES:
+        raise BadMessage(f"arrays of more than {room} bytes, or in too many pieces")
     joined, at = np.empty(size, np.uint8).data, 0
-    for index in pieces:
-        piece = read(children[index])
+    for number in names:
+        piece = read(number)
         start = body_of_piece(bytes(piece[:_HEAD_BYTES]), len(piece))
-        place = joined[at : at + len(piece) - start]
+        length = len(piece) - start
+        if at + length > size:
+            raise BadMessage(f"an array of more than the {size} bytes that its shape takes")
+        place = joined[at : at + length]
         if isinstance(piece, InFile):
             piece.read_into(place, start)
         else:
-            place[:] = memoryview(piece)[start:]  # raises where it is too long
-        at += len(piece) - start
+            place[:] = memoryview(piece)[start:]
+        at += length
     if at != size:
-        raise ValueError(f"an array of {at} bytes whose shape takes {size}")
-    return array_of(told["dtype"], shape, told["stype"], joined), size
+        raise BadMessage(f"an array of {at} bytes whose shape takes {size}")
+    return array_of(dtype, shape, RAW, joined), size
 
 
 def body_of_piece(start: bytes, size: int) -> int:
     """Where the body of a piece of an array begins, of ``size`` bytes that begin with ``start``.
 
-    Errors: ValueError for what is no piece, or of another length than its head says.
+    Errors: BadMessage for what is no piece, or of another length than its head says.
     """
     head, found, _ = start.partition(HEAD_BODY_DIVIDER)
     at = len(head) + len(HEAD_BODY_DIVIDER)
     if not found or head != HEAD_VALUE_DIVIDER.join((_CHUNK, "", str(size - at))).encode():
-        raise ValueError("not a piece of an array, or too large for its kind")
+        raise BadMessage("not a piece of an array, or too large for its kind")
     return at
 
 

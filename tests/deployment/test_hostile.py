@@ -21,7 +21,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from flwr.app import Error, Message
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
@@ -31,10 +31,12 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
+    ObjectTree,
     PullObjectRequest,
     PushObjectRequest,
 )
@@ -47,6 +49,7 @@ from hypothesis import strategies as st
 
 from cytofed.client.directory import ClientDirectory, pinned_context
 from cytofed.documents import LABEL_ENROL
+from cytofed.messages import RAW, array_of
 from cytofed.objects import deflate
 from cytofed.privacy import wire
 from cytofed.privacy.identity import Identity, sign
@@ -300,6 +303,111 @@ def test_another_labs_objects_and_replies_are_out_of_reach(port: Port) -> None:
         federation.run("coordinator", "server", "stop-run", federation.coordinator, run)
         assert federation.summary(run)["status"] == "failed"
     assert one.post("pull-object", own.SerializeToString()).status_code == 403  # withdrawn
+
+
+def chain(depth: int, *, closed: bool = False) -> ObjectTree:
+    """Each object in the next, and once more beside it, where it has no children: read as one, it
+    has 2^depth. ``closed``: the innermost is the outermost."""
+    tree = ObjectTree(object_id=f"{depth if closed else 0:064x}")
+    for number in range(1, depth + 1):
+        children = [tree, ObjectTree(object_id=tree.object_id)]
+        tree = ObjectTree(object_id=f"{number:064x}", children=children)
+    return tree
+
+
+HOSTILE_TREES = {
+    "doubling": chain(60),
+    "cycle": chain(3, closed=True),
+    "itself": ObjectTree(object_id="a" * 64, children=[ObjectTree(object_id="a" * 64)]),
+    "deep": chain(90),
+    "wide": ObjectTree(
+        object_id="a" * 64, children=[ObjectTree(object_id=f"{n:064x}") for n in range(9000)]
+    ),
+    "path": ObjectTree(object_id="../../server.key"),
+}
+
+
+@pytest.fixture
+def offered(port: Port) -> Iterator[tuple[Caller, int, Any]]:
+    """A lab with an offer in hand: who calls, its node, and the offer as it came."""
+    one, federation = port.caller("lab-1"), port.federation
+    node = one.activate()
+    run, _ = federation.queue(PLAN.replace("min_labs: 3", "min_labs: 2"))
+    request = PullMessagesRequest(node=Node(node_id=node)).SerializeToString()
+    found = PullMessagesResponse()
+
+    def asked() -> bool:
+        found.ParseFromString(one.post("pull-messages", request).content)
+        return bool(found.messages_list)
+
+    try:
+        federation.until(asked, "lab-1 has an offer")
+        yield one, node, found
+    finally:
+        federation.run("coordinator", "server", "stop-run", federation.coordinator, run)
+        assert federation.summary(run)["status"] == "failed"
+    spool = federation.coordinator / "spool"
+    federation.until(lambda: not any(spool.iterdir()), "nothing of the reply is left")
+
+
+def announced(node: int, reply: Message, tree: ObjectTree | None = None) -> PushMessagesRequest:
+    """The announcement of a reply; ``tree``: a lie about what it consists of."""
+    objects = deflate(reply)
+    head = message_to_proto(objects.head)
+    if tree is not None:
+        head.metadata.message_id = tree.object_id
+    return PushMessagesRequest(
+        node=Node(node_id=node),
+        messages_list=[head],
+        message_object_trees=[objects.tree if tree is None else tree],
+        clientapp_runtime_list=[0.0],
+    )
+
+
+def test_no_tree_of_objects_keeps_the_coordinator_busy_or_stays_with_it(
+    port: Port, offered: tuple[Caller, int, Any]
+) -> None:
+    lab, node, found = offered
+    coordinator = port.federation.running["coordinator"]
+    before = memory_of(coordinator.pid)
+    reply = Message(RecordDict(), reply_to=message_from_proto(found.messages_list[0]))
+    for name, tree in HOSTILE_TREES.items():
+        body = announced(node, reply, tree).SerializeToString()
+        assert lab.post("push-messages", body).status_code == 400, name
+    full = announced(node, reply)
+    full.messages_list[0].content.items.add().key = "inline"
+    assert lab.post("push-messages", full.SerializeToString()).status_code == 413
+    assert memory_of(coordinator.pid) - before < 30 << 20
+    assert lab.post("push-messages", announced(node, reply).SerializeToString()).status_code == 200
+
+
+def test_a_reply_has_its_room_once_however_often_it_is_announced(
+    offered: tuple[Caller, int, Any],
+) -> None:
+    lab, node, found = offered
+    record = ArrayRecord()
+    for name in ("a", "b", "c"):
+        data = os.urandom(2 << 20)
+        record[name] = array_of("uint8", (len(data),), RAW, memoryview(data))
+    head = message_from_proto(found.messages_list[0])
+    reply = Message(RecordDict({"parts": record}), reply_to=head)
+    objects, request = deflate(reply), announced(node, reply)
+
+    def push(number: str, session: str) -> int:
+        asked = PushObjectRequest(
+            node=Node(node_id=node), run_id=head.metadata.run_id, object_id=number,
+            object_content=objects.content(number), session_id=session,
+        )  # fmt: skip
+        return lab.post("push-object", asked.SerializeToString()).status_code
+
+    large = [number for number, size in objects.sizes().items() if size > 1 << 20]
+    statuses = []
+    for number in large:  # each in a session of its own
+        answer = PushMessagesResponse()
+        answer.ParseFromString(lab.post("push-messages", request.SerializeToString()).content)
+        assert number in answer.objects_to_push
+        statuses.append(push(number, answer.session_id))
+    assert statuses == [200, 400, 400]  # an offer's answer may have 4 MiB
 
 
 @settings(

@@ -9,7 +9,6 @@ import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -228,35 +227,6 @@ def test_answer_of_a_lab_that_has_gone_since_is_not_lost(line: Line, answer: Ans
         assert reply.error.reason == "no"
     else:
         assert bytes_of(reply) == b"y"
-
-
-def test_upload_that_expires_as_another_begins_locks_nobody_out(line: Line) -> None:
-    link, run = line.fleet._link, line.fleet._run.run_id
-    expired = link.start_session(run)
-    link._object_push_sessions[expired] = replace(
-        link._object_push_sessions[expired],
-        expires_at=datetime.now(UTC),
-        root_object_ids={"a"},
-        pending_object_ids={"b"},
-    )
-    begun = threading.Event()
-
-    def begin() -> None:
-        with link.lock:  # as where a reply is announced
-            begun.set()
-            time.sleep(0.3)
-            link.start_session(run)
-
-    def go_on() -> None:
-        begun.wait()
-        link.store_object(run, expired, "b", b"late")
-
-    threads = [threading.Thread(target=work, daemon=True) for work in (begin, go_on)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_lab_that_is_off_the_roster_is_a_failure_by_name(line: Line) -> None:
