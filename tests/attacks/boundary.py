@@ -29,7 +29,7 @@ from cytofed.client.settings import fresh_yaml
 from cytofed.documents import Decision, Offer, Roster, Start
 from cytofed.files import write_atomically
 from cytofed.messages import ERROR_CODE, Kind, Order, Step, new_message, pack_order, pack_step
-from cytofed.objects import deflate, inflate
+from cytofed.objects import deflate, inflate, read_tree
 from cytofed.plan import Plan, from_dict
 from cytofed.privacy.identity import Identity
 from cytofed.sealed_message import new_content, text_of
@@ -245,7 +245,7 @@ def _carried(message: Message) -> Message:
     def fetched(number: str) -> bytes:
         return b"".join(part[:] for part in objects.parts(number))
 
-    return inflate(objects.tree.object_id, fetched, max_bytes=1 << 30)
+    return inflate(read_tree(objects.tree), fetched, max_bytes=1 << 30)
 
 
 @contextlib.contextmanager
