@@ -16,6 +16,7 @@ was not paid for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -423,7 +424,11 @@ class PlanBook:
         if not self.folder.is_dir():
             return ()
         paths = [path for path in self.folder.glob("*.json") if not path.name.startswith(".")]
-        return tuple(sorted(map(self._read, paths), key=lambda entry: entry.offered_at))
+        found = []
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # replaced by another process meanwhile
+                found.append(self._read(path))
+        return tuple(sorted(found, key=lambda entry: entry.offered_at))
 
     def offered(self, document: bytes, *, parameters: int) -> Entry:
         """Take in an offer from the coordinator. One that is known already stays as it is.

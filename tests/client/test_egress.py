@@ -190,6 +190,15 @@ def test_no_reason_carries_a_path_or_an_identifier(text: str) -> None:
         check_outgoing(replace(UPDATE, type="refusal", fields=fields_of({"reason": text})))
 
 
+def test_a_refusal_may_name_the_run_that_the_coordinator_named() -> None:
+    run = "greedy-20261130-121912-8c99"
+    reason = public_reason(RefusedError(f"round 3 of run {run} is past"), known=(run,))
+    told = replace(UPDATE, type="refusal", fields=fields_of({"reason": reason}))
+    check_outgoing(replace(told, run=run))
+    with pytest.raises(EgressRefused, match="reason"):
+        check_outgoing(replace(told, run="another"))
+
+
 def test_a_refusal_tells_its_reason_and_an_error_about_data_does_not() -> None:
     reason = f"plan {'0a1b2c3d4e5f'} of run marrow-20260101-120000 is not approved at this lab"
     assert public_reason(RefusedError(reason), known=("marrow-20260101-120000",)) == reason

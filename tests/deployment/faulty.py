@@ -11,6 +11,7 @@
                                        the Nth, or all while the file WHEN is there
     shape:MODULE:NAME                  manifests of NAME have another array, empty and of a shape
                                        that no array can have
+    lie:MODULE:NAME                    NAME of a module beside this one puts its lie in place
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ def stumble(number: str) -> None:
     replace("cytofed.server.fleet", "Fleet.app", wrap)
 
 
+def lie(place: str, name: str) -> None:
+    getattr(importlib.import_module(place), name)()
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     "kill": kill,
     "sleep": sleep,
@@ -143,6 +148,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "stumble": stumble,
     "fail": fail,
     "shape": shape,
+    "lie": lie,
 }
 
 
