@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ import click
 
 from cytofed.console import note, say
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
+from cytofed.words import log_to_stderr
 
 _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -77,11 +77,7 @@ def start(folder: Path) -> int:
     from cytofed.client.directory import ClientDirectory
     from cytofed.heap import keep_blocks
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
-    for noisy in ("flwr", "httpx", "httpcore", "torch"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_to_stderr(quiet=("flwr", "httpx", "httpcore", "torch"))
     directory = ClientDirectory.open(folder)
     if directory.left:
         raise InputError(f"this lab has left {directory.membership().federation}")

@@ -89,7 +89,7 @@ from cytofed.sealed_message import (
 )
 from cytofed.secure_round import public_bound
 from cytofed.start import take_start
-from cytofed.words import one_line
+from cytofed.words import one_line, without_markup
 
 MAX_OFFER_BYTES = 1 << 20
 """of an offer's document: a plan, and the keys of some hundred labs"""
@@ -511,14 +511,15 @@ class Daemon:
         model = file_of(content)
         if model:
             write_atomically(folder / "model.safetensors", model)
-        write_atomically(folder / "model_card.md", text_of(content, "card"))
+        # Nothing is loaded, and nobody led away, by a card that the coordinator wrote.
+        write_atomically(folder / "model_card.md", without_markup(text_of(content, "card")))
         _note_result(folder, offer, content)
         with open_ledger(self._settings) as book:
             self._plans.ended(offer.run, book)
         self._outbox(offer).end_run(offer.run, self._ledger_name(offer))
         if self._open is not None and self._open.offer == offer.sha256:
             self._open = None
-        told = f"run {offer.run} {text_of(content, 'status')}"
+        told = f"run {offer.run} {one_line(text_of(content, 'status'), most=40)}"
         self._note(f"{told}: cytofed client model DIR --out FILE" if model else told)
         return self._received(offer, parcel, "query.result")
 
@@ -665,7 +666,7 @@ def _note_result(folder: Path, offer: Offer, content: RecordDict) -> None:
         "run": offer.run,
         "plan_sha256": offer.plan.sha256,
         "received_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{key: text_of(content, key) for key in ("status", "reason", "weights_sha256")},
+        **{key: one_line(text_of(content, key)) for key in ("status", "reason", "weights_sha256")},
     }
     write_atomically(folder / "result.json", json.dumps(kept, indent=1) + "\n")
 

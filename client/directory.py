@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,6 +51,7 @@ from cytofed.privacy import wire
 from cytofed.privacy.identity import Identity, PublicIdentity, sign, verify
 from cytofed.privacy.ledger import Ledger
 from cytofed.strict import read_json
+from cytofed.words import one_line
 
 _ENROL_S = 30.0
 _MAX_ANSWER_BYTES = 1 << 16
@@ -338,9 +340,13 @@ def _post(url: str, body: bytes, ca_file: Path, settings: Settings) -> bytes:
         raise CytofedError("the coordinator is asked too often", hint="try again in a minute")
     told: Any = {}
     if response.headers.get("content-type", "").startswith("application/json"):
-        told = response.json()
-    message = str(told.get("error") or f"HTTP {response.status_code}")[:300]
-    raise RefusedError(f"enrolment failed: {message}", hint=str(told.get("hint", ""))[:300])
+        with contextlib.suppress(ValueError):
+            found = response.json()
+            told = found if isinstance(found, dict) else {}
+    message = one_line(told.get("error") or f"HTTP {response.status_code}", most=300)
+    raise RefusedError(
+        f"enrolment failed: {message}", hint=one_line(told.get("hint", ""), most=300)
+    )
 
 
 def _keep_answer(root: Path, invite: Invite, request: bytes, answer: bytes) -> None:

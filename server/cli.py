@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 
 from cytofed.console import note, say
 from cytofed.errors import InputError
-from cytofed.words import one_line
+from cytofed.words import log_to_stderr, one_line
 
 _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -62,12 +61,7 @@ def start(folder: Path) -> int:
     from cytofed.server.app import Coordinator
     from cytofed.server.directory import ServerDirectory
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
-    for noisy in ("flwr", "httpx", "uvicorn.access"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    log_to_stderr(quiet=("flwr", "httpx", "uvicorn.access", "uvicorn.error"))
     directory = ServerDirectory.open(folder)
     give_blocks_back()
     coordinator = Coordinator(directory)

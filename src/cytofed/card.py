@@ -13,12 +13,16 @@ from typing import Any
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
+from cytofed.words import markdown
 
 _MATEK = (
     "Matek, Krappe, Münzenmayer, Haferlach, Marr: Highly accurate differentiation of bone marrow "
     "cell morphologies using deep neural networks on a large image data set. Blood 2021, "
     "doi:10.1182/blood.2020010568"
 )
+
+_MOST_CHARS = 1000
+"""of one name, code or attribution"""
 
 
 def model_card(summary: Mapping[str, Any], plan: Plan) -> str:
@@ -348,8 +352,7 @@ def _number(value: object) -> str:
 
 def _text(value: object) -> str:
     """Text as Markdown that shows it unchanged, on one line."""
-    line = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", line)
+    return markdown(value, most=_MOST_CHARS)
 
 
 def _code(value: object) -> str:

@@ -6,11 +6,10 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -19,23 +18,41 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
 from cytofed.errors import CytofedError
+from cytofed.words import printable
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """A terminal on which a text is never a command: names and reasons may be anybody's words."""
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        # Every text goes through here, in whatever table or bar it stands.
+        return super()._render_buffer(
+            part if part.control else part._replace(text=printable(part.text)) for part in buffer
+        )
+
+
+stdout = _Console(highlight=False)
+stderr = _Console(stderr=True, highlight=False)
 
 
 def print_error(error: CytofedError) -> None:
     """``cytofed: error: ...`` and, where it helps, ``cytofed: hint: ...`` on stderr."""
-    print(f"cytofed: error: {error.message}", file=sys.stderr)
+    print(f"cytofed: error: {_shown(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"cytofed: hint: {error.hint}", file=sys.stderr)
+        print(f"cytofed: hint: {_shown(error.hint)}", file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """In its lines, of which none looks like another message."""
+    return "\n  ".join(printable(text).splitlines())
 
 
 def say(text: str) -> None:
     """One plain line on stdout, never wrapped or coloured."""
-    print(text)
+    print(printable(text))
 
 
 def note(text: str) -> None:
@@ -59,9 +76,9 @@ class RunProgress:
         self._scores: dict[str, str] = {}
         self._started: dict[str, float] = {}
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=28),
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -156,7 +173,7 @@ class SweepProgress:
         self._started: dict[str, float] = {}
         self._lines: dict[str, TaskID] = {}
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             TextColumn("{task.fields[what]}", markup=False),
             TimeElapsedColumn(),
@@ -185,7 +202,7 @@ class SweepProgress:
     def begin(self, run: str) -> None:
         with self._lock:
             self._started[run] = time.monotonic()
-            self._lines[run] = self._progress.add_task(escape(run), total=None, what="reading")
+            self._lines[run] = self._progress.add_task(run, total=None, what="reading")
 
     def line(self, run: str, text: str) -> None:
         """What the process of a run said last."""

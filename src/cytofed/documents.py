@@ -52,6 +52,7 @@ LABEL_HEAD = "cytofed/1/ledger-head"
 
 Verdict = Literal["approved", "rejected"]
 
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -221,6 +222,8 @@ class Offer:
         knows as another one."""
         fields = wire.Fields.of(verify(document, label=LABEL_OFFER, signer=coordinator), "offer")
         run, plan, roster = fields.text("run"), fields.raw("plan"), fields.raw("roster")
+        if not _RUN.fullmatch(run):  # it names folders, and stands in logs and documents
+            raise VerificationError(f"an offer of a run with the name {one_line(run, most=40)!r}")
         sha256 = fields.text("plan_sha256")
         fields.end()
         try:
@@ -277,7 +280,7 @@ class Decision:
             roster_sha256=fields.text("roster_sha256"),
             max_weight=fields.uint("max_weight"),
             at=datetime.fromtimestamp(min(fields.uint("at"), _LAST_SECOND), UTC),
-            reason=fields.text("reason"),
+            reason=one_line(fields.text("reason")),
         )
         fields.end()
         found = (decision.run, decision.plan_sha256, decision.roster_sha256)

@@ -24,7 +24,7 @@ import yaml
 
 from cytofed.encoder import is_shipped, sha256_of, start_file
 from cytofed.errors import InputError
-from cytofed.sections import build, convert, read_tree, shown
+from cytofed.sections import build, check_words, convert, read_tree, shown
 from cytofed.strict import NotYaml, read_yaml
 
 Unit = Literal["patient", "image", "none"]
@@ -306,6 +306,7 @@ def from_dict(tree: Mapping[str, Any], *, source: str = "plan") -> Plan:
     Errors: InputError for an unknown key, a wrong type or a value out of bounds.
     """
     plan = build(Plan, tree, source, special={StrategySpec: _build_strategy})
+    check_words(to_dict(plan), source)
     _check_values(plan)
     return plan
 

@@ -65,6 +65,28 @@ def convert(hint: Any, value: Any, where: str, source: str) -> Any:
     return _Reader(source, Path(), {}).value(hint, value, where)
 
 
+_MOST_CHARS = 1000
+
+
+def check_words(tree: Any, source: str, path: str = "") -> None:
+    """Whether every text of a tree can be shown: printable, and no longer than people read.
+
+    Errors: InputError naming where.
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            check_words(str(key), source, f"a key below {path}" if path else "a key")
+            check_words(value, source, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            check_words(value, source, path)
+    elif isinstance(tree, str) and not (tree.isprintable() and len(tree) <= _MOST_CHARS):
+        raise InputError(
+            f"{source}: {path} is {shown(tree)}, expected up to {_MOST_CHARS} characters that "
+            "can be printed"
+        )
+
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 

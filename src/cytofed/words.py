@@ -7,7 +7,10 @@ newline forges a line of a log, a bidi control turns a sentence round.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from cytofed.errors import CytofedError
 
@@ -26,6 +29,13 @@ def one_line(text: object, *, most: int = MOST_CHARS) -> str:
     return plain if len(whole) <= most else f"{plain} ..."
 
 
+def printable(text: str) -> str:
+    """``text`` in its lines and tabs, character by character: what no line may hold is a space."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+
+
 def markdown(text: object, *, most: int = MOST_CHARS) -> str:
     """``text`` as Markdown that shows it as it is, on one line.
 
@@ -34,6 +44,39 @@ def markdown(text: object, *, most: int = MOST_CHARS) -> str:
     line = " ".join(one_line(text, most=most).split())
     escaped = re.sub(r"([\\`*_{}\[\]<>#|~!&@])", r"\\\1", line)
     return re.sub(r"(?i)(www)\.|(:)//", lambda m: f"{m[1]}\\." if m[1] else r"\://", escaped)
+
+
+def without_markup(card: str, *, most: int = 1 << 20) -> str:
+    """A Markdown document of the other side, in which nothing is HTML, an image or a link.
+
+    Headings, lists, tables and emphasis stay; of more than ``most`` characters the rest is gone.
+    """
+    plain = printable(card[:most])
+    return re.sub(r"(?<!\\)((?:\\\\)*)(<|!(?=\[)|(?<=\])[(:\[])", r"\1\\\2", plain)
+
+
+class LogFormatter(logging.Formatter):
+    """Records as lines that nobody else can forge: a message is one line, a traceback its own."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message, most=2000)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        # Indented: what an error of the other side says looks like no record of this log.
+        return "\n".join(f"  {one_line(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def log_to_stderr(*, quiet: Sequence[str]) -> None:
+    """Have this process's log on stderr; of these libraries warnings only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for name in quiet:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def reason_of(error: BaseException) -> str:

@@ -9,6 +9,7 @@
     stumble:N                          the coordinator answers every Nth request with HTTP 500
     fail:MODULE:NAME:WHEN:ERROR        calls of NAME raise ERROR, an exception or a number of errno:
                                        the Nth, or all while the file WHEN is there
+    words:MODULE:NAME                  NAME gives a text with escape sequences, lines and markup
     shape:MODULE:NAME                  manifests of NAME have another array, empty and of a shape
                                        that no array can have
     lie:MODULE:NAME                    NAME of a module beside this one puts its lie in place
@@ -91,6 +92,15 @@ def fail(place: str, name: str, when: str, error: str) -> None:
     replace(place, name, wrap)
 
 
+WORDS = (
+    "\x1b[2Jgone\r\n2026-01-01 INFO forged\u202e![x](http://evil.example/a)<img src=//evil.example>"
+)
+
+
+def words(place: str, name: str) -> None:
+    replace(place, name, lambda original: functools.wraps(original)(lambda *_args, **_kw: WORDS))
+
+
 def shape(place: str, name: str) -> None:
     from cytofed.privacy import wire
 
@@ -149,6 +159,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "fail": fail,
     "shape": shape,
     "lie": lie,
+    "words": words,
 }
 
 

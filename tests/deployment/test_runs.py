@@ -211,6 +211,35 @@ def test_full_disk_sets_a_run_aside_and_it_goes_on_when_there_is_room(
     assert federation.summary(run)["status"] == "completed"
 
 
+@pytest.mark.faults
+def test_words_of_either_side_are_words_at_the_other(federation: Federation) -> None:
+    """lab-3 refuses with a reason, and the coordinator's card comes, with more than words in it."""
+    federation.kill("coordinator")
+    federation.start("coordinator", "words:cytofed.server.results:model_card")
+    for lab in ("lab-1", "lab-2"):
+        federation.start(lab)
+    federation.start("lab-3", "words:cytofed.client.daemon:public_reason")
+    federation.run("lab-3", "client", "pause", federation.root / "lab-3")
+    run = queue(federation, "words")
+    approve(federation, run, *LABS)
+    summary = federation.summary(run)
+    reason = summary["participation"][0]["absent"]["lab-3"]
+    assert reason.startswith("refused:")
+    assert "gone  2026-01-01 INFO forged" in reason
+    assert reason.isprintable()
+    federation.wait_for_model("lab-1")
+
+    [card] = (federation.root / "lab-1" / "models").glob(f"*{run}*/model_card.md")
+    told = federation.run("coordinator", "server", "status", federation.coordinator)
+    pages = [told, card.read_text()]
+    pages += [log.read_text() for log in federation.root.glob("*.log")]
+    for page in pages:
+        assert all(char.isprintable() or char == "\n" for char in page)
+        assert not any(line.startswith("2026-01-01") for line in page.splitlines())
+    assert "![x](" not in card.read_text().replace("\\", "")
+    assert "<img" not in card.read_text().replace("\\<", "")
+
+
 def health(federation: Federation) -> httpx.Response:
     context = ssl.create_default_context(cafile=str(federation.coordinator / "ca.pem"))
     return httpx.get(f"https://localhost:{federation.port}/health", verify=context)
