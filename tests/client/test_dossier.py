@@ -52,7 +52,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
         own=LEEDS.public,
     )
     roster = Roster("f", 1, tuple(Member(key.public, "", 100) for key in KEYS.values()))
-    entry = plans.offered(Offer(HOSTILE, PLAN, roster).signed(CENTRE), parameters=1000)
+    entry = plans.offered(Offer("run-1", PLAN, roster).signed(CENTRE), parameters=1000)
     EgressLog.create(folder / "egress.log", LEEDS)
     with open_ledger(settings) as book, EgressLog(folder / "egress.log", LEEDS) as log:
         plans.approve(entry.plan_sha256, settings, book)
