@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from cytofed.client.reader import NOBODY
 from cytofed.client.settings import Settings
 from cytofed.documents import Offer
 from cytofed.encoder import Given, is_shipped, shipped
@@ -269,10 +270,16 @@ def refuse(offer: Offer, settings: Settings, *, own: PublicIdentity, parameters:
             f"{Path(settings.labels).name} for {load_map(settings.labels).scheme}",
             hint="set labels in client.yaml to a map into the plan's scheme",
         )
-    if plan.privacy.unit == "patient" and settings.patients is None:
+    if plan.privacy.unit == "patient" and settings.patients in (None, NOBODY):
         raise RefusedError(
             f"{what} protects patients, and this lab does not say which image is whose",
             hint="set patients in client.yaml, for example patients: column:patient",
+        )
+    if plan.privacy.unit != "none" and settings.labels is None:
+        raise RefusedError(
+            f"{what} is private, and this lab's label map is found by itself: one patient's "
+            "folders could choose it for all others",
+            hint="set labels in client.yaml: `cytofed client check DIR` says which map fits",
         )
     cost_of(plan, settings, own.name)
     refuse_delta(offer)

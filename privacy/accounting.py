@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cytofed.errors import InputError
+from cytofed.whose import whose
 
 Unit = Literal["patient", "image", "none"]
 Accountant = Literal["PRV", "RDP"]
@@ -96,13 +97,22 @@ class Guarantee:
     patients: int | None = None
     """of all labs together, where they are known: delta times them is how many of them the
     guarantee may fail for"""
+    pseudo: bool = False
+    """the patients are made up by a simulation"""
+
+    @property
+    def per(self) -> str:
+        """Whose it is, in the word that is shown."""
+        return whose(self.unit, pseudo=self.pseudo)
 
     def __str__(self) -> str:
         if math.isinf(self.epsilon):
             return "no differential privacy (epsilon infinite)"
-        times = "" if self.patients is None else f" ({delta_times(self.delta, self.patients)})"
+        times = ""
+        if self.patients is not None:
+            times = f" ({delta_times(self.delta, self.patients, self.per)})"
         return (
-            f"epsilon {shown(self.epsilon)} at delta {self.delta:g}{times}, per {self.unit}, "
+            f"epsilon {shown(self.epsilon)} at delta {self.delta:g}{times}, per {self.per}, "
             f"{self.adversary}"
         )
 
@@ -190,9 +200,9 @@ def check_delta(delta: float, patients: int) -> None:
         )
 
 
-def delta_times(delta: float, patients: int) -> str:
-    """Delta beside the patients that it is for, for people."""
-    return f"x {patients:,} patients: {delta * patients:.2g}"
+def delta_times(delta: float, patients: int, per: str = "patient") -> str:
+    """Delta beside the patients (or images) that it is for, for people."""
+    return f"x {patients:,} {per}s: {delta * patients:.2g}"
 
 
 def price(

@@ -50,6 +50,8 @@ class Terms:
     evaluate_every: int = 1
     patients: int | None = None
     """of all labs together, where they are known"""
+    pseudo: bool = False
+    """the patients are made up by a simulation"""
 
     @property
     def steps(self) -> int:
@@ -92,7 +94,7 @@ class Terms:
         return self._price(training, times(self.evaluation, self.evaluations))
 
     def _price(self, *events: Event) -> Guarantee:
-        return replace(price(events, self.delta), patients=self.patients)
+        return replace(price(events, self.delta), patients=self.patients, pseudo=self.pseudo)
 
     @property
     def evaluations(self) -> int:
@@ -103,6 +105,7 @@ class Terms:
         """The object ``privacy`` of ``plan show`` and of summary.json."""
         return {
             "unit": self.training.unit,
+            "per": self.guarantee.per,
             "epsilon": self.guarantee.epsilon,
             "delta": self.delta,
             **patients_told(self.guarantee),
@@ -123,11 +126,11 @@ def patients_told(guarantee: Guarantee) -> dict[str, Any]:
     return {"patients": patients, "delta_times_patients": expected}
 
 
-def terms_of(plan: Plan, patients: int | None = None) -> Terms | None:
+def terms_of(plan: Plan, patients: int | None = None, *, pseudo: bool = False) -> Terms | None:
     """The terms of a plan; None where ``privacy.unit`` is ``none``.
 
     ``patients``: of all labs together; a plan with one number of patients does not know how many
-    labs they are at.
+    labs they are at. ``pseudo``: they are made up by a simulation.
 
     Errors: InputError for an epsilon that no noise reaches, or delta above 1/(2 N).
     """
@@ -154,10 +157,11 @@ def terms_of(plan: Plan, patients: int | None = None) -> Terms | None:
         delta=delta,
         max_norm=settings.max_norm,
         cells_per_unit=settings.cells_per_patient if settings.unit == "patient" else 1,
-        guarantee=replace(price([whole], delta), patients=patients),
+        guarantee=replace(price([whole], delta), patients=patients, pseudo=pseudo),
         evaluation=None if scores is None else Gaussian(settings.unit, scores, 1),
         evaluate_every=plan.evaluated_every,
         patients=patients,
+        pseudo=pseudo,
     )
 
 

@@ -40,6 +40,7 @@ from cytofed.simulations.audit_report import VERSION, write_figures
 from cytofed.simulations.membership import infer_members
 from cytofed.simulations.membership import lines as membership_lines
 from cytofed.simulations.report import Run, read_run, write_report
+from cytofed.whose import made_up, whose, whose_of
 
 if TYPE_CHECKING:
     from cytofed.privacy.audit import Bound, Claim
@@ -84,11 +85,12 @@ def audit(
     """
     started_s = time.monotonic()
     run = read_run(run_dir)
-    terms = terms_of(run.plan)
+    terms = terms_of(run.plan, pseudo=made_up(run.summary))
     found: dict[str, Any] = {
         "version": VERSION,
         "plan_sha256": run.plan.sha256,
         "unit": run.plan.privacy.unit,
+        "per": whose(run.plan.privacy.unit, pseudo=made_up(run.summary)),
         "claim": None if terms is None else str(terms.guarantee),
         "false_alarms": None,
         "controls": None,
@@ -162,11 +164,8 @@ def _nothing_claimed() -> Finding:
 
 def _claimed(run: Run, epsilon: float, delta: float) -> str:
     privacy = run.summary["privacy"]
-    unit = str(privacy["unit"])
-    if unit == "patient" and (run.summary.get("partition") or {}).get("pseudo_patients"):
-        unit = "pseudo-patient"
     adversary = privacy.get("adversary", "add-or-remove")
-    return f"claimed epsilon {shown(epsilon)} ({delta:g}) [{unit}, {adversary}]"
+    return f"claimed epsilon {shown(epsilon)} ({delta:g}) [{whose_of(run.summary)}, {adversary}]"
 
 
 def _training_claim(run: Run) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from cytofed.simulations import membership
 from cytofed.simulations.attacks import matches, recognised
 from cytofed.simulations.attacks import verdict as attacks_verdict
 from cytofed.simulations.parts import drawing, number, scroll, section, table_of, warning_box
+from cytofed.whose import whose
 
 Json = Mapping[str, Any]
 
@@ -187,7 +188,7 @@ def _membership(found: Json, drawn: Mapping[str, Figure], *, private: bool) -> s
 
 
 def _patients(found: Json) -> str:
-    return "pseudo-patients" if found["pseudo_patients"] else "patients"
+    return whose("patient", pseudo=found["pseudo_patients"]) + "s"
 
 
 def _inversion(found: Json, drawn: Mapping[str, Figure]) -> str:

@@ -36,6 +36,7 @@ from cytofed.console import stderr
 from cytofed.errors import CytofedError, InputError
 from cytofed.simulations import shadows
 from cytofed.simulations.shadows import Recipe, Subjects
+from cytofed.whose import whose
 
 FALSE_ALARMS = 0.01
 CONFIDENCE = 0.95
@@ -279,7 +280,7 @@ def lines(found: Json, *, private: bool) -> list[str]:
     if "missing" in found:
         return [f"membership inference: {found['missing']}"]
     told = []
-    who = "pseudo-patients" if found["pseudo_patients"] else "patients"
+    who = whose("patient", pseudo=found["pseudo_patients"]) + "s"
     for level, name in (("image", "images"), ("patient", who)):
         part = found[level]
         low, high = part["interval"]

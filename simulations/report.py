@@ -49,6 +49,7 @@ from cytofed.simulations.parts import (
     token,
     warning_box,
 )
+from cytofed.whose import made_up, whose_of
 
 MANY_ROWS = 30
 """Longer tables show only their first or worst rows and count the rest."""
@@ -323,7 +324,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if privacy.get("unit", "none") == "none":
         tiles.append(("privacy", "none", "not differentially private"))
     else:
-        note = f"at delta {delta_told(privacy)}, per {_unit(run)}, add-or-remove"
+        note = f"at delta {delta_told(run.summary)}, per {whose_of(run.summary)}, add-or-remove"
         tiles.append(("epsilon", _epsilon(_whole(privacy)), note))
     timing = summary.get("timing") or {}
     if timing.get("wall_s") is not None:
@@ -360,10 +361,10 @@ def _partition(run: Run) -> str:
     if len(labs) > figures.MANY_LABS:
         caption = f"Training images per class over {len(labs):,} labs, and sizes of labs."
     note = ""
-    if partition.get("pseudo_patients"):
+    if made_up(run.summary):
         note = warning_box(
             "Patients of this run are pseudo-patients: the data names none, so the simulation "
-            "made groups of images. Figures per patient show what the method costs, not how any "
+            "made groups of images. What they pay shows what the method costs, not how any "
             "real person is protected."
         )
     test_KC = partition.get("test_counts_KC")
@@ -681,7 +682,7 @@ def _privacy(run: Run) -> str:
                 "much less than epsilon says."
             )
         )
-    if (run.summary.get("partition") or {}).get("pseudo_patients"):
+    if made_up(run.summary):
         parts.append(
             warning_box("The patients are pseudo-patients: this epsilon protects no real person.")
         )
@@ -693,8 +694,8 @@ def _privacy(run: Run) -> str:
             )
         )
     claim = (
-        f"epsilon {_epsilon(_whole(privacy))} at delta {delta_told(privacy)}, per "
-        f"{_unit(run)}, add-or-remove"
+        f"epsilon {_epsilon(_whole(privacy))} at delta {delta_told(run.summary)}, per "
+        f"{whose_of(run.summary)}, add-or-remove"
     )
     scores = privacy.get("evaluation")
     spent = "It is for training; no scores were paid for."
@@ -766,7 +767,7 @@ def _accuracy_against_epsilon(run: Run) -> str:
         spent,
         {n.name: (n.by_rdp, n.macro_f1) for n in run.neighbours if n.by_rdp is not None},
         max(levels, default=None),
-        meaning=f"delta {number(privacy.get('delta'))}, per {_unit(run)}, add-or-remove",
+        meaning=f"delta {number(privacy.get('delta'))}, per {whose_of(run.summary)}, add-or-remove",
     )
     caption = (
         "Macro F1 of the model after each round, against what a lab that came to every round had "
@@ -874,12 +875,6 @@ def _cohort(run: Run) -> list[str]:
 
 def _plan_name(run: Run) -> str:
     return str(run.summary.get("plan_name") or run.plan.name)
-
-
-def _unit(run: Run) -> str:
-    unit = str((run.summary.get("privacy") or {}).get("unit", "none"))
-    pseudo = (run.summary.get("partition") or {}).get("pseudo_patients")
-    return "pseudo-patient" if unit == "patient" and pseudo else unit
 
 
 def _whole(privacy: Json) -> Json:
@@ -1017,14 +1012,12 @@ def _print_labs(summary: Json, console: Console) -> None:
 def privacy_line(summary: Json) -> str:
     """The guarantee of a run in one line, never without its delta, unit and adversary."""
     privacy = summary.get("privacy") or {}
-    unit = str(privacy.get("unit", "none"))
-    if unit == "none":
+    who = whose_of(summary)
+    if who == "none":
         return "privacy  none: this model is not differentially private"
-    pseudo = (summary.get("partition") or {}).get("pseudo_patients")
-    who = "pseudo-patient" if unit == "patient" and pseudo else unit
     whole = _whole(privacy)
     line = (
-        f"privacy  epsilon {_epsilon(whole)} at delta {delta_told(privacy)}, per {who}, "
+        f"privacy  epsilon {_epsilon(whole)} at delta {delta_told(summary)}, per {who}, "
         "add-or-remove"
     )
     return line + (", training and scores" if privacy.get("evaluation") else "")

@@ -675,7 +675,8 @@ def _privacy(world: World, run: Run, records: Sequence[Mapping[str, Any]]) -> di
     PRV takes half a second a round.
     """
     plan, labs = world.plan, world.labs
-    shown = privacy_price(plan, labs.patients)
+    pseudo = _pseudo(labs)
+    shown = privacy_price(plan, labs.patients, pseudo=pseudo)
     if plan.privacy.unit == "none":
         return shown
     spent: dict[str, Any] = {}
@@ -687,12 +688,12 @@ def _privacy(world: World, run: Run, records: Sequence[Mapping[str, Any]]) -> di
             with Ledger.open(labs.ledger_of(name), pool=run.name, unit=plan.privacy.unit) as book:
                 events = book.spent_events()
         found = price(events, delta_of(plan))
-        guarantees.append(replace(found, unit=plan.privacy.unit, patients=labs.patients))
+        found = replace(found, unit=plan.privacy.unit, patients=labs.patients, pseudo=pseudo)
+        guarantees.append(found)
         spent[name] = {"epsilon": found.epsilon, "declared_patients": declared}
     whole = across_labs(guarantees, plan.patients)
-    pseudo = _pseudo(labs)
     return shown | {
-        **score_prices(plan, labs.patients),
+        **score_prices(plan, labs.patients, pseudo=pseudo),
         "labs": spent,
         "federation": {
             "patients": plan.patients,

@@ -23,6 +23,7 @@ from cytofed.files import write_atomically
 from cytofed.intervals import half_width
 from cytofed.plan import Plan
 from cytofed.privacy.accounting import shown
+from cytofed.whose import whose_of
 
 Json = Mapping[str, Any]
 Row = dict[str, Any]
@@ -65,9 +66,6 @@ def row_of(
     wire = summary.get("wire") or {}
     partition = summary.get("partition") or {}
     rounds = int(summary.get("rounds") or 0)
-    unit = str(privacy.get("unit", "none"))
-    if unit == "patient" and partition.get("pseudo_patients"):
-        unit = "pseudo-patient"
     row = _begun(name, keys, values, plan)
     row |= {
         "status": str(summary["status"]),
@@ -85,7 +83,7 @@ def row_of(
         "local_macro_f1": float(np.mean(local)) if local else None,
         "best_local_macro_f1": max(local, default=None),
         "labs_that_gain": float(np.mean(gains)) if gains else None,
-        "privacy_unit": unit,
+        "privacy_unit": whose_of(summary),
         "epsilon": whole.get("epsilon"),
         "delta": privacy.get("delta"),
         "sigma": privacy.get("sigma"),

@@ -13,6 +13,7 @@ from typing import Any
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Plan
+from cytofed.whose import made_up, whose_of
 from cytofed.words import markdown
 
 _MATEK = (
@@ -99,7 +100,7 @@ def _data(summary: Mapping[str, Any], plan: Plan) -> str:
         missing = ", ".join(_text(code) for count, code in pairs if not count)
         if missing:
             lines.append(f"- Never trained on, and not to be trusted: {missing}")
-    if partition.get("pseudo_patients"):
+    if made_up(summary):
         lines.append("- The data names no patients; the simulation made pseudo-patients")
     return "\n".join(lines)
 
@@ -226,8 +227,7 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
             "**No privacy guarantee: this model is not differentially private.** Nothing bounds "
             f"what it says about a single patient of the training data. {anonymous}"
         )
-    pseudo = (summary.get("partition") or {}).get("pseudo_patients")
-    who = "pseudo-patient" if unit == "patient" and pseudo else _text(unit)
+    pseudo, who = made_up(summary), _text(whose_of(summary))
     sums = (
         "The coordinator saw sums of updates only; the guarantee does not rest on that."
         if (summary.get("wire") or {}).get("secure_aggregation")
@@ -244,7 +244,7 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
         "## Privacy",
         "",
         f"**Differentially private: epsilon {_epsilon(whole)} at delta "
-        f"{delta_told(privacy)}, per {who}, add-or-remove.** It holds against whoever "
+        f"{delta_told(summary)}, per {who}, add-or-remove.** It holds against whoever "
         "sees a lab's updates or this model: the coordinator, other labs, users of the model. It "
         "bounds how much better they can tell whether one "
         f"{who} was in the training data; it does not hide what holds for many.",
@@ -272,12 +272,13 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
     return "\n".join([*lines, "", anonymous])
 
 
-def delta_told(privacy: Mapping[str, Any]) -> str:
-    """Delta of the object ``privacy`` of a summary, and what it comes to over all patients."""
+def delta_told(summary: Mapping[str, Any]) -> str:
+    """Delta of a run, and what it comes to over all patients."""
+    privacy = summary.get("privacy") or {}
     delta, patients = privacy.get("delta"), privacy.get("patients")
     if not delta or not patients:
         return _number(delta)
-    return f"{_number(delta)} (x {patients:,} patients: {delta * patients:.2g})"
+    return f"{_number(delta)} (x {patients:,} {whose_of(summary)}s: {delta * patients:.2g})"
 
 
 def _limits(summary: Mapping[str, Any], plan: Plan) -> str:
@@ -297,9 +298,7 @@ def _limits(summary: Mapping[str, Any], plan: Plan) -> str:
     untested = sorted(c for c, s in per_class.items() if s["support"] == 0)
     if untested:
         lines.append(f"Not tested at all: {', '.join(_text(c) for c in untested)}.")
-    if (summary.get("partition") or {}).get("pseudo_patients") or (
-        summary.get("partition") and plan.privacy.unit == "none"
-    ):
+    if made_up(summary) or (summary.get("partition") and plan.privacy.unit == "none"):
         lines.append(
             "Where the data names no patients, images of one patient can be on both sides of the "
             "test split: scores on new patients are lower."

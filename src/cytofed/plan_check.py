@@ -257,12 +257,14 @@ def price(plan: Plan) -> dict[str, Any]:
     }
 
 
-def privacy_price(plan: Plan, patients: int | None = None) -> dict[str, Any]:
+def privacy_price(
+    plan: Plan, patients: int | None = None, *, pseudo: bool = False
+) -> dict[str, Any]:
     """The privacy terms of a plan, training alone: epsilon never without unit and adversary.
 
-    ``patients``: of all labs together, where the plan does not say it.
+    ``patients``: of all labs together, where the plan does not say it. ``pseudo``: made up.
     """
-    terms = terms_of(plan, patients)
+    terms = terms_of(plan, patients, pseudo=pseudo)
     if terms is None:
         return {
             "unit": "none",
@@ -291,12 +293,14 @@ def delta_told(plan: Plan) -> str:
     return f"delta    {plan.privacy.delta:g} as the plan says, at most 1/(2 N); {known}"
 
 
-def score_prices(plan: Plan, patients: int | None = None) -> dict[str, Any]:
+def score_prices(
+    plan: Plan, patients: int | None = None, *, pseudo: bool = False
+) -> dict[str, Any]:
     """``evaluation`` and ``total`` of a plan's price; None without differential privacy.
 
     ``evaluation.releases`` are the evaluations over the plan, each a Gaussian mechanism.
     """
-    terms = terms_of(plan, patients)
+    terms = terms_of(plan, patients, pseudo=pseudo)
     if terms is None:
         return {"evaluation": None, "total": None}
     scores, evaluation = terms.scores(), None
@@ -312,6 +316,7 @@ def score_prices(plan: Plan, patients: int | None = None) -> dict[str, Any]:
 def _guarantee(found: Guarantee) -> dict[str, Any]:
     return {
         "unit": found.unit,
+        "per": found.per,
         "epsilon": found.epsilon,
         "delta": found.delta,
         **patients_told(found),

@@ -42,6 +42,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     settings = Settings(
         data=folder / "images",
         ledger=folder / "ledger.sqlite",
+        labels="marrow",
         patients="column:patient",
         patients_declared=100,
         proxy="http://user:secret@proxy:3128",

@@ -69,6 +69,7 @@ def lab(tmp_path: Path) -> Settings:
     return Settings(
         data=tmp_path / "images",
         ledger=tmp_path / "ledger.sqlite",
+        labels="marrow",
         patients="column:patient",
         patients_declared=100,
     )
@@ -184,6 +185,10 @@ def test_a_plan_that_protects_nobody_holds_no_price_and_is_refused_under_a_limit
 def test_patient_privacy_needs_to_know_the_patients(lab: Settings) -> None:
     with pytest.raises(RefusedError, match="which image is whose"):
         refuse(offer_of(), replace(lab, patients=None), own=LEEDS, parameters=P)
+    with pytest.raises(RefusedError, match="which image is whose"):
+        refuse(offer_of(), replace(lab, patients="none"), own=LEEDS, parameters=P)
+    with pytest.raises(RefusedError, match="label map is found by itself"):
+        refuse(offer_of(), replace(lab, labels=None), own=LEEDS, parameters=P)
     with pytest.raises(RefusedError, match="declares no number"):
         refuse(offer_of(), replace(lab, patients_declared=None), own=LEEDS, parameters=P)
 

@@ -77,6 +77,9 @@ def test_an_honest_run_passes_and_says_no_more_than_that(private_run: Path) -> N
     assert "private" not in text.replace("the private path", "")
     report = write_report(private_run).read_text()
     assert "No violation found. That is not a proof of privacy" in report
+    assert found["per"] == "pseudo-patient"
+    assert "per pseudo-patient" in found["claim"]
+    assert "per patient" not in report + json.dumps(found) + text
 
 
 def test_a_claim_that_was_reset_each_round_is_a_violation(private_run: Path) -> None:

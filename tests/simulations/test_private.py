@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from cytofed.errors import InputError
 from cytofed.plan import load_plan
 from cytofed.privacy.accounting import epsilon_for
 from cytofed.privacy.ledger import Ledger
+from cytofed.simulations.notebook import Run
 from cytofed.simulations.simulate import Request
 
 Small = Callable[..., Request]
@@ -94,6 +96,30 @@ def test_pseudo_patients_and_seeded_noise_are_labelled_everywhere(
         assert "seeded" in text
 
 
+def statements(tree: object) -> list[str]:
+    """Every ``statement`` and ``per`` in a JSON tree."""
+    if isinstance(tree, dict):
+        own = [str(tree[key]) for key in ("statement", "per") if key in tree]
+        return own + [told for value in tree.values() for told in statements(value)]
+    return [told for value in tree for told in statements(value)] if isinstance(tree, list) else []
+
+
+def test_nothing_that_a_run_over_pseudo_patients_says_is_of_patients(
+    small: Small, directly: Simulate
+) -> None:
+    request = small(*PRIVATE, "evaluation.sigma=4")
+    summary = directly(request, report=True)
+    told = statements(summary)
+    assert len(told) == 7, "training, scores, total and the federation"
+    assert all("pseudo-patient" in text for text in told)
+    assert Run(request.out).privacy["per"] == "pseudo-patient"
+    assert "per pseudo-patient" in Run(request.out)._repr_html_()
+    for name in ("summary.json", "model_card.md", "report.html"):
+        text = (request.out / name).read_text()
+        assert "per patient" not in text, name
+        assert not re.search(r"x [\d,]+ patients", text), name
+
+
 @pytest.fixture
 def of_patients(few: Path, tmp_path: Path) -> Path:
     """The few images once more, as a CSV that names 16 patients."""
@@ -143,7 +169,7 @@ def test_delta_is_by_the_rule_over_the_patients_of_all_labs_and_in_the_plan_of_t
     request = small(*PRIVATE, "privacy.declared_patients=30000", "train.rounds=1")
     summary = directly(request, report=True)
     assert summary["privacy"]["delta"] == 1 / 600_000
-    told = f"delta {1 / 600_000:.4g} (x 60,000 patients: 0.1)"
+    told = f"delta {1 / 600_000:.4g} (x 60,000 pseudo-patients: 0.1)"
     for name in ("model_card.md", "report.html"):
         assert told in (request.out / name).read_text()
     assert summary["privacy"]["federation"]["delta_times_patients"] == pytest.approx(0.1)
