@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -54,7 +53,6 @@ from cytofed.strict import read_json
 from cytofed.words import one_line
 
 _ENROL_S = 30.0
-_MAX_ANSWER_BYTES = 1 << 16
 
 _OFFERS = 64
 """verified offers that a process remembers"""
@@ -201,6 +199,7 @@ def http_client(
     """An HTTPS client that goes where it is told: no proxy of the environment, no redirects."""
     return httpx.Client(
         transport=Connections(context, proxy=proxy, connect_s=connect_s, request_s=request_s),
+        headers={"accept-encoding": "identity"},
         trust_env=False,
         follow_redirects=False,
     )
@@ -335,18 +334,21 @@ def _post(url: str, body: bytes, ca_file: Path, settings: Settings) -> bytes:
             "Set proxy in client.yaml and join again",
         ) from None
     if response.status_code == 200:
-        return response.content[:_MAX_ANSWER_BYTES]
+        return response.content
     if response.status_code == 429:
         raise CytofedError("the coordinator is asked too often", hint="try again in a minute")
-    told: Any = {}
-    if response.headers.get("content-type", "").startswith("application/json"):
-        with contextlib.suppress(ValueError):
-            found = response.json()
-            told = found if isinstance(found, dict) else {}
-    message = one_line(told.get("error") or f"HTTP {response.status_code}", most=300)
-    raise RefusedError(
-        f"enrolment failed: {message}", hint=one_line(told.get("hint", ""), most=300)
-    )
+    message, hint = _told(response)
+    raise RefusedError(f"enrolment failed: {message}", hint=hint)
+
+
+def _told(response: httpx.Response) -> tuple[str, str]:
+    """Why the other side refuses, and a hint, if it says that in a form that is understood."""
+    try:
+        told = json.loads(response.content)
+        error, hint = told["error"], told.get("hint", "")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        error, hint = f"HTTP {response.status_code}", ""
+    return one_line(error, most=300), one_line(hint, most=300)
 
 
 def _keep_answer(root: Path, invite: Invite, request: bytes, answer: bytes) -> None:
@@ -354,7 +356,7 @@ def _keep_answer(root: Path, invite: Invite, request: bytes, answer: bytes) -> N
 
     The coordinator's keys are in the answer; their fingerprint is in the invite.
     """
-    outer = wire.Fields.of(answer, "answer", limit=_MAX_ANSWER_BYTES)
+    outer = wire.Fields.of(answer, "answer")
     claimed = wire.Fields.of(outer.raw("body"), "answer")
     coordinator = PublicIdentity.from_bytes(claimed.raw("coordinator"))
     if coordinator.fingerprint != invite.fingerprint or coordinator.name != COORDINATOR:
@@ -375,10 +377,27 @@ def _keep_answer(root: Path, invite: Invite, request: bytes, answer: bytes) -> N
         "address": invite.address,
         "fingerprint": invite.fingerprint,
     }
+    key = serialization.load_pem_private_key((root / "node.key").read_bytes(), None)
+    certificate = certificate_of(key.public_key(), certificate)
     write_atomically(root / "coordinator.cbor", coordinator.to_bytes())
     write_atomically(root / "federation.json", json.dumps(membership, indent=1))
     write_atomically(root / "certificate.pem", certificate)  # last: says that the lab has joined
     (root / "request.cbor").unlink(missing_ok=True)  # holds the token
+
+
+def certificate_of(key: object, pem: bytes) -> bytes:
+    """The certificate (PEM) that somebody gave, and nothing else of what it lay in.
+
+    Errors: VerificationError for what is none of this public key.
+    """
+    try:
+        found = x509.load_pem_x509_certificate(pem)
+        own = found.public_key() == key
+    except Exception as error:  # ValueError, InvalidVersion, UnsupportedAlgorithm, and what comes
+        raise VerificationError(f"no certificate was given: {error!s:.100}") from None
+    if not own:
+        raise VerificationError("the certificate that was given is of another key")
+    return found.public_bytes(serialization.Encoding.PEM)
 
 
 def _now() -> str:

@@ -50,7 +50,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cytofed import __version__
-from cytofed.client.directory import ClientDirectory, http_client
+from cytofed.client.directory import ClientDirectory, certificate_of, http_client
 from cytofed.client.egress import EgressLog, EgressRefused, Outgoing, fields_of, public_reason
 from cytofed.client.policy import open_ledger
 from cytofed.documents import LABEL_LEAVE, LABEL_RENEW, LABEL_RENEWED, LedgerHead
@@ -83,8 +83,6 @@ _RENEW_EVERY_S = 3600.0
 _FIRST_PAUSE_S = 0.5
 _MAX_BYTES = 1 << 31
 """of the arrays of one message"""
-
-_MAX_ANSWER_BYTES = 1 << 16
 
 _LIE = (
     "the coordinator tells of an entry of this lab's privacy ledger that this lab never signed: "
@@ -539,9 +537,9 @@ def renew(directory: ClientDirectory, egress: EgressLog) -> None:
     fields = wire.Fields.of(body, "renewed certificate")
     certificate, lab = fields.raw("certificate"), fields.text("lab")
     fields.end()
-    key = x509.load_pem_x509_certificate(certificate).public_key()
-    if lab != directory.membership().lab or key != directory.node_key().public_key():
-        raise VerificationError("the new certificate is of another lab or key")
+    if lab != directory.membership().lab:
+        raise VerificationError("the new certificate is another lab's")
+    certificate = certificate_of(directory.node_key().public_key(), certificate)
     write_atomically(directory.root / "certificate.pem", certificate)
 
 
@@ -591,7 +589,7 @@ def _tell(
         raise CytofedError(_why_transport(error)) from None
     if response.status_code != 200:
         raise RefusedError(_why_status(response.status_code))
-    return response.content[:_MAX_ANSWER_BYTES]
+    return response.content
 
 
 def _why_status(code: int) -> str:

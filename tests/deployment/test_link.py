@@ -253,7 +253,7 @@ def lies_about(line: Line) -> dict[str, bytes]:
         "another head under a signature": own.replace(b"a" * 64, b"b" * 64),
         "signed for something else": sign(line.lab.identity(), LABEL_LEAVE, b"a" * 64),
         "bytes": b"a" * 64,
-        "many bytes": bytes(1 << 20),
+        "many bytes": bytes(1 << 19),
     }
 
 
