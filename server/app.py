@@ -105,8 +105,8 @@ class Coordinator:
         """of results that a lab does not take; each refusal is a record in its log, for ever"""
         self._over: set[str] = set()
         """runs that have ended"""
-        self._given: set[str] = set()
-        """those of them that no lab has to hear of any more"""
+        self._owed: dict[str, frozenset[str]] = {}
+        """of those, the labs that have to hear of it still"""
         self._giving = threading.Lock()
         self._aside: dict[str, str] = {}
         """runs that cannot go on now, and why"""
@@ -594,7 +594,9 @@ class Coordinator:
 
     def _give_results(self) -> float:
         """Send what labs do not have yet; trouble with one run is no trouble of others."""
-        for folder in RunFolder.all(self._directory.runs, but=self._given):
+        there = {lab for lab in self._fleet.nodes if self._fleet.presence(lab).online}
+        done = {run for run, labs in self._owed.items() if not labs & there}
+        for folder in RunFolder.all(self._directory.runs, but=done):
             try:
                 folder.state()
             except DamagedRun as damage:
@@ -638,11 +640,12 @@ class Coordinator:
                 if state.phase in ENDED:
                     cohort = self._missing(folder, state.cohort, folder.delivered)
                     self._deliver(folder, offer, cohort, state)
-                    if not any(
-                        lab in self._fleet.nodes and not (folder.delivered(lab) or folder.told(lab))
+                    self._owed[folder.name] = frozenset(
+                        lab
                         for lab in names
-                    ):
-                        self._given.add(folder.name)
+                        if lab in self._fleet.nodes
+                        and not (folder.delivered(lab) or folder.told(lab))
+                    )
         except Stopped:
             return
         except Exception as error:

@@ -11,8 +11,10 @@ from cytofed.documents import COORDINATOR, Member, Roster
 from cytofed.errors import InputError
 from cytofed.plan import Plan
 from cytofed.privacy.identity import Identity
-from cytofed.server.app import chosen, describe_run
-from cytofed.server.runs import DamagedRun, RunFolder
+from cytofed.server.app import Coordinator, chosen, describe_run
+from cytofed.server.control import Command
+from cytofed.server.directory import ServerDirectory
+from cytofed.server.runs import DamagedRun, RunFolder, RunState
 
 CHIEF = Identity.generate(COORDINATOR)
 NAMES = ("basel", "bonn", "leeds")
@@ -59,3 +61,30 @@ def test_offer_to_some_labs_has_a_roster_of_these() -> None:
         chosen(ROSTER, ["basel", "rome"])
     with pytest.raises(InputError, match="twice"):
         chosen(ROSTER, ["basel", "basel"])
+
+
+def test_ended_runs_are_read_once_and_not_again_while_nobody_can_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = ServerDirectory.create(tmp_path / "c", name="fed", address="localhost:4567")
+    for _ in range(5):
+        folder = RunFolder.create(directory.runs, Plan(), ROSTER, directory.identity())
+        folder.end("completed", cohort=())
+    coordinator = Coordinator(directory)
+    read = list[str]()
+    state = RunFolder.state
+
+    def counted(folder: RunFolder) -> RunState:
+        read.append(folder.name)
+        return state(folder)
+
+    monkeypatch.setattr(RunFolder, "state", counted)
+    coordinator._give_results()
+    assert coordinator._runs("approval", "rounds") == []
+    assert len(set(read)) == 5
+    read.clear()
+    coordinator._give_results()
+    assert coordinator._runs("approval", "rounds") == []
+    assert read == []
+    status = coordinator._answer(Command("status", {}))
+    assert [run["status"] for run in status["runs"]] == ["completed"] * 5
