@@ -213,13 +213,14 @@ def measure(made: Federation, size: Size) -> Measured:
 def _approve(made: Federation, lab: str, plan_sha256: str) -> None:
     directory = ClientDirectory.open(made.root / lab)
     plans = directory.plans()
-    _until(
-        lambda: any(entry.plan_sha256 == plan_sha256 for entry in plans.entries()),
-        f"{lab} has the plan",
-    )
+
+    def waits() -> list[str]:
+        return [e.sha256 for e in plans.entries() if e.plan_sha256 == plan_sha256]
+
+    _until(waits, f"{lab} has the plan")
     settings = directory.settings()
     with open_ledger(settings) as book:
-        plans.approve(plan_sha256, settings, book)
+        plans.approve(waits()[-1], settings, book)
 
 
 def _round_times(log: Path, run: str) -> list[float]:
@@ -295,7 +296,7 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _until(happened: Callable[[], bool], what: str) -> None:
+def _until(happened: Callable[[], object], what: str) -> None:
     end = time.monotonic() + PATIENCE_S
     while not happened():
         if time.monotonic() > end:

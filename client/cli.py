@@ -133,71 +133,119 @@ def status(folder: Path, as_json: bool) -> int:
 def plans(folder: Path, as_json: bool) -> int:
     """Plans that were offered, with their price and what changed since the last approval."""
     from cytofed.client.directory import ClientDirectory
+    from cytofed.client.plan_words import summary_lines
     from cytofed.client.policy import open_ledger
 
     directory = ClientDirectory.open(folder)
-    settings = directory.settings()
+    settings, book_of_plans = directory.settings(), directory.plans()
     with open_ledger(settings) as book:
-        listing = directory.plans().listing(settings, book)
+        listing = book_of_plans.listing(settings, book)
+    book_of_plans.shown(item["offer"] for item in listing["plans"])
     if as_json:
         _print_json(listing)
         return 0
     if not listing["plans"]:
         say("no plan was offered yet")
     for item in listing["plans"]:
-        price = item["price"] or {}
-        say(f"{item['plan_sha256']}  {item['state']}  {item['name']}  run {item['run']}")
-        if price:
-            say(f"  privacy  {price['privacy']['statement']}")
-            say(f"  rounds   {price['rounds']}, {price['bytes_out']['total']:,} bytes out")
-            say(f"  model    {price['model']['arch']}, {price['model']['parameters']:,} parameters")
-            say(f"  start    {price['model']['start']}")
-            for lab, fingerprint in price["roster"]["labs"].items():
-                say(f"  lab      {lab} {fingerprint[:16]}")
-        for change in item["changes"]:
-            say(f"  change   {change}")
-        if item["refused"]:
-            say(f"  refused  {item['refused']}")
+        for line in summary_lines(item):
+            say(line)
+    return 0
+
+
+@client.group()
+def plan() -> None:
+    """One offered plan."""
+
+
+@plan.command("show")
+@_folder
+@click.argument("offer", metavar="OFFER")
+@_json
+def plan_show(folder: Path, offer: str, as_json: bool) -> int:
+    """All of an offered plan in words: price, budget, labs, changes, warnings, every key.
+
+    OFFER: the offer's id, as `plans` prints it, or its plan's hash.
+    """
+    from cytofed.client.directory import ClientDirectory
+    from cytofed.client.plan_words import plan_in_words
+    from cytofed.client.policy import open_ledger
+    from cytofed.plan import to_dict
+
+    directory = ClientDirectory.open(folder)
+    settings, book_of_plans = directory.settings(), directory.plans()
+    entry = book_of_plans.find(offer, "waiting", "approved")
+    with open_ledger(settings) as book:
+        listed = book_of_plans.listed(entry, settings, book)
+        budget = book.summary()
+    if as_json:
+        kept = {key: budget[key] for key in ("pool", "unit", "spent", "held", "limit")}
+        _print_json({**listed, "budget": kept, "plan": to_dict(entry.offer.plan)})
+    else:
+        for line in plan_in_words(entry, listed, settings):
+            say(line)
+    book_of_plans.shown([entry.sha256], also=True)
     return 0
 
 
 @client.command()
 @_folder
-@click.argument("plan", metavar="PLAN_SHA256")
+@click.argument("offer", metavar="OFFER")
+@click.option("--by", default="", help="Who approves; client.yaml can ask for several persons.")
+@click.option("--note", default="", help="For this lab's own record.")
 @_json
-def approve(folder: Path, plan: str, as_json: bool) -> int:
-    """Approve a plan: its price is set aside, and its labs' keys are pinned."""
+def approve(folder: Path, offer: str, by: str, note: str, as_json: bool) -> int:
+    """Approve an offer: its price is set aside, and its labs' keys are pinned.
+
+    OFFER: its id, as `plans` prints it; or its plan's hash, where only one offer of the plan waits
+    and `plans` has shown it. Never asks a question.
+    """
     from cytofed.client.directory import ClientDirectory
+    from cytofed.client.plan_words import plan_in_words
     from cytofed.client.policy import open_ledger
 
     directory = ClientDirectory.open(folder)
-    settings = directory.settings()
+    settings, book_of_plans = directory.settings(), directory.plans()
     with open_ledger(settings) as book:
-        entry = directory.plans().approve(plan, settings, book)
+        entry = book_of_plans.approve(offer, settings, book, by=by, note=note)
+        listed = book_of_plans.listed(entry, settings, book)
     if as_json:
-        _print_json({"plan_sha256": entry.plan_sha256, "state": entry.state, "run": entry.run})
+        _print_json({key: listed[key] for key in _DECIDED})
+        return 0
+    for line in plan_in_words(entry, listed, settings):
+        say(line)
+    given, needed = len(entry.approvals), settings.approvals
+    if entry.state == "approved":
+        say(f"approved offer {entry.sha256}, plan {entry.plan_sha256}, for run {entry.run}")
     else:
-        say(f"approved plan {entry.plan_sha256} for run {entry.run}")
+        say(f"{given} of {needed} approved; it waits for another person:")
+        say(f"cytofed client approve {folder} {entry.sha256} --by NAME")
     return 0
+
+
+_DECIDED = (
+    "offer", "plan_sha256", "state", "run", "reason", "approvals", "approvals_needed",
+)  # fmt: skip
 
 
 @client.command()
 @_folder
-@click.argument("plan", metavar="PLAN_SHA256")
+@click.argument("offer", metavar="OFFER")
 @click.option("--reason", default="", help="For this lab's own record.")
 @_json
-def reject(folder: Path, plan: str, reason: str, as_json: bool) -> int:
-    """Reject a plan, or take an approval back."""
+def reject(folder: Path, offer: str, reason: str, as_json: bool) -> int:
+    """Reject an offer, or take an approval back; by its plan's hash, all offers of that plan."""
     from cytofed.client.directory import ClientDirectory
     from cytofed.client.policy import open_ledger
 
     directory = ClientDirectory.open(folder)
-    with open_ledger(directory.settings()) as book:
-        entry = directory.plans().reject(plan, book, reason=reason)
+    settings, book_of_plans = directory.settings(), directory.plans()
+    with open_ledger(settings) as book:
+        entry = book_of_plans.reject(offer, book, reason=reason)
+        listed = book_of_plans.listed(entry, settings, book)
     if as_json:
-        _print_json({"plan_sha256": entry.plan_sha256, "state": entry.state, "run": entry.run})
+        _print_json({key: listed[key] for key in _DECIDED})
     else:
-        say(f"rejected plan {entry.plan_sha256}")
+        say(f"rejected offer {entry.sha256}, plan {entry.plan_sha256}, for run {entry.run}")
     return 0
 
 

@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,13 +54,16 @@ from cytofed.client.opening import (
 )
 from cytofed.client.outbox import Outbox, SameBytes
 from cytofed.client.policy import (
+    BY_RULE,
     Entry,
     TooManyOffers,
     ledger_federation,
     open_ledger,
+    refuse,
     refuse_cohort,
 )
 from cytofed.client.secure import SecureLab
+from cytofed.client.settings import FollowedSettings
 from cytofed.client.states import SealedStates
 from cytofed.documents import Decision, Ended, Offer, Start, secure_cohort
 from cytofed.encoder import Given
@@ -133,7 +136,8 @@ class Daemon:
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """The lab's records are open, so that ``respond`` can answer."""
-        self._settings = settings = self._directory.settings()
+        self._file = FollowedSettings(self._directory.root / "client.yaml")
+        self._settings = settings = self._file.now()
         with EgressLog(
             self._directory.egress,
             self._identity,
@@ -184,15 +188,29 @@ class Daemon:
         if self._directory.left:
             self._tell_leave()
             raise KeyboardInterrupt
+        try:
+            self._follow_settings()
+        except InputError as error:
+            self._say(f"refuses every order: {error.message}", True)
+            return
         entries = self._still_open(self._plans.entries())
         self._sweep(entries)
-        waiting = [e.plan_sha256[:12] for e in entries if e.state == "waiting"]
+        waiting = [e.sha256[:12] for e in entries if e.state == "waiting"]
         if self._directory.paused:
             self._say("paused: orders are refused until `cytofed client resume`", True)
         elif waiting:
-            self._say(f"connected, plan {', '.join(waiting)} waits for approval", True)
+            self._say(f"connected, offer {', '.join(waiting)} waits for approval", True)
         else:
             self._say("connected, waiting for work", True)
+
+    def _follow_settings(self) -> None:
+        """Take the limits of client.yaml as they are now. Errors: InputError where it is wrong."""
+        now = self._file.now()
+        if now != self._settings:
+            self._settings = now
+            self._egress.limit(now.limits.max_bytes_per_round)
+            self._open = None  # which has the limits of before
+            self._note("client.yaml has changed: its limits hold from now on")
 
     def _still_open(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         """The entries, once those whose time is over have ended."""
@@ -276,14 +294,20 @@ class Daemon:
         offer = Offer.verified(document, self._coordinator)
         if offer.federation != self._membership.federation:
             raise VerificationError(f"offer of federation {offer.federation}")
+        self._follow_settings()
         entry = self._plans.known(offer)
         if entry is None:
             entry = self._plans.offered(document, parameters=parameters_of(offer.plan))
-            self._note(f"plan {entry.plan_sha256} is offered: see `cytofed client plans`")
+            self._note(
+                f"offer {entry.sha256} of plan {entry.plan_sha256} has come: see "
+                "`cytofed client plans`"
+            )
             self._approve_by_rule(entry)
             entry = self._plans.known(offer) or entry
-        if entry.state == "waiting":
-            return self._plain("status", {"state": "waiting"}, b"")
+        if entry.state == "expired":  # which is a no, by its time
+            entry = replace(entry, state="rejected", decided_at=entry.expires_at)
+        if entry.ended or entry.state not in ("approved", "rejected"):
+            return self._plain("status", {"state": "ended" if entry.ended else entry.state}, b"")
         decision = self._decision(entry)
         signed = decision.signed(self._identity)
         told: dict[str, str | int | float | bytes] = {
@@ -292,6 +316,8 @@ class Daemon:
             "plan_sha256": decision.plan_sha256,
             "roster_sha256": decision.roster_sha256,
             "max_weight": decision.max_weight,
+            "offer_sha256": entry.sha256,
+            "record_sha256": decision.record_sha256,
             "at": int(decision.at.timestamp()),
             "signature": signed,
         }
@@ -305,9 +331,9 @@ class Daemon:
             raise BadMessage("the end of a run without a document")
         federation = self._membership.federation
         ended = Ended.verified(document, self._coordinator, federation=federation)
-        if any(entry.offer.sha256 == ended.offer_sha256 for entry in self._plans.entries()):
+        if any(entry.sha256 == ended.offer_sha256 for entry in self._plans.entries()):
             with open_ledger(self._settings) as book:
-                self._plans.ended(ended.run, book)
+                self._plans.ended(ended.offer_sha256, book, why=ended.why)
             self._note(f"run {one_line(ended.run)} is over for this lab: {ended.why}")
         return self._plain("status", {"state": "ended"}, b"")
 
@@ -317,7 +343,9 @@ class Daemon:
             if why:
                 return
             try:
-                self._plans.approve(entry.plan_sha256, self._settings, book)
+                self._plans.approve(
+                    entry.sha256, self._settings, book, by=BY_RULE, note="within its rules"
+                )
             except CytofedError as error:
                 self._note(f"not approved by rule: {error.message}")
 
@@ -340,6 +368,7 @@ class Daemon:
             max_weight=int(bound),
             at=entry.decided_at or datetime.now(UTC),
             reason="",
+            record_sha256=entry.record_sha256 if entry.state == "approved" else "",
         )
 
     def _to_order(self, message: Message, kind: str) -> Answer:
@@ -419,7 +448,12 @@ class Daemon:
         return self._counted(entry, self._sealed(offer, parcel, kind, found, (mine, order)))
 
     def _permit(self, entry: Entry, asked: Asked, *, again: bool = False) -> None:
-        """Note that the order is carried out. Errors: those of ``permit`` where it must not be."""
+        """Note that the order is carried out. Errors: those of ``permit`` where it must not be;
+        RefusedError where it breaks a limit of client.yaml as it is now."""
+        self._follow_settings()
+        refuse(entry.offer, self._settings, own=self._identity.public, parameters=entry.parameters)
+        cohort = (self._directory.run_folder(entry.offer) / "start").read_text().split("\n")
+        refuse_cohort(entry.offer, cohort, self._settings)
         record, now = Record(self._directory.run_folder(entry.offer)), datetime.now(UTC)
         approved = Approved.of(entry, self._settings.limits)
         last = self._egress.last_round(entry.run, entry.plan_sha256)
@@ -515,7 +549,8 @@ class Daemon:
         write_atomically(folder / "model_card.md", without_markup(text_of(content, "card")))
         _note_result(folder, offer, content)
         with open_ledger(self._settings) as book:
-            self._plans.ended(offer.run, book)
+            why = f"run {offer.run} {text_of(content, 'status')} {text_of(content, 'reason')}"
+            self._plans.ended(offer.sha256, book, why=why.strip())
         self._outbox(offer).end_run(offer.run, self._ledger_name(offer))
         if self._open is not None and self._open.offer == offer.sha256:
             self._open = None

@@ -22,7 +22,7 @@ from typing import Any
 
 from cytofed import __version__
 from cytofed.client.egress import FIELDS, ROUTINE, EgressReport, Record
-from cytofed.client.policy import Entry, fingerprints
+from cytofed.client.policy import BY_RULE, Entry, fingerprints
 from cytofed.client.settings import Settings
 from cytofed.files import write_atomically
 from cytofed.page import page
@@ -275,20 +275,27 @@ def _approved(facts: Facts) -> str:
         rows.append(
             (
                 f"{escape(entry.offer.plan.name)}<br>{_hash('plan', entry.plan_sha256)}",
-                escape(entry.run),
-                escape(entry.state + (", ended" if entry.ended else "")),
+                f"{escape(entry.run)}<br>{_hash('offer', entry.sha256)}",
+                escape(_state(entry)),
                 decided,
+                _persons(facts, entry),
                 escape(str(privacy.get("statement", "–"))),
                 _bytes(int(out["total"])) if out else "–",
                 str(len(entry.offer.roster.members)),
                 changes + (f"<br>and {more} more" if more > 0 else "") or "–",
             )
         )
-    head = ("plan", "run", "state", "decided", "price", "bytes out", "labs", "changes")
+    head = (
+        "plan", "run, offer", "state", "decided", "by", "price", "bytes out", "labs", "changes",
+    )  # fmt: skip
     return _section(
         "What this lab decided",
-        "<p>Nothing is trained before a person here has approved the plan, whose price they saw. "
-        "Any change is another plan with another hash, and waits anew. "
+        "<p>Nothing is trained before a person here has approved an offer: a plan, for one run, "
+        "over labs with these keys. Any change is another offer with another id, and waits anew; "
+        "one that was replaced stays in this table. "
+        + _how_many(facts.settings)
+        + "Who approved stands in a record of this lab; the lab's signed decision carries its "
+        "hash, and no name leaves. "
         + (
             "Plans within strict limits are approved without a person: <b>auto_approve is on</b>."
             if facts.settings.auto_approve.enabled
@@ -297,6 +304,39 @@ def _approved(facts: Facts) -> str:
         + "</p>"
         + _table(head, rows),
     )
+
+
+def _how_many(settings: Settings) -> str:
+    if settings.approvals > 1:
+        return f"Each needs the approvals of <b>{settings.approvals} persons</b>. "
+    return "One person's approval is enough (<code>approvals</code> in client.yaml). "
+
+
+def _state(entry: Entry) -> str:
+    told = entry.state + (", run over" if entry.ended else "")
+    return f"{told}: {entry.reason}" if entry.reason else told
+
+
+def _persons(facts: Facts, entry: Entry) -> str:
+    """Who approved, and the record of the egress log in which the signed decision left."""
+    if not entry.approvals:
+        return "–"
+    told = []
+    for approval in entry.approvals:
+        note = f": {approval.note}" if approval.note else ""
+        who = "a rule of client.yaml" if approval.by == BY_RULE else approval.by or "no name given"
+        told.append(escape(f"{who}, {approval.at:%Y-%m-%d %H:%M}{note}"))
+    return "<br>".join((*told, _decision_record(facts, entry))).removesuffix("<br>")
+
+
+def _decision_record(facts: Facts, entry: Entry) -> str:
+    for record in reversed(facts.egress.messages):
+        values = {field["name"]: field.get("value") for field in record.body["fields"]}
+        if values.get("verdict") == "approved" and values.get("offer_sha256") == entry.sha256:
+            if values.get("record_sha256") == entry.record_sha256:
+                return _from_record(record)
+            return f"<b class=warning>NOT as it was signed</b> {_from_record(record)}"
+    return ""
 
 
 def _budget(facts: Facts) -> str:
@@ -552,7 +592,7 @@ def _retention(facts: Facts) -> str:
 def _withdrawal() -> str:
     rows = [
         ("stop at once", "stop the service, or <code>cytofed client pause DIR</code>"),
-        ("end one plan", "<code>cytofed client reject DIR PLAN_SHA256</code>; others go on"),
+        ("end one plan", "<code>cytofed client reject DIR OFFER</code>; others go on"),
         (
             "leave the federation",
             "<code>cytofed client leave DIR</code>; deletes nothing of the lab's, tells the "
@@ -623,7 +663,8 @@ def _check(facts: Facts) -> str:
         "<pre>cytofed client egress DIR --verify        the log, offline\n"
         "cytofed client egress DIR --json          each record with its hash\n"
         "cytofed client budget DIR --json          the ledger's events and head\n"
-        "cytofed client plans DIR --json           each plan with its price</pre>",
+        "cytofed client plans DIR --json           each offer with its price\n"
+        "cytofed client plan show DIR OFFER        all of it, in words</pre>",
     )
 
 

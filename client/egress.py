@@ -99,6 +99,8 @@ _OF_TYPE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "verdict": (_TEXT,),
         "max_weight": (_NUMBER,),
         "at": (_NUMBER,),
+        "offer_sha256": (_TEXT,),
+        "record_sha256": (_TEXT,),
         "reason": (_REASON,),
     },
     "enrolment": {
@@ -481,6 +483,10 @@ class EgressLog:
         """The latest round of a run of which an answer left; 0 where none did."""
         with self._lock:
             return self._last.get((run, plan_sha256), 0)
+
+    def limit(self, max_bytes_per_round: int | None) -> None:
+        """From now on, another limit."""
+        self._max_bytes = max_bytes_per_round
 
     def check_ledger(self, book: Ledger) -> None:
         """The ledger has every head that left. Errors: LedgerRolledBack (exit 5)."""

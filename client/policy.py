@@ -1,13 +1,17 @@
 """What this lab agrees to: the price of a plan, the limits it must keep, the person's decision.
 
-Nothing is trained before a plan is approved here. A plan waits with its price; the lab's own limits
-refuse it by name; approval sets its full price aside in the privacy ledger and pins the keys of all
-labs that may take part. Any change of plan, run or roster is another offer, which waits anew.
+Nothing is trained before an offer is approved here: a plan for one run over the labs of one roster.
+It waits with its price; the lab's own limits refuse it by name; approval sets its full price aside
+in the privacy ledger and pins the keys of all labs that may take part. Any change of plan, run or
+roster is another offer, with another id, which waits anew; the one that it takes the place of stays
+to be seen, and can't be approved any more. Nor can an offer whose run is over.
 
 ::
 
     <folder>/<plan>-<offer>.json    one offer: the coordinator's signed document, what the lab
-                                    decided, and at what price; whole or not there
+                                    decided, who for it, and at what price; whole or not there
+    <folder>/.shown                 the offers that a person was shown last
+    <folder>/.lock                  held by whoever changes one
 
 The order of things in ``approve`` (limits, then the ledger's hold, then the file) and ``reject``
 (the file, then the ledger) is such that a crash between two of them leaves nothing approved that
@@ -17,11 +21,14 @@ was not paid for.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,18 +42,33 @@ from cytofed.labels import load_map, load_scheme
 from cytofed.metrics import Tally
 from cytofed.plan import Plan, to_dict
 from cytofed.plan_check import check_plan
-from cytofed.privacy import accounting
+from cytofed.privacy import accounting, wire
 from cytofed.privacy.accounting import Guarantee, NonPrivate, PlanCost, check_delta, max_rounds
 from cytofed.privacy.identity import PublicIdentity
 from cytofed.privacy.ledger import Hold, Ledger, NotApproved
 from cytofed.privacy.terms import declared_of, delta_of, patients_of, patients_told, terms_of
 from cytofed.secure_round import encoding_of, tally_encoding
 from cytofed.strategies import make_strategy
+from cytofed.words import MOST_CHARS, one_line
 
-State = Literal["waiting", "approved", "rejected"]
+State = Literal["waiting", "approved", "rejected", "replaced", "expired", "ended"]
+"""replaced: by another offer for its run; expired: nobody decided in time; ended: its run was over
+before anybody decided"""
 
-MAX_WAITING, MAX_APPROVED = 16, 64
-"""offers that a lab keeps at a time: undecided, and approved and not over"""
+_CLOSED = ("replaced", "expired", "ended")
+"""what nobody can decide about any more, and nobody did"""
+
+MAX_WAITING, MAX_APPROVED, MAX_CLOSED = 16, 64, 64
+"""offers that a lab keeps at a time: undecided; approved and not over; closed undecided"""
+
+KEEP_CLOSED = timedelta(days=90)
+"""so long a closed offer can be seen: whoever offers without end deletes none"""
+
+LABEL_RECORD = "cytofed/1/approval-record"
+
+MOST_NOTE_CHARS = 500
+BY_RULE = "auto_approve"
+"""who approved, where no person did"""
 
 SEALED_BYTES = 2048
 """what a header, the seal and a signature add to a message, rounded up"""
@@ -376,10 +398,23 @@ def refuse_cohort(offer: Offer, labs: Sequence[str], settings: Settings) -> None
 
 
 @dataclass(frozen=True)
+class Approval:
+    """That a person said yes. ``by``: who, as they called themselves; it never leaves the lab."""
+
+    by: str
+    note: str
+    at: datetime
+
+    def to_json(self) -> dict[str, str]:
+        return {"by": self.by, "note": self.note, "at": self.at.isoformat()}
+
+
+@dataclass(frozen=True)
 class Entry:
     """An offer as this lab knows it. ``price`` and ``changes`` are those of the decision.
 
     ``hold``: the ledger's; ``ended``: the run is over and what was left of the hold is freed.
+    ``approvals``: fewer than client.yaml asks for while it waits. ``replaced_by``: an offer's id.
     """
 
     offer: Offer
@@ -393,6 +428,14 @@ class Entry:
     changes: tuple[str, ...] = ()
     hold: str = ""
     ended: bool = False
+    approvals: tuple[Approval, ...] = ()
+    salt: str = ""
+    replaced_by: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """The id of the offer."""
+        return self.offer.sha256
 
     @property
     def plan_sha256(self) -> str:
@@ -401,6 +444,36 @@ class Entry:
     @property
     def run(self) -> str:
         return self.offer.run
+
+    @property
+    def expires_at(self) -> datetime:
+        """Until then it can be approved."""
+        days = min(self.offer.plan.cohort.approval_days, 36_500.0)
+        return self.offered_at + timedelta(days=days)
+
+    @property
+    def over(self) -> bool:
+        """Nobody can approve it any more."""
+        return self.ended or self.state in _CLOSED
+
+    @property
+    def record_sha256(self) -> str:
+        """Of who approved, when and with which note: it stands in the lab's signed decision and in
+        its egress log, and tells nothing to whoever does not have the salt. Empty where nobody
+        approved."""
+        if not self.approvals:
+            return ""
+        body = wire.encode(
+            {
+                "approvals": [
+                    {"at": a.at.isoformat(), "by": a.by, "note": a.note} for a in self.approvals
+                ],
+                "label": LABEL_RECORD,
+                "offer_sha256": self.sha256,
+                "salt": self.salt,
+            }
+        )
+        return hashlib.sha256(body).hexdigest()
 
 
 class PlanBook:
@@ -440,24 +513,33 @@ class PlanBook:
     def offered(self, document: bytes, *, parameters: int) -> Entry:
         """Take in an offer from the coordinator. One that is known already stays as it is.
 
-        A new offer of a run replaces those of it that still waited. Errors: TooManyOffers.
+        A new offer of a run takes the place of those of it that still waited: they stay to be
+        seen, ``replaced``. Errors: TooManyOffers.
         """
         offer = self._verified(document)
-        path = self._path(offer)
-        if path.exists():
-            return self._read(path)
-        self._refuse_too_many(offer)
-        entry = Entry(offer, document, parameters, "waiting", self._clock())
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._write(entry)
-        for other in self.entries():
-            if other.run == offer.run and other.state == "waiting" and other != entry:
-                self._path(other.offer).unlink(missing_ok=True)
-        return entry
+        with self._locked():
+            path = self._path(offer)
+            if path.exists():
+                return self._read(path)
+            self._refuse_too_many(offer)
+            entry = self._write(Entry(offer, document, parameters, "waiting", self._clock()))
+            for other in self.entries():
+                if other.run == offer.run and other.state == "waiting" and other != entry:
+                    self._write(
+                        replace(
+                            other,
+                            state="replaced",
+                            replaced_by=offer.sha256,
+                            reason="the coordinator offered this run anew",
+                        )
+                    )
+            return entry
 
     def _refuse_too_many(self, offer: Offer) -> None:
-        """Whoever offers without end fills no disk: what may still become a run is counted."""
-        others = [e for e in self.entries() if e.run != offer.run and not e.ended]
+        """Whoever offers without end fills no disk: what may still become a run is counted, and
+        what was closed before anybody decided."""
+        entries = self.entries()
+        others = [e for e in entries if e.run != offer.run and not e.ended]
         if sum(e.state == "waiting" for e in others) >= MAX_WAITING:
             raise TooManyOffers(
                 f"{MAX_WAITING} plans wait for a decision here: no other is taken in",
@@ -468,42 +550,116 @@ class PlanBook:
                 f"{MAX_APPROVED} approved plans have not ended: no other is taken in",
                 hint="reject what is not to be trained any more: cytofed client plans DIR",
             )
+        closed = [e for e in entries if e.state in _CLOSED]
+        past = [e for e in closed if self._clock() - e.offered_at > KEEP_CLOSED]
+        for entry in past:
+            self._path(entry.offer).unlink(missing_ok=True)
+        if len(closed) - len(past) >= MAX_CLOSED:
+            raise TooManyOffers(
+                f"{MAX_CLOSED} offers of the last {KEEP_CLOSED.days} days were replaced or over "
+                "before anybody decided: no other is taken in",
+                hint="call the coordinator; reject those that you have seen: "
+                "cytofed client plans DIR",
+            )
 
     def expire(self, over: Callable[[Entry], str], book: Ledger) -> tuple[Entry, ...]:
         """End what ``over`` gives a reason for; what was held and never reserved is freed."""
         expired = []
-        for entry in self.entries():
-            if entry.ended or entry.state == "rejected" or not (why := over(entry)):
-                continue
-            if entry.state == "waiting":
-                after = replace(entry, state="rejected", decided_at=self._clock(), reason=why)
-            else:
-                after = replace(entry, ended=True, reason=why)
-            expired.append(self._write(after))
-            held_by = [e for e in self.entries() if e.state == "approved" and not e.ended]
-            if entry.plan_sha256 not in {other.plan_sha256 for other in held_by}:
-                self._free(entry, book, why)
+        with self._locked():
+            for entry in self.entries():
+                if entry.over or entry.state == "rejected" or not (why := over(entry)):
+                    continue
+                expired.append(self._close(entry, "expired", why, book))
         return tuple(expired)
 
-    def find(self, plan_sha256: str, *states: State) -> Entry:
-        """The latest offer of a plan; a prefix of 8 digits will do.
+    def ended(self, offer_sha256: str, book: Ledger, *, why: str = "") -> None:
+        """The run of an offer is over: free what it never reserved; nobody can approve it any
+        more. Ending twice changes nothing."""
+        with self._locked():
+            for entry in self.entries():
+                open_ = entry.state in ("waiting", "approved") and not entry.ended
+                if entry.sha256 == offer_sha256 and open_:
+                    told = one_line(why) or f"run {one_line(entry.run)} is over"
+                    self._close(entry, "ended", told, book)
 
-        Errors: InputError when there is none, or the prefix fits several plans.
+    def _close(self, entry: Entry, undecided: State, why: str, book: Ledger) -> Entry:
+        """Over: an approved offer stays approved, and has ended; an undecided one is ``undecided``.
+
+        The file first: a hold that a crash leaves is freed by whoever tells the end again."""
+        if entry.state == "approved":
+            entry = self._write(replace(entry, ended=True, reason=why))
+            self._free(entry, book, why)
+        else:
+            entry = self._write(replace(entry, state=undecided, reason=why))
+        return entry
+
+    def matching(self, reference: str) -> tuple[Entry, ...]:
+        """The offers that an offer's id or a plan's hash fits, oldest first; 8 digits will do.
+
+        Errors: InputError when there is none, or the digits fit several offers or plans.
         """
-        entries = self.entries()
-        found = [e for e in entries if e.plan_sha256.startswith(plan_sha256.lower())]
-        if len(plan_sha256) < 8 or not found:
-            known = [e.plan_sha256 for e in entries if not e.ended]
+        entries, wanted = self.entries(), reference.strip().lower()
+        by_id = tuple(e for e in entries if e.sha256.startswith(wanted))
+        found = by_id or tuple(e for e in entries if e.plan_sha256.startswith(wanted))
+        if len(wanted) < 8 or not found:
+            known = [e.sha256 for e in entries if not e.over]
+            plans = [e.plan_sha256 for e in entries if not e.over]
             raise InputError(
-                f"no plan {plan_sha256[:64]!r} is known here",
-                hint=f"known: {', '.join(dict.fromkeys(known))}"
+                f"no plan or offer {one_line(reference, most=64)!r} is known here",
+                hint=f"offers: {', '.join(known)}; their plans: {', '.join(dict.fromkeys(plans))}"
                 if known
                 else "none was offered yet: is `cytofed client start` running?",
             )
-        if len({e.plan_sha256 for e in found}) > 1:
-            raise InputError(f"{plan_sha256!r} fits several plans: give more digits")
-        wanted = [e for e in found if e.state in states] or found
+        if len(by_id) > 1 or len({e.plan_sha256 for e in found}) > 1:
+            raise InputError(f"{wanted!r} fits several: give more digits")
+        return found
+
+    def find(self, reference: str, *states: State) -> Entry:
+        """The latest offer that ``reference`` fits, of one of these states where there is one.
+
+        Errors: those of ``matching``.
+        """
+        found = self.matching(reference)
+        wanted = [e for e in found if e.state in states and not e.ended] or list(found)
         return wanted[-1]
+
+    def chosen(self, reference: str) -> Entry:
+        """The offer that a person approves by ``reference``: by its own id, or by its plan's hash
+        while one offer of the plan waits and was among those shown last.
+
+        Errors: InputError that says what to look at and type, where another offer could be meant;
+        those of ``matching``.
+        """
+        found = self.matching(reference)
+        if found[0].sha256.startswith(reference.strip().lower()):
+            return found[0]
+        waiting = [e for e in found if e.state == "waiting"]
+        approved = [e for e in found if e.state == "approved" and not e.ended]
+        waiting = waiting or approved[-1:] or [e for e in found if not e.over]
+        if not waiting or waiting == approved[-1:]:
+            return (approved or found)[-1]  # which approving again does not change, or is over
+        if len(waiting) == 1 and waiting[0].sha256 in self._last_shown():
+            return waiting[0]
+        which = waiting[-1].sha256
+        raise InputError(
+            f"plan {found[0].plan_sha256[:12]} waits in {len(waiting)} offers, for runs "
+            f"{', '.join(one_line(e.run, most=64) for e in waiting)}"
+            if len(waiting) > 1
+            else f"the offer of plan {found[0].plan_sha256[:12]} that waits is not one that "
+            "`cytofed client plans` showed last: its labs or its run may be others",
+            hint=f"look at it, then approve the offer: cytofed client plan show DIR {which}; "
+            f"cytofed client approve DIR {which}",
+        )
+
+    def shown(self, offers: Iterable[str], *, also: bool = False) -> None:
+        """Note the ids of the offers that a person sees now; ``also``: besides the last ones."""
+        ids = sorted({*offers, *(self._last_shown() if also else ())})
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(self.folder / ".shown", "\n".join(ids) + "\n", mode=0o600)
+
+    def _last_shown(self) -> frozenset[str]:
+        file = self.folder / ".shown"
+        return frozenset(file.read_text().split()) if file.is_file() else frozenset()
 
     def known(self, offer: Offer) -> Entry | None:
         """What the lab decided about exactly this plan, run and roster."""
@@ -519,52 +675,83 @@ class PlanBook:
         for entry in reversed(found):
             if entry.state == "approved" and (over or not entry.ended):
                 return entry
-        hint = f"cytofed client approve DIR {found[-1].plan_sha256}" if found else ""
+        hint = f"cytofed client approve DIR {found[-1].sha256}" if found else ""
         raise NotApproved(f"no plan of run {run} is approved at this lab", hint=hint)
 
-    def approve(self, plan_sha256: str, settings: Settings, book: Ledger) -> Entry:
-        """Approve a plan: check the limits, set its price aside, pin its keys.
+    def approve(
+        self, reference: str, settings: Settings, book: Ledger, *, by: str = "", note: str = ""
+    ) -> Entry:
+        """A person approves an offer: check the limits, set its price aside, pin its keys.
 
-        Approving again changes nothing. One approval pays for one run: what an earlier run of the
-        same plan has left is freed.
-        Errors: RefusedError as ``refuse``; OverBudget with the number of rounds that fits.
+        ``reference``: see ``chosen``. Where ``settings`` asks for several persons, the offer waits
+        with the approvals of the first ones. Approving again what is approved changes nothing. One
+        approval pays for one run: what an earlier run of the same plan has left is freed.
+        Errors: RefusedError as ``refuse``, or for an offer that is over, or a person who approved
+        already; OverBudget with the number of rounds that fits.
         """
-        entry = self.find(plan_sha256, "waiting")
-        if entry.state == "approved" and not entry.ended:
-            return entry
-        offer, lab = entry.offer, self.own.name
-        refuse(offer, settings, own=self.own, parameters=entry.parameters)
-        changes = self.changes(entry)
-        self._end_others(entry, book)
-        price = price_of(offer, settings, book, lab=lab, parameters=entry.parameters)
-        hold = ""
-        if price.plan is not None:  # what has no price has nothing to set aside
-            hold = book.hold(
-                federation=ledger_federation(offer.federation, lab),
-                plan_sha256=entry.plan_sha256,
-                cost=cost_of(offer.plan, settings, lab),
-                prv=price.plan,
-            ).id
-        return self._write(
-            replace(
+        with self._locked():
+            entry = self.chosen(reference)
+            if entry.state == "approved" and not entry.ended:
+                return entry
+            _refuse_over(entry, now=self._clock())
+            approval = self._approval(entry, settings, by=by, note=note)
+            offer, lab = entry.offer, self.own.name
+            refuse(offer, settings, own=self.own, parameters=entry.parameters)
+            changes, approvals = self.changes(entry), (*entry.approvals, approval)
+            entry = replace(
                 entry,
-                state="approved",
-                decided_at=self._clock(),
+                approvals=approvals,
+                salt=entry.salt or secrets.token_hex(16),
                 reason="",
-                price=price.to_json(),
-                changes=changes,
-                hold=hold,
-                ended=False,
             )
-        )
+            if len(approvals) < settings.approvals:
+                return self._write(replace(entry, state="waiting"))
+            self._end_others(entry, book)
+            price = price_of(offer, settings, book, lab=lab, parameters=entry.parameters)
+            hold = ""
+            if price.plan is not None:  # what has no price has nothing to set aside
+                hold = book.hold(
+                    federation=ledger_federation(offer.federation, lab),
+                    plan_sha256=entry.plan_sha256,
+                    cost=cost_of(offer.plan, settings, lab),
+                    prv=price.plan,
+                ).id
+            return self._write(
+                replace(
+                    entry,
+                    state="approved",
+                    decided_at=approval.at,
+                    price=price.to_json(),
+                    changes=changes,
+                    hold=hold,
+                )
+            )
+
+    def _approval(self, entry: Entry, settings: Settings, *, by: str, note: str) -> Approval:
+        needed, names = settings.approvals, [a.by for a in entry.approvals]
+        by = " ".join(one_line(by, most=MOST_CHARS).split())
+        if needed > 1 and not by:
+            raise InputError(
+                f"client.yaml asks for the approvals of {needed} persons, and none was named",
+                hint=f"cytofed client approve DIR {entry.sha256} --by NAME",
+            )
+        if needed > 1 and _same_person(by) in map(_same_person, names):
+            raise RefusedError(
+                f"{by} has approved offer {entry.sha256[:12]} already: {len(names)} of {needed}",
+                hint="another person has to approve it, with --by and their own name",
+            )
+        return Approval(by, one_line(note, most=MOST_NOTE_CHARS), self._clock())
 
     def _end_others(self, entry: Entry, book: Ledger) -> None:
-        """End earlier runs of the same plan: a hold that they are bound to pays for no other."""
-        for other in self.entries():
-            same = other.plan_sha256 == entry.plan_sha256 and other.run != entry.run
-            if same and other.state == "approved" and not other.ended:
-                self._write(replace(other, ended=True))
+        """End earlier runs of the same plan, and other offers of the same run: what was set aside
+        for them pays for no other."""
         federation = ledger_federation(entry.offer.federation, self.own.name)
+        why = f"offer {entry.sha256[:12]} was approved in its place"
+        for other in self.entries():
+            same = other.plan_sha256 == entry.plan_sha256 or other.run == entry.run
+            running = other.state == "approved" and not other.ended
+            if same and running and other.sha256 != entry.sha256:
+                self._close(other, "ended", why, book)
         bound = [
             hold
             for hold in book.holds()
@@ -573,33 +760,37 @@ class PlanBook:
             and hold.run not in (None, entry.run)
         ]
         if bound:
-            self._free(entry, book, f"approved for run {entry.run}")
+            book.free(
+                federation=federation,
+                plan_sha256=entry.plan_sha256,
+                reason=f"approved for run {entry.run}",
+            )
 
-    def reject(self, plan_sha256: str, book: Ledger, *, reason: str = "") -> Entry:
-        """Reject a plan, waiting or approved; what was never reserved of its price is freed."""
-        entry = self.find(plan_sha256, "approved", "waiting")
-        for other in self.entries():
-            if other.plan_sha256 == entry.plan_sha256 and not other.ended:
+    def reject(self, reference: str, book: Ledger, *, reason: str = "") -> Entry:
+        """Reject an offer by its id, or all of a plan by its hash, waiting or approved; what was
+        never reserved of its price is freed."""
+        with self._locked():
+            found = self.matching(reference)
+            entry = self.find(reference, "approved", "waiting")
+            for other in found:
+                if other.ended:
+                    continue
                 rejected = replace(
                     other, state="rejected", decided_at=self._clock(), reason=reason[:200]
                 )
-                entry = self._write(rejected)
-        self._free(entry, book, reason or "rejected")
+                self._write(rejected)
+                if other.sha256 == entry.sha256:
+                    entry = rejected
+                self._free(rejected, book, reason or "rejected")
         return entry
-
-    def ended(self, run: str, book: Ledger) -> None:
-        """A run is over: free what it never reserved. Ending twice changes nothing."""
-        for entry in self.entries():
-            if entry.run == run and entry.state == "approved" and not entry.ended:
-                self._write(replace(entry, ended=True))
-                self._free(entry, book, f"run {run} is over")
 
     def left(self, book: Ledger) -> None:
         """The lab left the federation: waiting and approved plans are rejected, holds freed."""
-        for entry in self.entries():
-            if entry.state != "rejected" and not entry.ended:
-                self._write(replace(entry, state="rejected", reason="the lab left"))
-                self._free(entry, book, "the lab left")
+        with self._locked():
+            for entry in self.entries():
+                if entry.state in ("waiting", "approved") and not entry.ended:
+                    self._write(replace(entry, state="rejected", reason="the lab left"))
+                    self._free(entry, book, "the lab left")
 
     def changes(self, entry: Entry) -> tuple[str, ...]:
         """What differs from the plan approved last, key by key and lab by lab; empty for the
@@ -619,6 +810,8 @@ class PlanBook:
         auto, plan = settings.auto_approve, entry.offer.plan
         if not auto.enabled:
             return "auto_approve is off"
+        if settings.approvals > 1:
+            return f"approvals is {settings.approvals}: so many persons decide"
         if plan.privacy.unit != "patient":
             return "the plan does not protect patients"
         if auto.secure_aggregation and not plan.secure_aggregation.enabled:
@@ -644,9 +837,10 @@ class PlanBook:
 
     def listing(self, settings: Settings, book: Ledger) -> dict[str, Any]:
         """``cytofed client plans --json``; plans that still wait are priced as of now."""
-        return {"plans": [self._listed(entry, settings, book) for entry in self.entries()]}
+        return {"plans": [self.listed(entry, settings, book) for entry in self.entries()]}
 
-    def _listed(self, entry: Entry, settings: Settings, book: Ledger) -> dict[str, Any]:
+    def listed(self, entry: Entry, settings: Settings, book: Ledger) -> dict[str, Any]:
+        """One offer of ``listing``."""
         price, refused, changes = entry.price, "", entry.changes
         if entry.state == "waiting":
             changes = self.changes(entry)
@@ -666,13 +860,19 @@ class PlanBook:
                 refused = refused or error.message
         decided = None if entry.decided_at is None else entry.decided_at.isoformat()
         return {
+            "offer": entry.sha256,
             "plan_sha256": entry.plan_sha256,
+            "federation": entry.offer.federation,
             "run": entry.run,
             "name": entry.offer.plan.name,
             "state": entry.state,
             "ended": entry.ended,
             "offered_at": entry.offered_at.isoformat(),
+            "expires_at": entry.expires_at.isoformat(),
             "decided_at": decided,
+            "replaced_by": entry.replaced_by or None,
+            "approvals": [approval.to_json() for approval in entry.approvals],
+            "approvals_needed": settings.approvals,
             "reason": entry.reason,
             "refused": refused,
             "price": price,
@@ -680,8 +880,23 @@ class PlanBook:
         }
 
     def _free(self, entry: Entry, book: Ledger, reason: str) -> None:
+        """Free what is set aside for an offer's plan, unless another approval needs it."""
+        others = (e for e in self.entries() if e.sha256 != entry.sha256)
+        if any(
+            e.plan_sha256 == entry.plan_sha256 and e.state == "approved" and not e.ended
+            for e in others
+        ):
+            return
         federation = ledger_federation(entry.offer.federation, self.own.name)
         book.free(federation=federation, plan_sha256=entry.plan_sha256, reason=reason)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One change at a time: a run's end, told to the daemon, and a person's approval meet."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def approved_holds(self) -> tuple[Hold, ...]:
         """The holds of all approvals here, for ``Ledger.restore_charge``."""
@@ -698,9 +913,10 @@ class PlanBook:
 
     def ask_again(self, reason: str) -> None:
         """Approvals whose holds were charged need another one."""
-        for entry in self.entries():
-            if entry.state == "approved" and not entry.ended:
-                self._write(replace(entry, state="waiting", reason=reason))
+        with self._locked():
+            for entry in self.entries():
+                if entry.state == "approved" and not entry.ended:
+                    self._write(replace(entry, state="waiting", reason=reason, approvals=()))
 
     def _path(self, offer: Offer) -> Path:
         place = f"{offer.federation}\n{offer.run}\n{offer.plan.sha256}\n{offer.roster.sha256}"
@@ -719,6 +935,9 @@ class PlanBook:
             "changes": list(entry.changes),
             "hold": entry.hold,
             "ended": entry.ended,
+            "approvals": [approval.to_json() for approval in entry.approvals],
+            "salt": entry.salt,
+            "replaced_by": entry.replaced_by,
         }
         write_atomically(self._path(entry.offer), json.dumps(tree, indent=1) + "\n", mode=0o600)
         return entry
@@ -740,6 +959,12 @@ class PlanBook:
                 changes=tuple(tree["changes"]),
                 hold=str(tree["hold"]),
                 ended=bool(tree["ended"]),
+                approvals=tuple(
+                    Approval(str(a["by"]), str(a["note"]), datetime.fromisoformat(a["at"]))
+                    for a in tree.get("approvals", ())
+                ),
+                salt=str(tree.get("salt", "")),
+                replaced_by=str(tree.get("replaced_by", "")),
             )
         except (ValueError, KeyError, TypeError):
             entry = None
@@ -772,8 +997,35 @@ def budget(settings: Settings) -> dict[str, Any]:
         return book.summary()
 
 
+def _refuse_over(entry: Entry, *, now: datetime) -> None:
+    """Errors: RefusedError for an offer that nobody can approve any more, and why."""
+    what = f"offer {entry.sha256[:12]} for run {one_line(entry.run, most=64)}"
+    if entry.state == "replaced":
+        raise RefusedError(
+            f"{what} was replaced by offer {entry.replaced_by}: its plan or its labs are others",
+            hint=f"cytofed client plan show DIR {entry.replaced_by}",
+        )
+    if entry.over:
+        raise RefusedError(
+            f"{what} is over and can't be approved any more: {entry.reason or entry.state}",
+            hint="ask the coordinator to offer the plan again",
+        )
+    asked_again = entry.state == "waiting" and entry.decided_at is not None
+    if now > entry.expires_at and not asked_again:
+        raise RefusedError(
+            f"{what} can't be approved any more: cohort.approval_days="
+            f"{entry.offer.plan.cohort.approval_days:g} after it was offered are over",
+            hint="ask the coordinator to offer the plan again",
+        )
+
+
+def _same_person(name: str) -> str:
+    """A name without what two spellings of it differ in."""
+    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
+
+
 def _plan_changes(last: Entry, entry: Entry) -> Iterator[str]:
-    before, after = _flat(last.offer.plan), _flat(entry.offer.plan)
+    before, after = flat(last.offer.plan), flat(entry.offer.plan)
     for key in dict.fromkeys((*before, *after)):
         one, other = before.get(key), after.get(key)
         if one != other:
@@ -794,7 +1046,7 @@ def _roster_changes(last: Entry, entry: Entry) -> Iterator[str]:
                 yield f"lab {lab} HAS ANOTHER KEY: {old} -> {key}"
 
 
-def _flat(plan: Plan) -> dict[str, Any]:
+def flat(plan: Plan) -> dict[str, Any]:
     """All keys of a plan that are part of its hash, dotted."""
 
     def walk(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:

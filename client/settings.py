@@ -21,8 +21,9 @@ from cytofed.errors import InputError
 from cytofed.privacy import ledger
 from cytofed.sections import build, read_tree
 
+MOST_APPROVALS = 5
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_NEVER_EMPTY = ("limits", "auto_approve", "pool", "ledger", "storage_key")
+_NEVER_EMPTY = ("limits", "approvals", "auto_approve", "pool", "ledger", "storage_key")
 """what protects patients: an empty value of it is a slip, never a wish"""
 
 
@@ -97,6 +98,8 @@ class Settings:
     storage_key: str | None = None
     """where the key is that encrypts what is kept: see cytofed.client.storage; None: storage.key"""
     limits: Limits = field(default_factory=Limits)
+    approvals: int = 1
+    """how many persons have to approve a plan, each by another name"""
     auto_approve: AutoApprove = field(default_factory=AutoApprove)
     proxy: str | None = field(default=None, repr=False)  # may hold a password
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -123,6 +126,37 @@ def load_settings(path: Path) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     return read_settings(text, folder=path.parent, source=str(path))
+
+
+class FollowedSettings:
+    """client.yaml while a daemon runs: a limit that a person writes into it holds from then on,
+    for running runs too. All else is as at the start, until a restart."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._seen()
+        self._settings = load_settings(path)
+
+    def now(self) -> Settings:
+        """Errors: InputError while the file can't be read: no limit is known, nothing goes on."""
+        stamp = self._seen()
+        if stamp != self._stamp:
+            written = load_settings(self._path)
+            self._settings = dataclasses.replace(
+                self._settings,
+                limits=written.limits,
+                approvals=written.approvals,
+                auto_approve=written.auto_approve,
+            )
+            self._stamp = stamp
+        return self._settings
+
+    def _seen(self) -> tuple[int, ...]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return ()
+        return (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
 
 def read_settings(text: str, *, folder: Path, source: str = "client.yaml") -> Settings:
@@ -167,7 +201,8 @@ def fresh_yaml(
 
 _FRESH = """\
 # This lab's settings for cytofed. Only this lab reads and changes this file.
-# After a change: restart `cytofed client start`, then `cytofed client check`.
+# Limits, approvals and auto_approve hold from the next order on, for running runs too. After any
+# other change: restart `cytofed client start`, then `cytofed client check`.
 
 # --- images (they never leave; nor do file names and patient identifiers)
 data:{data}
@@ -200,6 +235,9 @@ ledger:{ledger}
 #   allowed_strategies: [fedavg, fedprox]
 #   max_bytes_per_round: 100000000      # of what leaves
 #   max_run_days: 7                     # from a run's first order to its last
+
+# --- how many persons have to approve a plan, each by another name (--by NAME)
+# approvals: 1
 
 # --- approval without a person: off. It needs limits.max_epsilon, too.
 # auto_approve:
@@ -249,6 +287,7 @@ def _check(settings: Settings, source: str) -> None:
         raise InputError(f"{source}: {error.message}") from None
     least: dict[str, tuple[float | None, float]] = {
         "patients_declared": (settings.patients_declared, 1),
+        "approvals": (settings.approvals, 1),
         "limits.min_cohort": (limits.min_cohort, 0),
         "limits.min_trusted_peers": (limits.min_trusted_peers, 0),
         "limits.max_bytes_per_round": (limits.max_bytes_per_round, 1),
@@ -287,6 +326,13 @@ def _check(settings: Settings, source: str) -> None:
         )
     if settings.storage_key is not None:
         check_spec(settings.storage_key)
+    if settings.approvals > MOST_APPROVALS:
+        raise InputError(f"{source}: Expected approvals={settings.approvals} <= {MOST_APPROVALS}")
+    if auto.enabled and settings.approvals > 1:
+        raise InputError(
+            f"{source}: auto_approve is enabled, and approvals={settings.approvals} persons have "
+            "to approve: it is one or the other"
+        )
     if not settings.pool.strip():
         raise InputError(f"{source}: pool is empty, expected a name")
     proxy = settings.proxy

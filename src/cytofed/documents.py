@@ -242,7 +242,11 @@ class Offer:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a lab's person said to an offer. ``max_weight``: public bound of the lab's weight."""
+    """What a lab's person said to an offer. ``max_weight``: public bound of the lab's weight.
+
+    ``record_sha256``: of the lab's own record of who approved, salted: the lab's signature binds it
+    to its persons, whose names stay there. Empty where a rule decided, or nobody approved.
+    """
 
     lab: str
     verdict: Verdict
@@ -252,6 +256,7 @@ class Decision:
     max_weight: int
     at: datetime
     reason: str = ""
+    record_sha256: str = ""
 
     def signed(self, lab: Identity) -> bytes:
         body = wire.encode(
@@ -260,6 +265,7 @@ class Decision:
                 "max_weight": self.max_weight,
                 "plan_sha256": self.plan_sha256,
                 "reason": self.reason[:200],
+                "record_sha256": self.record_sha256,
                 "roster_sha256": self.roster_sha256,
                 "run": self.run,
                 "verdict": self.verdict,
@@ -281,6 +287,7 @@ class Decision:
             max_weight=fields.uint("max_weight"),
             at=datetime.fromtimestamp(min(fields.uint("at"), _LAST_SECOND), UTC),
             reason=one_line(fields.text("reason")),
+            record_sha256=fields.text("record_sha256"),
         )
         fields.end()
         found = (decision.run, decision.plan_sha256, decision.roster_sha256)

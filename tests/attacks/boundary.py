@@ -149,7 +149,7 @@ class Boundary:
 
     def approve(self, offer: Offer) -> None:
         with open_ledger(self.lab.settings()) as book:
-            self.lab.plans().approve(offer.plan.sha256, self.lab.settings(), book)
+            self.lab.plans().approve(offer.sha256, self.lab.settings(), book)
 
     def approved(self, plan: Plan, run: str = "run-1") -> Offer:
         offer = self.offer(plan, run)

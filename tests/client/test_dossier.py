@@ -56,7 +56,17 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     entry = plans.offered(Offer("run-1", PLAN, roster).signed(CENTRE), parameters=1000)
     EgressLog.create(folder / "egress.log", LEEDS)
     with open_ledger(settings) as book, EgressLog(folder / "egress.log", LEEDS) as log:
-        plans.approve(entry.plan_sha256, settings, book)
+        entry = plans.approve(entry.sha256, settings, book, by="Ada Roe", note="<i>seen</i>")
+        told = {"verdict": "approved", "offer_sha256": entry.sha256}
+        log.record(
+            Outgoing(
+                type="decision",
+                destination="coordinator:8443",
+                fields=fields_of({**told, "record_sha256": entry.record_sha256}),
+                nbytes=300,
+                sha256="dd" * 32,
+            )
+        )
         for round_ in (1, 2):
             order = Order("f/leeds", HOSTILE, round_, 0, PLAN.sha256, "bb" * 32, f"{round_:064x}")
             book.reserve(order)
@@ -126,11 +136,25 @@ def test_the_page_is_whole_in_itself_and_runs_nothing(facts: Facts) -> None:
     assert render(facts) == render(facts)
 
 
+def test_the_page_tells_who_approved_as_the_signed_log_has_it(facts: Facts) -> None:
+    page = render(facts)
+    assert "Ada Roe" in page
+    assert "&lt;i&gt;seen&lt;/i&gt;" in page
+    assert "One person" in page
+    assert "NOT as it was signed" not in page
+    [entry] = facts.plans
+    someone = replace(entry.approvals[0], by="Eve Moe")
+    altered = replace(facts, plans=(replace(entry, approvals=(someone,)),))
+    assert "NOT as it was signed" in render(altered)
+    two = replace(facts, settings=replace(facts.settings, approvals=2))
+    assert "approvals of <b>2 persons</b>" in render(two)
+
+
 def test_every_hash_on_the_page_is_one_of_the_records(facts: Facts) -> None:
     page = _Page(render(facts))
     known = {record.hash for record in facts.egress.records}
     known |= {str(r.body["ledger_head"]) for r in facts.egress.messages}
-    known |= {str(facts.budget["head"]), PLAN.sha256}
+    known |= {str(facts.budget["head"]), PLAN.sha256, facts.plans[0].sha256}
     assert len(page.refs) > 15
     for title, shown in page.refs:
         assert title.split()[-1] in known

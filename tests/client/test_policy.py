@@ -16,6 +16,7 @@ import pytest
 from cytofed.client.policy import (
     Entry,
     PlanBook,
+    TooManyOffers,
     bytes_out,
     ledger_federation,
     open_ledger,
@@ -160,7 +161,7 @@ def test_a_delta_is_held_against_the_patients_of_the_whole_roster(
         return
     entry = offered(plans, offer)
     with open_ledger(lab) as book, pytest.raises(RefusedError, match=said) as caught:
-        plans.approve(entry.plan_sha256, lab, book)
+        plans.approve(entry.sha256, lab, book)
     assert caught.value.exit_code == 3
 
 
@@ -168,17 +169,17 @@ def test_a_plan_that_protects_nobody_holds_no_price_and_is_refused_under_a_limit
     lab: Settings, plans: PlanBook
 ) -> None:
     plan = plan_of(privacy={}, evaluation={})
-    offered(plans, offer_of(plan))
+    entry = offered(plans, offer_of(plan))
     with open_ledger(lab) as book:
         head = book.head
         with pytest.raises(RefusedError, match="protects nobody"):
-            plans.approve(plan.sha256, with_limits(lab, max_epsilon=100.0), book)
-        assert plans.approve(plan.sha256, lab, book).state == "approved"
+            plans.approve(entry.sha256, with_limits(lab, max_epsilon=100.0), book)
+        assert plans.approve(entry.sha256, lab, book).state == "approved"
         assert plans.approved("r1").hold == ""
         assert json.dumps(plans.listing(lab, book), allow_nan=False)
         assert book.holds() == ()
         assert book.head == head
-        plans.ended("r1", book)
+        plans.ended(entry.sha256, book)
         assert book.head == head
 
 
@@ -269,8 +270,8 @@ def test_a_run_that_is_over_gets_its_result_again_and_nothing_else(
 ) -> None:
     entry = offered(plans, offer_of())
     with open_ledger(lab) as book:
-        plans.approve(entry.plan_sha256, lab, book)
-        plans.ended("r1", book)
+        plans.approve(entry.sha256, lab, book)
+        plans.ended(entry.sha256, book)
     assert plans.approved("r1", over=True).ended
     with pytest.raises(NotApproved):
         plans.approved("r1")
@@ -281,10 +282,10 @@ def test_nothing_is_approved_until_somebody_approves(plans: PlanBook, lab: Setti
     assert entry.state == "waiting"
     with pytest.raises(NotApproved) as caught:
         plans.approved("r1")
-    assert caught.value.hint == f"cytofed client approve DIR {entry.plan_sha256}"
+    assert caught.value.hint == f"cytofed client approve DIR {entry.sha256}"
     with open_ledger(lab) as book:
-        approved = plans.approve(entry.plan_sha256[:12], lab, book)
-        assert plans.approve(entry.plan_sha256, lab, book) == approved
+        approved = plans.approve(entry.sha256[:12], lab, book)
+        assert plans.approve(entry.sha256, lab, book) == approved
         assert len(book.holds()) == 1
         assert book.balance().held.epsilon > 0
     assert plans.approved("r1") == approved
@@ -294,7 +295,7 @@ def test_nothing_is_approved_until_somebody_approves(plans: PlanBook, lab: Setti
 def test_any_change_waits_anew(plans: PlanBook, lab: Settings) -> None:
     first = offered(plans, offer_of())
     with open_ledger(lab) as book:
-        plans.approve(first.plan_sha256, lab, book)
+        plans.approve(first.sha256, lab, book)
     other_key = roster_of(keys={"york": Identity.generate("york")})
     for offer in (
         offer_of(plan_of(train={"rounds": 11, "steps_per_round": 5}), "r2"),
@@ -310,7 +311,7 @@ def test_changes_since_the_last_approved_plan_are_named(plans: PlanBook, lab: Se
     first = offered(plans, offer_of(roster=roster_of("leeds", "porto", "york")))
     assert plans.changes(first) == ()
     with open_ledger(lab) as book:
-        plans.approve(first.plan_sha256, lab, book)
+        plans.approve(first.sha256, lab, book)
     new = Identity.generate("york")
     later = offered(
         plans,
@@ -338,7 +339,7 @@ def test_over_budget_is_refused_whole_with_the_rounds_that_fit(
     tight = with_limits(lab, max_epsilon=whole * 0.8)
     with open_ledger(tight) as book:
         with pytest.raises(OverBudget) as caught:
-            plans.approve(entry.plan_sha256, tight, book)
+            plans.approve(entry.sha256, tight, book)
         assert book.balance().held.epsilon == 0
         fits = caught.value.fitting_rounds
         assert 0 < fits < 10
@@ -347,13 +348,13 @@ def test_over_budget_is_refused_whole_with_the_rounds_that_fit(
         assert listed["state"] == "waiting"
         assert str(fits) in listed["refused"]
         fitting = plan_of(train={"rounds": fits, "steps_per_round": 5})
-        plans.approve(offered(plans, offer_of(fitting, "r2")).plan_sha256, tight, book)
+        plans.approve(offered(plans, offer_of(fitting, "r2")).sha256, tight, book)
 
 
 def test_rejecting_frees_what_was_not_reserved(plans: PlanBook, lab: Settings) -> None:
     entry = offered(plans, offer_of())
     with open_ledger(lab) as book:
-        plans.approve(entry.plan_sha256, lab, book)
+        plans.approve(entry.sha256, lab, book)
         book.reserve(_order(entry, 1))
         assert plans.reject(entry.plan_sha256, book, reason="no").state == "rejected"
         assert book.balance().held.epsilon == 0
@@ -370,11 +371,11 @@ def _order(entry: Entry, round_: int) -> Order:
 def test_one_approval_pays_for_one_run(plans: PlanBook, lab: Settings) -> None:
     first = offered(plans, offer_of())
     with open_ledger(lab) as book:
-        plans.approve(first.plan_sha256, lab, book)
+        plans.approve(first.sha256, lab, book)
         book.reserve(_order(first, 1))
         second = offered(plans, offer_of(run="r2"))
         assert second.state == "waiting"
-        plans.approve(second.plan_sha256, lab, book)
+        plans.approve(second.sha256, lab, book)
         book.reserve(_order(second, 1))
         active = [hold for hold in book.holds() if hold.state == "active"]
         assert [hold.run for hold in active] == ["r2"]
@@ -386,10 +387,10 @@ def test_one_approval_pays_for_one_run(plans: PlanBook, lab: Settings) -> None:
 def test_a_run_that_ended_gives_back_the_rest(plans: PlanBook, lab: Settings) -> None:
     entry = offered(plans, offer_of())
     with open_ledger(lab) as book:
-        plans.approve(entry.plan_sha256, lab, book)
+        plans.approve(entry.sha256, lab, book)
         book.reserve(_order(entry, 1))
-        plans.ended("r1", book)
-        plans.ended("r1", book)
+        plans.ended(entry.sha256, book)
+        plans.ended(entry.sha256, book)
         assert book.balance().held.epsilon == 0
         plans.left(book)
 
@@ -411,10 +412,10 @@ def test_a_crash_while_approving_leaves_nothing_approved_unpaid(
             else:
                 patch.setattr("cytofed.client.policy.write_atomically", dies)
             with pytest.raises(KeyboardInterrupt):
-                plans.approve(entry.plan_sha256, lab, book)
+                plans.approve(entry.sha256, lab, book)
         with pytest.raises(NotApproved):
             plans.approved("r1")
-        plans.approve(entry.plan_sha256, lab, book)
+        plans.approve(entry.sha256, lab, book)
         assert [hold.state for hold in book.holds()] == ["active"]
 
 
@@ -422,7 +423,7 @@ def test_a_forged_or_edited_file_is_no_plan(plans: PlanBook) -> None:
     offered(plans, offer_of())
     with pytest.raises(VerificationError):
         plans.offered(offer_of(run="r2").signed(Identity.generate(COORDINATOR)), parameters=P)
-    path = next(plans.folder.iterdir())
+    path = next(plans.folder.glob("*.json"))
     text = path.read_text()
     assert (path.stat().st_mode & 0o777) == 0o600
     other = offer_of(plan_of(train={"rounds": 99, "steps_per_round": 5})).signed(CENTRE).hex()
@@ -443,12 +444,194 @@ def test_find_asks_for_enough_digits(plans: PlanBook) -> None:
     assert entry.plan_sha256 in caught.value.hint
 
 
-def test_a_new_offer_of_a_run_replaces_one_that_waits(plans: PlanBook) -> None:
-    offered(plans, offer_of())
-    again = offered(plans, offer_of())
-    assert plans.entries() == (again,)
-    later = offered(plans, offer_of(roster=replace(roster_of(), epoch=2)))
-    assert plans.entries() == (later,)
+# --- an approval is of an offer
+
+
+def swapped(run: str = "r1") -> Offer:
+    """The same plan and run, over a roster in which york is somebody else."""
+    return offer_of(run=run, roster=roster_of(keys={"york": Identity.generate("york")}))
+
+
+def test_a_new_offer_of_a_run_replaces_one_that_waits_and_both_stay_to_be_seen(
+    plans: PlanBook, lab: Settings
+) -> None:
+    first = offered(plans, offer_of())
+    assert offered(plans, offer_of()) == first
+    later = offered(plans, swapped())
+    old, new = plans.entries()
+    assert (old.state, old.replaced_by, new) == ("replaced", later.sha256, later)
+    assert offered(plans, offer_of()) == old, "offered again, it does not come back"
+    with open_ledger(lab) as book:
+        with pytest.raises(RefusedError, match=f"replaced by offer {later.sha256}"):
+            plans.approve(first.sha256, lab, book)
+        listed = plans.listing(lab, book)["plans"]
+    assert [item["state"] for item in listed] == ["replaced", "waiting"]
+    assert len({item["offer"] for item in listed}) == 2
+
+
+def test_a_roster_swapped_after_a_person_looked_is_not_approved_by_the_plans_hash(
+    plans: PlanBook, lab: Settings
+) -> None:
+    seen = offered(plans, offer_of())
+    plans.shown([seen.sha256])
+    other = offered(plans, swapped())
+    with open_ledger(lab) as book:
+        with pytest.raises(InputError, match="showed last") as caught:
+            plans.approve(seen.plan_sha256, lab, book)
+        assert caught.value.exit_code == 2
+        assert f"cytofed client approve DIR {other.sha256}" in caught.value.hint
+        assert book.holds() == ()
+        plans.shown([seen.sha256, other.sha256])
+        assert plans.approve(seen.plan_sha256, lab, book).sha256 == other.sha256
+
+
+def test_a_plan_that_waits_for_two_runs_is_approved_by_an_offer_only(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entries = [offered(plans, offer_of(run=run)) for run in ("r1", "r2")]
+    plans.shown(entry.sha256 for entry in entries)
+    with open_ledger(lab) as book:
+        with pytest.raises(InputError, match="waits in 2 offers, for runs r1, r2"):
+            plans.approve(entries[0].plan_sha256, lab, book)
+        assert plans.approve(entries[0].sha256, lab, book).run == "r1"
+
+
+def test_what_no_person_was_shown_is_approved_by_its_offer_only(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        with pytest.raises(InputError, match="showed last"):
+            plans.approve(entry.plan_sha256, lab, book)
+        assert plans.approve(entry.sha256, lab, book).state == "approved"
+        assert plans.approve(entry.plan_sha256, lab, book).state == "approved"
+
+
+def test_offers_without_end_delete_none_and_are_taken_in_no_more(
+    plans: PlanBook, lab: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cytofed.client.policy.MAX_CLOSED", 4)
+    moments = iter(range(10**6))
+    plans._clock = lambda: datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=next(moments))
+    flood = [
+        offered(plans, offer_of(roster=replace(roster_of(), epoch=epoch))) for epoch in range(1, 6)
+    ]
+    with pytest.raises(TooManyOffers, match="4 offers of the last 90 days"):
+        offered(plans, swapped())
+    found = {entry.sha256: entry.state for entry in plans.entries()}
+    assert list(found) == [entry.sha256 for entry in flood]
+    assert list(found.values()) == ["replaced"] * 4 + ["waiting"]
+    with open_ledger(lab) as book:
+        plans.ended(flood[-1].sha256, book)
+        with pytest.raises(TooManyOffers):  # nor by ending them
+            offered(plans, swapped("r2"))
+        for entry in flood:
+            assert plans.reject(entry.sha256, book).state == "rejected"
+    assert offered(plans, swapped()).state == "waiting"
+
+
+@pytest.mark.parametrize("told_first", [True, False])
+def test_a_run_that_is_over_holds_nothing_and_is_not_approved(
+    plans: PlanBook, lab: Settings, told_first: bool
+) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        if not told_first:
+            plans.approve(entry.sha256, lab, book)
+            assert book.balance().held.epsilon > 0
+        plans.ended(entry.sha256, book, why="failed: 1 lab approved")
+        assert book.balance().held.epsilon == 0
+        for reference in (entry.sha256, entry.plan_sha256):
+            with pytest.raises(RefusedError, match=r"over.*failed: 1 lab approved"):
+                plans.approve(reference, lab, book)
+        assert book.balance().held.epsilon == 0
+        listed = plans.listing(lab, book)["plans"][0]
+    assert (listed["state"], listed["ended"]) == (
+        ("ended", False) if told_first else ("approved", True)
+    )
+    with pytest.raises(NotApproved):
+        plans.approved("r1")
+
+
+def test_the_end_of_one_offer_is_not_that_of_another_with_its_name(
+    plans: PlanBook, lab: Settings
+) -> None:
+    first, other = offered(plans, offer_of()), offered(plans, offer_of(run="r2"))
+    with open_ledger(lab) as book:
+        plans.approve(other.sha256, lab, book)
+        held = book.balance().held.epsilon
+        plans.ended(first.sha256, book)
+        plans.ended("ab" * 32, book)
+        assert book.balance().held.epsilon == held > 0
+    assert plans.approved("r2").sha256 == other.sha256
+
+
+def test_nobody_approves_after_the_days_of_the_offer(plans: PlanBook, lab: Settings) -> None:
+    entry = offered(plans, offer_of(plan_of(cohort={"approval_days": 3})))
+    assert entry.expires_at == entry.offered_at + timedelta(days=3)
+    plans._clock = lambda: entry.expires_at + timedelta(seconds=1)
+    with open_ledger(lab) as book:
+        with pytest.raises(RefusedError, match="approval_days=3"):
+            plans.approve(entry.sha256, lab, book)
+        [expired] = plans.expire(lambda _entry: "nobody decided", book)
+        assert expired.state == "expired"
+        with pytest.raises(RefusedError, match="nobody decided"):
+            plans.approve(entry.sha256, lab, book)
+
+
+def test_approvals_of_two_are_by_two_persons_and_both_are_recorded(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry, two = offered(plans, offer_of()), replace(lab, approvals=2)
+    with open_ledger(lab) as book:
+        with pytest.raises(InputError, match="approvals of 2 persons") as unnamed:
+            plans.approve(entry.sha256, two, book)
+        assert "--by NAME" in unnamed.value.hint
+        first = plans.approve(entry.sha256, two, book, by="Dr. Ada  Roe", note="price seen")
+        assert (first.state, [a.by for a in first.approvals]) == ("waiting", ["Dr. Ada Roe"])
+        assert book.holds() == ()
+        with pytest.raises(NotApproved):
+            plans.approved("r1")
+        for same in ("Dr. Ada Roe", "dr ada roe", " DR.ADA ROE "):
+            with pytest.raises(RefusedError, match="1 of 2"):
+                plans.approve(entry.sha256, two, book, by=same)
+        listed = plans.listing(two, book)["plans"][0]
+        assert (len(listed["approvals"]), listed["approvals_needed"]) == (1, 2)
+        second = plans.approve(entry.sha256, two, book, by="Ben Poe", note="a\x1b[2J\nb")
+        assert second.state == "approved"
+        assert [(a.by, a.note) for a in second.approvals] == [
+            ("Dr. Ada Roe", "price seen"),
+            ("Ben Poe", "a [2J b"),
+        ]
+        assert book.balance().held.epsilon > 0
+    assert plans.known(offer_of()) == second
+    assert len(second.record_sha256) == 64
+    forged = replace(second, approvals=second.approvals[:1])
+    assert forged.record_sha256 != second.record_sha256
+    assert replace(second, salt="").record_sha256 != second.record_sha256
+
+
+def test_one_persons_approval_of_a_replaced_offer_does_not_count_for_the_next(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry, two = offered(plans, offer_of()), replace(lab, approvals=2)
+    with open_ledger(lab) as book:
+        plans.approve(entry.sha256, two, book, by="Ada")
+        other = offered(plans, swapped())
+        assert plans.approve(other.sha256, two, book, by="Ben").state == "waiting"
+    assert [a.by for a in plans.entries()[0].approvals] == ["Ada"]
+    assert "persons" in plans.why_not_automatic(other, automatic(two), book)
+
+
+def test_an_approved_offer_ends_another_of_its_run(plans: PlanBook, lab: Settings) -> None:
+    first, other = offered(plans, offer_of()), None
+    with open_ledger(lab) as book:
+        plans.approve(first.sha256, lab, book)
+        other = offered(plans, swapped())
+        plans.approve(other.sha256, lab, book)
+        assert [hold.state for hold in book.holds()] == ["freed", "active"]
+    assert [entry.ended for entry in plans.entries()] == [True, False]
+    assert plans.approved("r1").sha256 == other.sha256
 
 
 # --- approval without a person
@@ -484,7 +667,7 @@ def test_known_labs_and_a_low_price_need_no_person(plans: PlanBook, lab: Setting
     first = offered(plans, offer_of())
     with open_ledger(lab) as book:
         assert plans.why_not_automatic(first, automatic(lab, known_labs_only=False), book) == ""
-        plans.approve(first.plan_sha256, lab, book)
+        plans.approve(first.sha256, lab, book)
         second = offered(plans, offer_of(run="r2"))
         assert plans.why_not_automatic(second, automatic(lab), book) == ""
 
@@ -500,7 +683,7 @@ def test_a_lost_ledger_is_charged_in_full_and_asks_again(
     before = lab.ledger.read_bytes()
     entry = offered(plans, offer_of())
     with open_ledger(lab) as book:
-        plans.approve(entry.plan_sha256, lab, book)
+        plans.approve(entry.sha256, lab, book)
         book.reserve(_order(entry, 1))
         head, full = book.head, book.balance().total.epsilon
     if lost == "gone":
@@ -512,5 +695,5 @@ def test_a_lost_ledger_is_charged_in_full_and_asks_again(
     assert plans.entries()[0].state == "waiting"
     with open_ledger(lab) as book:
         assert book.check_head(head) == "older"
-        plans.approve(entry.plan_sha256, lab, book)
+        plans.approve(entry.sha256, lab, book)
         assert book.balance().total.epsilon > full

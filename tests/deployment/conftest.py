@@ -150,13 +150,16 @@ class Federation:
         return found["run"], found["plan_sha256"]
 
     def approve(self, plan_sha256: str, *labs: str) -> None:
-        """Approve at the labs, as soon as the plan has arrived there."""
+        """Approve at the labs, as soon as an offer of the plan has arrived there."""
         for lab in labs or self.labs:
-            self.until(partial(self.offered, lab), f"{lab} has the plan")
-            self.run(lab, "client", "approve", self.root / lab, plan_sha256)
+            offer = self.until(partial(self.offered, lab, plan_sha256), f"{lab} has the plan")
+            self.run(lab, "client", "approve", self.root / lab, offer)
 
-    def offered(self, lab: str) -> bool:
-        return any((self.root / lab / "plans").glob("*.json"))
+    def offered(self, lab: str, plan_sha256: str) -> str:
+        """The id of the offer that waits at a lab for a plan; empty where there is none."""
+        entries = ClientDirectory.open(self.root / lab).plans().entries()
+        waiting = [e for e in entries if e.plan_sha256.startswith(plan_sha256) and not e.over]
+        return waiting[-1].sha256 if waiting else ""
 
     def state(self, run: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(

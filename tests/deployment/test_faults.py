@@ -96,7 +96,7 @@ def approve(federation: Federation, run: str, *labs: str) -> None:
         [entry] = federation.until(offered, f"{lab} has the plan of {run}")
         settings = directory.settings()
         with open_ledger(settings) as book:
-            directory.plans().approve(entry.plan_sha256, settings, book)
+            directory.plans().approve(entry.sha256, settings, book)
 
 
 def offers(directory: ClientDirectory, run: str) -> list[Entry]:

@@ -157,7 +157,7 @@ def finish(
         [entry] = federation.until(partial(offered, directory, run), f"{lab} has the plan")
         settings = directory.settings()
         with open_ledger(settings) as book:
-            directory.plans().approve(entry.plan_sha256, settings, book)
+            directory.plans().approve(entry.sha256, settings, book)
     federation.summary(run)
     for lab, directory in directories.items():
         model = partial(result_of, directory, run)
