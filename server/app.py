@@ -339,6 +339,9 @@ class Coordinator:
         self._approvals.collect()
         for folder in waiting:
             self._of_this_run(folder, partial(self._start_if_due, folder))
+        for folder in self._runs("rounds"):
+            if folder.name != self._at_work and (why := folder.stop_reason()):
+                self._close(folder, why)  # it does not wait for its turn to be stopped
         return 0.0 if self._approvals.waiting else self._settings.offer_every_s
 
     def _start_if_due(self, folder: RunFolder, offer: Offer) -> None:
@@ -455,6 +458,8 @@ class Coordinator:
         folder.end("failed", reason=reason, absent=absent)
 
     def _to_the_end(self, folder: RunFolder, offer: Offer) -> None:
+        if folder.state().phase != "rounds":  # stopped while it waited
+            return
         file = folder.private / "start"
         start = Start.verified(file.read_bytes(), self._identity.public, offer)
         plan = offer.plan

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from cytofed.documents import COORDINATOR, Member, Roster
+from cytofed.documents import COORDINATOR, Decision, Member, Roster, Start
 from cytofed.errors import InputError
 from cytofed.plan import Plan
 from cytofed.privacy.identity import Identity
@@ -18,9 +19,8 @@ from cytofed.server.runs import DamagedRun, RunFolder, RunState
 
 CHIEF = Identity.generate(COORDINATOR)
 NAMES = ("basel", "bonn", "leeds")
-ROSTER = Roster(
-    "fed", 1, tuple(Member(Identity.generate(name).public, f"{name}-key") for name in NAMES)
-)
+LABS = {name: Identity.generate(name) for name in NAMES}
+ROSTER = Roster("fed", 1, tuple(Member(LABS[name].public, f"{name}-key") for name in NAMES))
 
 
 def queued(runs: Path) -> RunFolder:
@@ -88,3 +88,30 @@ def test_ended_runs_are_read_once_and_not_again_while_nobody_can_be_told(
     assert read == []
     status = coordinator._answer(Command("status", {}))
     assert [run["status"] for run in status["runs"]] == ["completed"] * 5
+
+
+def started(folder: RunFolder, chief: Identity) -> None:
+    """Have a run wait for its turn, approved by all labs."""
+    offer = folder.offer(chief)
+    about = (folder.name, offer.plan.sha256, offer.roster.sha256)
+    approvals = {
+        lab: Decision(lab, "approved", *about, max_weight=8, at=datetime.now(UTC)).signed(key)
+        for lab, key in LABS.items()
+    }
+    for lab, document in approvals.items():
+        folder.keep_decision(lab, document)
+    start = Start(*about, approvals)
+    folder.fix_cohort(start.signed(chief), start.labs)
+
+
+def test_run_that_waits_for_its_turn_is_stopped_at_once_and_others_stay(tmp_path: Path) -> None:
+    directory = ServerDirectory.create(tmp_path / "c", name="fed", address="localhost:4567")
+    chief = directory.identity()
+    one, other = (RunFolder.create(directory.runs, Plan(), ROSTER, chief) for _ in range(2))
+    for folder in (one, other):
+        started(folder, chief)
+    one.ask_to_stop("stopped by the coordinator")
+    Coordinator(directory)._approve_some()
+    assert (one.state().phase, other.state().phase) == ("failed", "rounds")
+    assert one.state().reason == "stopped by the coordinator"
+    assert one.state().cohort == NAMES
