@@ -9,8 +9,7 @@ import pytest
 from cytofed.client.plan_words import plan_in_words, summary_lines
 from cytofed.client.policy import Entry, PlanBook, open_ledger
 from cytofed.client.settings import Limits, Settings
-from cytofed.documents import Offer
-from cytofed.plan import from_dict, to_dict
+from cytofed.plan import to_dict
 from tests.client.test_policy import KEYS, offer_of, offered, plan_of, roster_of
 from tests.client.test_policy import lab as lab  # noqa: PLC0414 - fixtures
 from tests.client.test_policy import plans as plans  # noqa: PLC0414
@@ -84,10 +83,12 @@ def test_a_replaced_offer_says_by_which(plans: PlanBook, lab: Settings) -> None:
 
 
 def test_words_of_the_coordinator_stay_on_their_line(plans: PlanBook, lab: Settings) -> None:
-    plan = from_dict({**to_dict(plan_of()), "name": "a plan"})
-    entry = offered(plans, Offer(HOSTILE, plan, roster_of()))
+    entry = offered(plans, offer_of())
     with open_ledger(lab) as book:
+        plans.ended(entry.sha256, book, why=HOSTILE)
+        [entry] = plans.entries()
         listed = plans.listed(entry, lab, book)
     lines = [*plan_in_words(entry, listed, lab), *summary_lines(listed)]
     assert all(line.isprintable() for line in lines)
     assert not any(line.strip().startswith("state approved") for line in lines)
+    assert "ended before anybody decided (r1 [2J state approved )" in "\n".join(lines)
