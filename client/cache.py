@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import stat
 import tempfile
 import time
 import warnings
@@ -38,7 +39,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from cytofed.client.reader import Kind, Problem, UnreadableImage, load_rgb
+from cytofed.client.reader import MAX_FRAME_PX, Kind, Problem, UnreadableImage, load_rgb
 from cytofed.errors import InputError
 
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -49,6 +50,7 @@ _CHUNK = 32  # images that a thread takes at once
 _RACY_NS = 2_000_000_000  # a file this young may change again within the same time stamp
 _KEEP_S = 30 * 24 * 3600  # cache files that nobody opened for so long are deleted
 MAX_PART = 4.0
+MAX_FILE_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,11 @@ def _pixels(data: bytes, frame: Framing) -> np.ndarray:
         image = load_rgb(data, at_least_px=(frame.size_px, frame.size_px))
     else:
         image = load_rgb(data, at_least_px=(math.ceil(frame.size_px / frame.part), 1))
-    # tobytes: half the time of numpy's array interface on small images
-    flat = np.frombuffer(_cell(image, frame).tobytes(), np.uint8)
+    try:
+        # tobytes: half the time of numpy's array interface on small images
+        flat = np.frombuffer(_cell(image, frame).tobytes(), np.uint8)
+    except MemoryError:
+        raise UnreadableImage("no memory", "to scale it takes more than there is") from None
     return flat.reshape(frame.size_px, frame.size_px, 3)
 
 
@@ -219,6 +224,12 @@ def _cell(image: Image.Image, frame: Framing) -> Image.Image:
     pad_x = max(0, math.ceil((side - width) / 2))
     pad_y = max(0, math.ceil((side - height) / 2))
     if pad_x or pad_y:
+        wide, high = width + 2 * pad_x, height + 2 * pad_y
+        if wide * high > MAX_FRAME_PX:
+            raise UnreadableImage(
+                "unreadable",
+                f"{width}x{height} pixels are too narrow: the plan's field would be {wide}x{high}",
+            )
         around = ((pad_y, pad_y), (pad_x, pad_x), (0, 0))
         image = Image.fromarray(np.pad(np.asarray(image), around, mode="reflect"))
         width, height = image.size
@@ -309,12 +320,20 @@ def _recall(root: Path, paths: Sequence[str], memo: _Memo) -> _Facts:
     return facts
 
 
-def _read(root: Path, path: str) -> tuple[tuple[int, int, int, int], bytes]:
-    """State and content; the state is taken first, so that a later change is seen as one."""
+def read_image_file(path: str) -> tuple[tuple[int, int, int, int], bytes]:
+    """State and content; the state is taken first, so that a later change is seen as one.
+
+    Raises UnreadableImage for what cannot be read, is no plain file, or is far too large for one.
+    """
     try:
-        fd = os.open(f"{root}/{path}", os.O_RDONLY | os.O_CLOEXEC)
+        # Opened without waiting: a pipe under the name of an image would never answer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableImage("unreadable", "no file, under the name of an image")
+            if status.st_size > MAX_FILE_BYTES:
+                raise UnreadableImage("unreadable", f"{status.st_size:,} bytes are no single cell")
             data = os.read(fd, status.st_size)
             while len(data) < status.st_size and (more := os.read(fd, status.st_size - len(data))):
                 data += more
@@ -325,10 +344,12 @@ def _read(root: Path, path: str) -> tuple[tuple[int, int, int, int], bytes]:
         raise UnreadableImage("missing", "no such file") from error
     except OSError as error:
         raise UnreadableImage("unreadable", error.strerror or str(error)) from error
+    except MemoryError:
+        raise UnreadableImage("no memory", "to read it takes more than there is") from None
 
 
 def _unread(error: UnreadableImage) -> _Fact:
-    # Gone or forbidden now; it is looked at again the next time.
+    # Gone, forbidden or too large for this moment; it is looked at again the next time.
     return _Fact((0, 0, 0, 0), bytes(32), (error.kind, error.detail))
 
 
@@ -338,13 +359,13 @@ def _hash_unknown(root: Path, paths: Sequence[str], facts: _Facts, memo: _Memo) 
 
     def look(path: str) -> None:
         try:
-            stat, data = _read(root, path)
+            state, data = read_image_file(f"{root}/{path}")
         except UnreadableImage as error:
             facts[path] = _unread(error)
             return
         same = seen.get(hashlib.sha256(data).digest())
         if same is not None:
-            facts[path] = _Fact(_settled(stat), same.sha256, same.problem)
+            facts[path] = _Fact(_settled(state), same.sha256, same.problem)
 
     unknown = [path for path in paths if facts[path] is None]
     with ThreadPoolExecutor(thread_count()) as pool:
@@ -466,7 +487,10 @@ class _Build:
                     try:
                         pixels_BHWC[at] = _pixels(data, self.frame)
                     except UnreadableImage as error:
-                        fact = _Fact(fact.stat, fact.sha256, (error.kind, error.detail))
+                        if error.kind == "no memory":
+                            fact = _unread(error)
+                        else:
+                            fact = _Fact(fact.stat, fact.sha256, (error.kind, error.detail))
             self.facts[self.paths[start + at]] = fact
             self.sha256_N32[start + at] = np.frombuffer(fact.sha256, np.uint8)
             self.ready_N[start + at] = fact.problem is None
@@ -480,10 +504,10 @@ class _Build:
         if fact is not None and (fact.problem or fact.sha256 in self.donors):
             return fact, b""
         try:
-            stat, data = _read(self.root, path)
+            state, data = read_image_file(f"{self.root}/{path}")
         except UnreadableImage as error:
             return _unread(error), b""
-        return _Fact(_settled(stat), hashlib.sha256(data).digest()), data
+        return _Fact(_settled(state), hashlib.sha256(data).digest()), data
 
     def finish(self) -> int:
         """Close the gaps of unreadable images, add header and tail; returns the file's length."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from cytofed.client.cache import Progress, summaries, thread_count
+from cytofed.client.cache import Progress, read_image_file, summaries, thread_count
 from cytofed.client.reader import (
     FORMATS,
     Listing,
@@ -161,12 +161,17 @@ class _Look(NamedTuple):
 
 def _look(root: Path, path: str) -> _Look | Problem:
     try:
-        data = (root / path).read_bytes()
+        _, data = read_image_file(f"{root}/{path}")
         image = load_rgb(data)
     except UnreadableImage as error:
         return Problem(path, error.kind, error.detail)
-    except OSError as error:
-        return Problem(path, "unreadable", error.strerror or str(error))
+    try:
+        return _looked_at(data, image)
+    except MemoryError:
+        return Problem(path, "no memory", "to look at it takes more than there is")
+
+
+def _looked_at(data: bytes, image: Image.Image) -> _Look:
     pixels_HWC = np.asarray(image)
     small = image.resize((4 * _THUMB_PX, 4 * _THUMB_PX), Image.Resampling.BOX, reducing_gap=2.0)
     dhash_N, _ = summaries(np.asarray(small)[None])

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cytofed.arrays import Float32
-from cytofed.client.cache import decode_cell, default_cache_dir, framing
+from cytofed.client.cache import decode_cell, default_cache_dir, framing, read_image_file
 from cytofed.client.cells import Cells, open_cells
 from cytofed.client.reader import UnreadableImage, find_images
 from cytofed.errors import InputError
@@ -97,8 +97,8 @@ def predict_images(
         pixels, problems = [], {}
         for path in batch:
             try:
-                pixels.append(decode_cell(path.read_bytes(), frame))
-            except (UnreadableImage, OSError) as error:
+                pixels.append(decode_cell(read_image_file(str(path))[1], frame))
+            except UnreadableImage as error:
                 problems[path] = str(error)
         probs = iter(_probabilities(net, pixels)) if pixels else iter(())
         for path in batch:

@@ -16,9 +16,10 @@ import difflib
 import io
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -45,6 +46,9 @@ NOBODY = "none"
 """as ``patients``: the images say nothing of patients, whatever the columns of a CSV are called"""
 MAX_FRAME_PX = 40_000_000  # a whole-slide image is not a single cell
 
+_LARGE_PX = 4_000_000
+_LARGE = threading.Lock()
+
 _PLUGINS = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin)  # import registers
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 _LABEL_COLUMNS = ("label", "class", "code", "cell_type", "celltype", "category")
@@ -61,6 +65,7 @@ Kind = Literal[
     "text",  # text under the name of an image
     "truncated",
     "unreadable",
+    "no memory",  # now; it is tried again the next time
     "missing",  # in the CSV, not on the disk
     "conflict",  # folder and prefix, or two CSV rows, say different things
     "no label",
@@ -289,10 +294,10 @@ def load_rgb(data: bytes, *, at_least_px: tuple[int, int] | None = None) -> Imag
     """
     if not data:
         raise UnreadableImage("empty", "0 bytes")
-    plain = _plain_jpeg(data, at_least_px)
-    if plain is not None:
-        return plain
     try:
+        plain = _plain_jpeg(data, at_least_px)
+        if plain is not None:
+            return plain
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # decoders raise anything on hostile bytes
         raise _reason(data, error) from error
@@ -300,11 +305,14 @@ def load_rgb(data: bytes, *, at_least_px: tuple[int, int] | None = None) -> Imag
         raise UnreadableImage(
             "unreadable", f"{image.width}x{image.height} pixels are not a single cell"
         )
+    # One large frame at a time: as many at once as there are threads would be gigabytes.
+    room = _LARGE if image.width * image.height > _LARGE_PX else nullcontext()
     try:
-        if at_least_px is not None:
-            image.draft("RGB", at_least_px)
-        image.load()
-        return _to_rgb(image)
+        with room:
+            if at_least_px is not None:
+                image.draft("RGB", at_least_px)
+            image.load()
+            return _to_rgb(image)
     except Exception as error:
         raise _reason(data, error) from error
 
@@ -356,17 +364,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(values_HW: np.ndarray) -> Image.Image:
-    values_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
-    top = float(values_HW.max(initial=0.0))
+    bands = [slice(start, start + 256) for start in range(0, len(values_HW), 256)]
+
+    def band_of(rows: slice) -> np.ndarray:
+        return np.nan_to_num(values_HW[rows].astype(np.float64), posinf=0.0, neginf=0.0)
+
+    top = max((float(band_of(rows).max(initial=0.0)) for rows in bands), default=0.0)
     # The smallest range of a camera that holds the values: bright field has bright background.
     limit = next((2.0**bits - 1 for bits in (8, 12, 16, 32) if top < 2.0**bits), top)
     if top <= 1.0:
         limit = 1.0
-    grey_HW = np.clip(values_HW / limit * 255.0, 0, 255).round().astype(np.uint8)
+    grey_HW = np.empty(values_HW.shape, np.uint8)
+    for rows in bands:
+        grey_HW[rows] = np.clip(band_of(rows) / limit * 255.0, 0, 255).round()
     return Image.fromarray(grey_HW).convert("RGB")
 
 
 def _reason(data: bytes, error: Exception) -> UnreadableImage:
+    if isinstance(error, MemoryError):
+        return UnreadableImage("no memory", "to decode it takes more than there is")
     if _is_text(data):
         return UnreadableImage("text", "text under the name of an image")
     text = " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,52 @@ def test_unusable_files_are_problems_by_name_and_leave_no_gap(
         assert np.array_equal(found.file.pixels_NHWC, pixels(folder))
         _, count = decoded(folder, tmp_path / "c", monkeypatch)
         assert count == 0
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (6000, 30)])
+def test_a_narrow_frame_of_known_field_is_not_continued_to_gigabytes(
+    folder: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Both are a few kilobytes; as squares of their width's field they would be up to 16 GB."""
+    Image.new("RGB", size, "pink").save(folder / "narrow.png")
+    frame = framing(48, plan_um=40.0, source_um=10.0)
+    tracemalloc.start()
+    found = open_cached(folder, names(folder), frame, cache_dir=tmp_path / "c")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(p.path, p.kind) for p in found.problems] == [("narrow.png", "unreadable")]
+    assert "too narrow" in found.problems[0].detail
+    assert len(found.rows) == 12
+    assert peak_bytes < 200e6
+
+
+def test_an_image_that_memory_does_not_hold_is_left_out_by_name_and_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = Image.new("RGB", (50, 70), "pink")
+    big.save(folder / "big.png")
+    real = cache._cell
+
+    def full(image: Image.Image, frame: Framing) -> Image.Image:
+        if image.size == big.size:
+            raise MemoryError
+        return real(image, frame)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_cell", full)
+        found = open_cached(folder, names(folder), FRAME, cache_dir=tmp_path / "c")
+    assert [(p.path, p.kind) for p in found.problems] == [("big.png", "no memory")]
+    assert len(found.rows) == 12
+    assert not open_cached(folder, names(folder), FRAME, cache_dir=tmp_path / "c").problems
+
+
+def test_a_pipe_and_an_endless_file_are_problems_by_name(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(folder / "pipe.jpg")
+    with (folder / "endless.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    found = open_cached(folder, names(folder), FRAME, cache_dir=tmp_path / "c")
+    assert {p.path for p in found.problems} == {"pipe.jpg", "endless.jpg"}
+    assert len(found.rows) == 12
 
 
 def test_a_missing_file_is_a_problem_and_is_taken_when_it_comes_back(

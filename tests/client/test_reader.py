@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import struct
+import tracemalloc
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -361,3 +364,45 @@ def test_damaged_files_keep_their_class_and_hidden_ones_are_skipped(real_data: P
     listing = list_cells(real_data / "corrupt", MARROW)
     assert len(listing) == 11
     assert listing.hidden == 1
+
+
+def bomb(kind: str) -> bytes:
+    """Few bytes that claim, or unpack to, gigabytes."""
+    if kind == "pixels":  # 60,000 x 60,000 of one colour
+        head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"x")
+    squeezed = zlib.compress(bytes(60_000_000))
+    extra = {"text": b"zTXt", "profile": b"iCCP"}[kind], b"x\0\0" + squeezed
+    head = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(*extra)
+        + chunk(b"IDAT", zlib.compress(bytes(4)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    length, check = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(name + data))
+    return length + name + data + check
+
+
+@pytest.mark.parametrize("kind", ["pixels", "text", "profile"])
+def test_a_decompression_bomb_is_that_images_failure(kind: str) -> None:
+    data = bomb(kind)
+    tracemalloc.start()
+    with suppress(UnreadableImage):  # a profile that is never unpacked harms nobody
+        assert load_rgb(data).size == (1, 1)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 40e6
+
+
+def test_deep_grey_is_the_same_whatever_its_height() -> None:
+    values_HW = np.arange(700 * 3, dtype=np.uint16).reshape(700, 3) * 9
+    file = io.BytesIO()
+    Image.fromarray(values_HW).save(file, "PNG")
+    grey_HW = np.asarray(load_rgb(file.getvalue()))[..., 0]
+    expected_HW = np.clip(values_HW / 65535.0 * 255.0, 0, 255).round()
+    assert np.array_equal(grey_HW, expected_HW)
