@@ -136,11 +136,13 @@ def one_round(group: Federation, vectors: Mapping[str, Words]) -> Round:
     for name, words_W in vectors.items():
         add_words(truth_W, words_W)
         masked_W = words_W.copy()
-        states[name] = lab.mask(states[name], masked_W, round=1, slot=0, model_sha256=MODEL)
+        states[name] = lab.mask(
+            states[name], masked_W, round=1, slot=0, order_sha256=MODEL, work_sha256=MODEL
+        )
         add_words(total_W, masked_W)
     since = time.perf_counter()
     poll = coordinator.call_survivors(
-        group.setup, CHIEF, round=1, slot=0, model_sha256=MODEL, survivors=list(vectors)
+        group.setup, CHIEF, round=1, slot=0, order_sha256=MODEL, survivors=list(vectors)
     )
     check_s = time.perf_counter() - since
     agreements, replies, agree_s = {}, {}, 0.0
@@ -234,7 +236,7 @@ def measure_masking(parameters: int, repeats: int) -> tuple[dict[str, Any], dict
     flower_keys = [os.urandom(32) for _ in range(LABS)]
 
     def mask(words_W: Words) -> None:  # what is left in place is what is sent
-        lab.mask(state, words_W, round=1, slot=0, model_sha256=MODEL)
+        lab.mask(state, words_W, round=1, slot=0, order_sha256=MODEL, work_sha256=MODEL)
 
     streams = [Mask(key, 1) for key in keys]
 

@@ -25,6 +25,7 @@ from flwr.clientapp.typing import Mod
 from cytofed.arrays import Float32, Manifest, Parts
 from cytofed.client.budget import Budget
 from cytofed.client.cells import Cells
+from cytofed.client.orders import check_parts
 from cytofed.client.secure import SecureLab
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.labels import Scheme
@@ -154,7 +155,9 @@ def lab_app(
         if key not in nets:
             nets.clear()  # one plan, from one start model, at a time
             nets[key] = _Net.build(lab)
-        return order, lab, nets[key]
+        net = nets[key]
+        check_parts(order, net.strategy, size=net.manifest.size, folder=lab.start.parent)
+        return order, lab, net
 
     def ready_to_release(message: Message, context: Context) -> tuple[Order, Lab, _Net]:
         order, lab, net = ready(message, context)

@@ -5,7 +5,6 @@ In a deployment a person's approval makes the hold; a simulation approves for it
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,16 +90,14 @@ def ledger_order(order: Order, federation: str) -> ledger.Order:
 
     Errors: RefusedError for one that releases nothing.
     """
-    weights = order.weights_sha256
-    text = f"{order.kind} {order.run} {order.round} {order.slot} {order.plan_sha256} {weights}"
     return ledger.Order(
         federation=federation,
         run=order.run,
         round=order.round,
         slot=order.slot,
         plan_sha256=order.plan_sha256,
-        weights_sha256=weights,
-        order_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        weights_sha256=order.weights_sha256,
+        order_sha256=order.sha256,
         task=task_of(order),
     )
 

@@ -90,7 +90,7 @@ from cytofed.sealed_message import (
     unpack_content,
     unpack_parcel,
 )
-from cytofed.secure_round import public_bound
+from cytofed.secure_round import public_bound, weight_bounds
 from cytofed.start import take_start
 from cytofed.words import one_line, without_markup
 
@@ -408,7 +408,7 @@ class Daemon:
         if self._membership.lab not in start.decisions:
             raise VerificationError("this lab is not in the cohort")
         pinned = self._directory.run_folder(offer) / "start"
-        cohort = "\n".join(start.labs)
+        cohort = json.dumps(start.labs)
         if not pinned.is_file():
             refuse_cohort(offer, start.labs, self._settings)
             pinned.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -638,7 +638,8 @@ class Daemon:
             start = self._check_start(offer, parcel)
             cohort = secure_cohort(start, offer, self._coordinator)
             states = SealedStates(folder, offer.sha256, self._key)
-            secure = SecureLab(self._identity, cohort, states)
+            bounds = weight_bounds(start.decided(offer), offer.plan)
+            secure = SecureLab(self._identity, cohort, bounds, states)
         make_start(offer.plan, folder, parameters=entry.parameters)
         lab = open_lab(
             offer,

@@ -51,7 +51,7 @@ from typing import Any, Literal, Self
 
 import numpy.typing as npt
 
-from cytofed import __version__
+from cytofed import __version__, canonical
 from cytofed.errors import CytofedError, RefusedError, VerificationError
 from cytofed.plan import Unit
 from cytofed.privacy import wire
@@ -827,7 +827,7 @@ def _line(text: str, link: str, signature: bytes) -> bytes:
 
 
 def _link(previous: str, text: str) -> str:
-    return hashlib.sha256(f"cytofed egress 1\n{previous}\n{text}".encode()).hexdigest()
+    return canonical.digest("cytofed/1/egress/link", previous, text).hex()
 
 
 def _signed(lab: str, link: str) -> bytes:

@@ -23,6 +23,7 @@ import torch
 
 from cytofed import models
 from cytofed.arrays import Float32
+from cytofed.canonical import digest
 from cytofed.client.cells import Cells, Source
 from cytofed.client.training import steady
 from cytofed.plan import Train
@@ -91,11 +92,11 @@ def _compute(
 def _digest(net: models.Classifier, device: torch.device, settings: Train) -> str:
     """What decides the features besides the images."""
     facts = [_VERSION, torch.__version__, device.type, settings.threads, net.views]
-    digest = hashlib.sha256(repr(facts).encode())
-    for name, array in models.tensors_of(net.encoder).items():
-        digest.update(f"{name}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:24]
+    tensors = [
+        [name, list(array.shape), hashlib.sha256(array.tobytes()).digest()]
+        for name, array in models.tensors_of(net.encoder).items()
+    ]
+    return digest("cytofed/1/features", repr(facts), tensors).hex()[:24]
 
 
 # --- the file

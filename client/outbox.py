@@ -36,6 +36,7 @@ import numpy.typing as npt
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from cytofed.canonical import digest
 from cytofed.client.egress import EgressLog, Outgoing
 from cytofed.client.storage import KEY_BYTES
 from cytofed.errors import CytofedError, InputError, VerificationError
@@ -351,7 +352,7 @@ class Outbox:
 
 def _run_name(federation: str, run: str) -> str:
     """A run's folder: its name comes from outside and must not be a path."""
-    return hashlib.sha256(f"{federation}\n{run}".encode()).hexdigest()[:32]
+    return digest("cytofed/1/outbox/run", federation, run).hex()[:32]
 
 
 def _spare(order: Order, path: Path) -> Path:

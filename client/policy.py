@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import secrets
 import unicodedata
@@ -919,9 +918,7 @@ class PlanBook:
                     self._write(replace(entry, state="waiting", reason=reason, approvals=()))
 
     def _path(self, offer: Offer) -> Path:
-        place = f"{offer.federation}\n{offer.run}\n{offer.plan.sha256}\n{offer.roster.sha256}"
-        digest = hashlib.sha256(place.encode()).hexdigest()
-        return self.folder / f"{offer.plan.sha256[:16]}-{digest[:16]}.json"
+        return self.folder / f"{offer.plan.sha256[:16]}-{offer.sha256[:16]}.json"
 
     def _write(self, entry: Entry) -> Entry:
         tree = {

@@ -6,7 +6,7 @@ saved *before* the reply leaves, so that no slot ever serves twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,7 +23,13 @@ from cytofed.privacy.identity import Identity
 from cytofed.privacy.masks import Words
 from cytofed.privacy.secagg import Cohort, SecaggError
 from cytofed.privacy.secagg_lab import LabState
-from cytofed.secure_round import encoding_of, protocol_round, tally_encoding, tally_limbs
+from cytofed.secure_round import (
+    encoding_of,
+    protocol_round,
+    public_bound,
+    tally_encoding,
+    tally_limbs,
+)
 from cytofed.strategies.strategy import Strategy
 
 
@@ -41,6 +47,8 @@ class SecureLab:
 
     identity: Identity
     cohort: Cohort
+    bounds: Mapping[str, float]
+    """what each lab of the cohort may weigh, from what all of them have signed"""
     states: StateFile = field(repr=False)
     rounding: Callable[[Order], np.random.Generator] = field(
         default=lambda _order: np.random.Generator(np.random.SFC64()), repr=False
@@ -68,9 +76,13 @@ class SecureLab:
     def mask(
         self, order: Order, plan: Plan, strategy: Strategy, parts: Parts, weight: float
     ) -> Encoded:
-        """The update as masked words. Errors: as ``secagg_lab.mask``; RefusedError for a cohort
-        or weight bound that is not the approved one."""
+        """The update as masked words; the lab weighs no more than its bound.
+
+        Errors: as ``secagg_lab.mask``; RefusedError for a cohort or weight bound that is not the
+        approved one.
+        """
         self._check_order(order)
+        weight = min(weight, self.bounds[self.identity.name])
         size = parts["weights"].size
         encoding = encoding_of(
             plan, strategy, size=size, labs=order.labs, max_weight=order.max_weight
@@ -101,7 +113,8 @@ class SecureLab:
                 words_W,
                 round=protocol_round(order.kind, order.round),
                 slot=order.slot,
-                model_sha256=order.weights_sha256,
+                order_sha256=order.sha256,
+                work_sha256=order.work_sha256,
             )
             return after, b""
 
@@ -123,9 +136,14 @@ class SecureLab:
 
     def _check_order(self, order: Order) -> None:
         self._check_run(order.run)
-        if order.labs != len(self.cohort.labs):
+        if order.labs != len(self.cohort.labs):  # guard: cohort-size
             raise RefusedError(
                 f"order for a cohort of {order.labs} labs, {len(self.cohort.labs)} were approved"
+            )
+        if order.max_weight != public_bound(self.bounds.values()):  # guard: weight-bound
+            raise RefusedError(
+                f"order with a weight bound of {order.max_weight:g}, the labs' signed decisions "
+                f"give {public_bound(self.bounds.values()):g}"
             )
 
     def _check_run(self, run: str) -> None:

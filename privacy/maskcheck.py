@@ -26,7 +26,7 @@ _SLOTS = 4
 _CLAMPED = frozenset((0, 1, 2, 254, 255))
 """bits of an X25519 private key that RFC 7748 fixes"""
 
-_PLACE = Place(bytes(32), round=1, slot=0, model_sha256="0" * 64, words=8, word_bits=32)
+_PLACE = Place(bytes(32), round=1, slot=0, order_sha256="0" * 64, words=8, word_bits=32)
 
 
 def self_mask_key(seed: bytes) -> bytes:

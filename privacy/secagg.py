@@ -6,12 +6,14 @@ with
 
 * **slots**: one set-up makes keys for many vectors. A slot serves one vector; revealing its secrets
   says nothing about another slot;
-* **the model in the masks**: masks and agreements cover the SHA-256 of the global weights that the
-  labs trained on. Shown different weights, their masks don't cancel and their agreements don't add
-  up (Pasquini, Francati, Ateniese, "Eluding Secure Aggregation", CCS 2022);
+* **the order in the masks**: masks and agreements cover the SHA-256 of the whole order, its global
+  weights and its bound of the labs' weights among the rest. Labs that were told different things
+  have masks that don't cancel and agreements that don't add up (Pasquini, Francati, Ateniese,
+  "Eluding Secure Aggregation", CCS 2022);
 * **hashes of all shares**, signed by the dealer: whoever passes on a wrong share is named;
-* **one survivor set a round**, whatever its slots: the difference of two sums over nearly the same
-  labs would be one lab's update.
+* **one survivor set for a model**, whatever the slots and rounds: a lab that helped to open a sum
+  helps with no other sum of the same work over other labs. The difference of two would be the
+  update of the few labs in which they differ.
 
 This module has what both halves share: the cohort, the errors, labels, statements, key derivation.
 The halves are :mod:`~cytofed.privacy.secagg_lab` and :mod:`~cytofed.privacy.secagg_coordinator`;
@@ -23,14 +25,15 @@ both are pure: values in, values out. The coordinator asks, labs answer::
     deliver          -> each             accept      checks all, agrees to the view
       -- per round --
     (train order)    -> all              mask        the masked vector
-    call_survivors   -> survivors        agree       signs the survivor set, once a round
+    call_survivors   -> survivors        agree       signs the survivor set, once a slot
     call_reveal      -> survivors        reveal      one kind of secret of each peer, once
     unmask
 
 A *view* is what all members must have in common: every key list, and who is a member.
 
 **What this does not hide**: the sums themselves, round by round, and what several of them say
-together (a secure sum is not differential privacy); that a lab took part. The survivor set is
+together (a secure sum is not differential privacy: sums of two nearly equal models over sets that
+differ by one lab say nearly what that lab's update is); that a lab took part. The survivor set is
 unique as long as fewer than ``2 threshold - labs`` labs help the coordinator to lie (a third of the
 labs at the default threshold). A hostile lab can stop a run and spoil a sum; the former names it,
 the latter does not. Pairwise masks use X25519: they don't withstand a future quantum computer,
@@ -43,7 +46,7 @@ although the shares' sealing does.
        |- Refused                nothing happened; the lab's state is as it was
        |  |- AlreadyAnswered     a repeat: send what was sent before
        |  |- OutOfTurn           a request that does not fit what came before
-       |  |- RoundClosed         an older round, or another survivor set for a retry
+       |  |- RoundClosed         an older round, or another survivor set for the same work
        |  `- Stopped             this lab was lied to before, and stays out of the run
        |- WrongRun               federation, run, plan, roster or cohort is not the approved one
        |- Replayed               a set-up or slot that was used before
@@ -70,6 +73,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from cytofed.canonical import digest
 from cytofed.errors import InputError, VerificationError
 from cytofed.privacy import wire
 from cytofed.privacy.encoding import MAX_COHORT
@@ -99,8 +103,8 @@ LABEL_AGREED = "cytofed/1/secagg/agreed"
 LABEL_REVEAL = "cytofed/1/secagg/reveal"
 LABEL_REVEALED = "cytofed/1/secagg/revealed"
 
-_PAIR_MASK = b"cytofed/1/secagg/pair-mask"
-_SELF_MASK = b"cytofed/1/secagg/self-mask"
+_PAIR_MASK = "cytofed/1/secagg/pair-mask"
+_SELF_MASK = "cytofed/1/secagg/self-mask"
 
 Kind = Literal["key", "seed"]  # the two secrets of a slot; a lab reveals one of them
 
@@ -127,7 +131,7 @@ class OutOfTurn(Refused):
 
 
 class RoundClosed(Refused):
-    """An older round, or another survivor set for the same round."""
+    """An older round, or another survivor set for work of which a sum was opened."""
 
 
 class Stopped(Refused):
@@ -331,13 +335,13 @@ class Statement:
     view: bytes
     round: int
     slot: int
-    model_sha256: str
+    order_sha256: str
     survivors: tuple[str, ...]
 
     def to_bytes(self) -> bytes:
         return wire.encode(
             {
-                "model_sha256": self.model_sha256,
+                "order_sha256": self.order_sha256,
                 "round": self.round,
                 "slot": self.slot,
                 "survivors": list(self.survivors),
@@ -352,7 +356,7 @@ class Statement:
             view=fields.raw("view", HASH_BYTES),
             round=fields.uint("round"),
             slot=fields.uint("slot"),
-            model_sha256=fields.text("model_sha256"),
+            order_sha256=fields.text("order_sha256"),
             survivors=fields.names("survivors"),
         )
         fields.end()
@@ -366,23 +370,14 @@ class Place:
     view: bytes
     round: int
     slot: int
-    model_sha256: str
+    order_sha256: str
     words: int
     word_bits: int
 
-    def _info(self, label: bytes, *indices: int) -> bytes:
-        """label || model 32 || round u64 || slot u64 || words u64 || bits u16 || indices u16."""
-        return b"".join(
-            (
-                label,
-                bytes.fromhex(self.model_sha256),
-                self.round.to_bytes(8, "big"),
-                self.slot.to_bytes(8, "big"),
-                self.words.to_bytes(8, "big"),
-                self.word_bits.to_bytes(2, "big"),
-                *(index.to_bytes(2, "big") for index in indices),
-            )
-        )
+    def _info(self, label: str, *indices: int) -> bytes:
+        order = bytes.fromhex(self.order_sha256)
+        place: list[wire.Value] = [order, self.round, self.slot, self.words, self.word_bits]
+        return wire.encode([label, *place, *indices])
 
     def pair_mask(self, private: bytes, public: bytes, own: int, peer: int) -> Mask:
         """The mask between labs ``own`` and ``peer`` (indices), as ``own`` adds it.
@@ -397,7 +392,7 @@ class Place:
         """A lab's own mask, as it adds it."""
         return Mask(self._derive(seed, _SELF_MASK, own), 1)
 
-    def _derive(self, secret: bytes, label: bytes, *indices: int) -> bytes:
+    def _derive(self, secret: bytes, label: str, *indices: int) -> bytes:
         info = self._info(label, *indices)
         return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=self.view, info=info).derive(secret)
 
@@ -413,11 +408,6 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def digest(label: str, *parts: wire.Value) -> bytes:
-    """SHA-256 over a label and values in canonical form: one meaning, one hash."""
-    return hashlib.sha256(wire.encode([label, *parts])).digest()
-
-
 def opening_digest(request: bytes) -> bytes:
     """The hash of a signed ``begin``: names this set-up in all that follows."""
     return digest("cytofed/1/secagg/opening", request)
@@ -431,6 +421,16 @@ def transcript_digest(opening: bytes, lists: dict[str, bytes]) -> bytes:
 def view_digest(transcript: bytes, members: Sequence[str]) -> bytes:
     """The hash of all key lists and the members."""
     return digest("cytofed/1/secagg/view", transcript, list(members))
+
+
+def statement_digest(statement: bytes) -> bytes:
+    """What a lab signs along with the shares that it reveals."""
+    return digest("cytofed/1/secagg/statement", statement)
+
+
+def set_digest(survivors: Sequence[str]) -> bytes:
+    """The hash of a survivor set, as a lab remembers it for a work."""
+    return digest("cytofed/1/secagg/survivors", list(survivors))
 
 
 def seed_commitment(opening: bytes, lab: str, slot: int, seed: bytes) -> bytes:

@@ -3,8 +3,8 @@
 Each ``check_...`` takes one lab's reply and raises an error that names the lab: leave it out and go
 on with the rest, down to the threshold. Nothing is kept that a restart would miss: after a crash
 make a new set-up. **Save the set-up's number and its last slot before ``begin`` is sent**: both
-only rise, and a lab takes a repeat for a lie. Likewise save that a round's survivors were called;
-ask no second set for it.
+only rise, and a lab takes a repeat for a lie. Call no survivors whose sum is of no use: labs open
+no other sum of the same work.
 
 The masked vectors travel sealed, one of each lab, with round and slot in their context, and are
 summed as they come (:func:`~cytofed.privacy.masks.add_words`): memory does not grow with the labs.
@@ -12,7 +12,6 @@ summed as they come (:func:`~cytofed.privacy.masks.add_words`): memory does not 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -54,6 +53,7 @@ from cytofed.privacy.secagg import (
     read_share_manifest,
     seed_commitment,
     share_digest,
+    statement_digest,
     transcript_digest,
     view_digest,
 )
@@ -269,7 +269,7 @@ def call_survivors(
     *,
     round: int,
     slot: int,
-    model_sha256: str,
+    order_sha256: str,
     survivors: Sequence[str],
 ) -> Poll:
     """Ask the labs whose vectors were summed to agree on exactly these survivors.
@@ -280,7 +280,7 @@ def call_survivors(
     if slot not in setup.slots or not set(names) <= set(setup.members):
         raise InputError(f"slot {slot} or survivors {list(names)} are not of this set-up")
     setup.cohort.check_size(names, "survivors")  # guard: too-few-survivors
-    statement = Statement(setup.view, round, slot, model_sha256, names)
+    statement = Statement(setup.view, round, slot, order_sha256, names)
     return Poll(setup, statement, sign(identity, LABEL_SURVIVORS, statement.to_bytes()))
 
 
@@ -321,7 +321,7 @@ def check_revealed(poll: Poll, lab: str, reply: bytes) -> Mapping[str, bytes]:
         revealed_for = fields.raw("statement", HASH_BYTES)
         released = fields.blobs("shares")
         fields.end()
-    if revealed_for != hashlib.sha256(statement.to_bytes()).digest():  # guard: revealed-statement
+    if revealed_for != statement_digest(statement.to_bytes()):  # guard: revealed-statement
         raise Equivocation(f"{lab} revealed shares for another survivor set", lab=lab)
     if set(released) != set(setup.members):  # guard: revealed-complete
         raise WrongShares(f"{lab} did not reveal a share of every member", lab=lab)
@@ -361,7 +361,7 @@ def unmask(
         setup.view,
         statement.round,
         statement.slot,
-        statement.model_sha256,
+        statement.order_sha256,
         len(total_W),
         8 * total_W.dtype.itemsize,
     )

@@ -62,12 +62,14 @@ from cytofed.privacy.secagg import (
     public_key,
     read_share_manifest,
     seed_commitment,
+    set_digest,
     share_hashes,
+    statement_digest,
     transcript_digest,
     view_digest,
 )
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Phase(StrEnum):
@@ -110,11 +112,12 @@ class LabState:
     )  # by dealer: key and seed share a slot
     # The current round
     round: int = 0
-    model_sha256: str = ""
+    order_sha256: str = ""
+    work_sha256: str = ""  # the same in every attempt at the round
     slot: int | None = None  # of the vector that was masked last
-    survivors: tuple[str, ...] = ()  # the set that was signed for this round
     agreed: bytes = b""  # the statement that was signed for this slot
     revealed: bool = False  # whether shares of this slot were released
+    opened: bytes = b""  # rows: a work and the hash of the survivors whose sum was opened for it
     # Repeats
     answered: tuple[bytes, ...] = ()  # SHA-256 of every request answered in this set-up
     reply: bytes = b""  # the answer to the last of them
@@ -141,10 +144,11 @@ class LabState:
                 "keys": self.keys,
                 "lab": self.lab,
                 "members": list(self.members),
-                "model_sha256": self.model_sha256,
                 "next_slot": self.next_slot,
                 "opening": self.opening,
+                "opened": self.opened,
                 "order": list(self.order),
+                "order_sha256": self.order_sha256,
                 "own_list": self.own_list,
                 "phase": self.phase.value,
                 "publics": self.publics,
@@ -157,10 +161,10 @@ class LabState:
                 "slot": [] if self.slot is None else [self.slot],
                 "slots": self.slots,
                 "stopped": self.stopped[: wire.MAX_NAME_CHARS],
-                "survivors": list(self.survivors),
                 "transcript": self.transcript,
                 "version": _VERSION,
                 "view": self.view,
+                "work_sha256": self.work_sha256,
             }
         )
 
@@ -190,11 +194,12 @@ class LabState:
             members=fields.names("members"),
             shares=fields.blobs("shares"),
             round=fields.uint("round"),
-            model_sha256=fields.text("model_sha256"),
+            order_sha256=fields.text("order_sha256"),
+            work_sha256=fields.text("work_sha256"),
             slot=slot[0] if slot else None,
-            survivors=fields.names("survivors"),
             agreed=fields.raw("agreed"),
             revealed=bool(fields.uint("revealed")),
+            opened=fields.raw("opened"),
             answered=tuple(fields.items("answered")),
             reply=fields.raw("reply"),
         )
@@ -238,9 +243,10 @@ def accept(state: LabState, identity: Identity, request: bytes) -> tuple[LabStat
 
 
 def agree(state: LabState, identity: Identity, request: bytes) -> tuple[LabState, bytes]:
-    """Answer ``call_survivors``: sign the survivor set; one a round, whatever the slots.
+    """Answer ``call_survivors``: sign the survivor set, one a slot.
 
-    Raises Equivocation, CohortTooSmall, NotEnoughShares; RoundClosed for another set in a retry.
+    Raises Equivocation, CohortTooSmall, NotEnoughShares; RoundClosed for another set than that
+    whose sum this lab has helped to open for the same work, in this round or an earlier one.
     """
     return _answer(state, request, LABEL_SURVIVORS, lambda body: _agree(state, identity, body))
 
@@ -260,24 +266,27 @@ def mask(
     *,
     round: int,
     slot: int,
-    model_sha256: str,
+    order_sha256: str,
+    work_sha256: str,
 ) -> LabState:
     """Mask a vector of ring words in place, using up ``slot``; returns the state to save first.
 
-    ``model_sha256`` is the hash of the global weights that the update starts from, the same at all
-    labs. On any error the vector is unchanged.
+    ``order_sha256`` is the hash of the whole order, the same at all labs. ``work_sha256`` is that
+    of what was computed, the same whenever it is asked for: two vectors with one have the same
+    update in them, or nearly. On any error the vector is unchanged.
 
-    Guarantees: no slot is ever used twice; within a round only a later slot with the same model.
+    Guarantees: no slot is ever used twice; within a round only a later slot with the same work.
     Raises Replayed, Equivocation; AlreadyAnswered, RoundClosed, OutOfTurn, Stopped.
     """
     if state.stopped:  # guard: stopped-mask
         raise Stopped(f"this lab stopped: {state.stopped}")
     check_words(words_W)
-    check_sha256("model_sha256", model_sha256)
+    check_sha256("order_sha256", order_sha256)
+    check_sha256("work_sha256", work_sha256)
     if round < 1 or slot < 0:
         raise InputError(f"round {round}, slot {slot}: expected a round from 1, a slot from 0")
     try:
-        _check_attempt(state, round, slot, model_sha256)
+        _check_attempt(state, round, slot, work_sha256)
     except Refused:
         raise
     except SecaggError as lie:
@@ -285,7 +294,7 @@ def mask(
         raise
     row = slot - state.first_slot
     own = state.order.index(state.lab) + 1
-    place = Place(state.view, round, slot, model_sha256, len(words_W), 8 * words_W.dtype.itemsize)
+    place = Place(state.view, round, slot, order_sha256, len(words_W), 8 * words_W.dtype.itemsize)
     key, seed = cut(state.keys, KEY_BYTES, row), cut(state.seeds, KEY_BYTES, row)
     masks = [place.self_mask(seed, own)]
     for peer in state.members:
@@ -293,7 +302,6 @@ def mask(
             public = cut(state.publics[peer], KEY_BYTES, row)
             masks.append(place.pair_mask(key, public, own, state.order.index(peer) + 1))
     add_masks(words_W, masks)
-    new_round = round != state.round
     return replace(
         state,
         next_slot=slot + 1,
@@ -301,22 +309,22 @@ def mask(
         seeds=_erase(state.seeds, (row + 1) * KEY_BYTES),
         shares={dealer: _erase(held, row * ROW_BYTES) for dealer, held in state.shares.items()},
         round=round,
-        model_sha256=model_sha256,
+        order_sha256=order_sha256,
+        work_sha256=work_sha256,
         slot=slot,
-        survivors=() if new_round else state.survivors,
         agreed=b"",
         revealed=False,
     )
 
 
-def _check_attempt(state: LabState, round: int, slot: int, model_sha256: str) -> None:
+def _check_attempt(state: LabState, round: int, slot: int, work_sha256: str) -> None:
     if round < state.round:  # guard: older-round
         raise RoundClosed(f"round {round} was asked again after round {state.round}")
     if round == state.round:
-        if model_sha256 != state.model_sha256:  # guard: one-model-a-round
+        if work_sha256 != state.work_sha256:  # guard: one-model-a-round
             raise Equivocation(
                 f"round {round} came with other global weights than before: "
-                f"{model_sha256[:16]}… after {state.model_sha256[:16]}…"
+                f"{work_sha256[:16]}… after {state.work_sha256[:16]}…"
             )
         if slot == state.slot:  # guard: same-vector-again
             raise AlreadyAnswered(
@@ -403,8 +411,9 @@ def _advertise(
         keys=keys,
         seeds=seeds,
         round=state.round,
-        model_sha256=state.model_sha256,
-        survivors=state.survivors,
+        order_sha256=state.order_sha256,
+        work_sha256=state.work_sha256,
+        opened=state.opened,
     )
     return new, own_list
 
@@ -561,10 +570,10 @@ def _agree(state: LabState, identity: Identity, body: bytes) -> tuple[LabState, 
             f"survivor set for round {statement.round}, slot {statement.slot}; this lab's last "
             f"vector was for round {state.round}, slot {state.slot}"
         )
-    if statement.model_sha256 != state.model_sha256:  # guard: agreed-model
+    if statement.order_sha256 != state.order_sha256:  # guard: agreed-order
         raise Equivocation(
-            f"survivor set over global weights {statement.model_sha256[:16]}…, this lab trained "
-            f"on {state.model_sha256[:16]}…"
+            f"survivor set for the order {statement.order_sha256[:16]}…, this lab was given "
+            f"{state.order_sha256[:16]}…: labs were told different things"
         )
     strangers = sorted(set(statement.survivors) - set(state.members))
     if strangers:  # guard: survivors-known
@@ -573,18 +582,19 @@ def _agree(state: LabState, identity: Identity, body: bytes) -> tuple[LabState, 
         raise Equivocation("this lab answered, but is missing in the survivor set")
     state.cohort.check_size(statement.survivors, "survivor set")  # guard: small-survivor-set
     if state.agreed and body != state.agreed:  # guard: one-set-a-slot
-        before = Statement.from_bytes(state.agreed).survivors
+        signed = Statement.from_bytes(state.agreed).survivors
         raise Equivocation(
-            f"two survivor sets for round {state.round}, slot {state.slot}: {list(before)}, then "
+            f"two survivor sets for round {state.round}, slot {state.slot}: {list(signed)}, then "
             f"{list(statement.survivors)}"
         )
-    if state.survivors and statement.survivors != state.survivors:  # guard: one-set-a-round
+    before = _opened_for(state)
+    if before and set_digest(statement.survivors) != before:  # guard: one-set-a-model
         raise RoundClosed(
-            f"round {state.round} has the survivors {list(state.survivors)}; a second sum over "
-            f"{list(statement.survivors)} would show the difference",
-            hint="go on with the next round",
+            f"a sum of this model over other labs than {list(statement.survivors)} was opened: "
+            "a second one would show the difference, which is the update of few labs",
+            hint="go on with another model, or with the same labs",
         )
-    new = replace(state, survivors=statement.survivors, agreed=body)
+    new = replace(state, agreed=body)
     return new, sign(identity, LABEL_AGREED, body)
 
 
@@ -598,7 +608,7 @@ def _reveal(state: LabState, identity: Identity, body: bytes) -> tuple[LabState,
         raise Equivocation("shares were asked for another survivor set than this lab signed")
     if state.revealed:  # guard: reveal-once
         raise AlreadyAnswered(f"shares of slot {state.slot} were released")
-    survivors = state.survivors
+    survivors = Statement.from_bytes(statement).survivors
     check_agreements(state.cohort, statement, survivors, agreements)  # guard: agreements
     row = state.slot - state.first_slot
     released = {}
@@ -610,9 +620,24 @@ def _reveal(state: LabState, identity: Identity, body: bytes) -> tuple[LabState,
         state,
         shares={name: _erase(held, (row + 1) * ROW_BYTES) for name, held in state.shares.items()},
         revealed=True,
+        opened=state.opened if _opened_for(state) else state.opened + _row(state, survivors),
     )
-    reply = wire.encode({"shares": released, "statement": hashlib.sha256(statement).digest()})
+    reply = wire.encode({"shares": released, "statement": statement_digest(statement)})
     return new, sign(identity, LABEL_REVEALED, reply)
+
+
+def _opened_for(state: LabState) -> bytes:
+    """The hash of the survivors whose sum of the current work was opened; empty without one."""
+    work, size = bytes.fromhex(state.work_sha256), 2 * HASH_BYTES
+    for row in range(len(state.opened) // size):
+        found = cut(state.opened, size, row)
+        if found.startswith(work):
+            return found[HASH_BYTES:]
+    return b""
+
+
+def _row(state: LabState, survivors: tuple[str, ...]) -> bytes:
+    return bytes.fromhex(state.work_sha256) + set_digest(survivors)
 
 
 def _erase(rows: bytes, upto: int) -> bytes:

@@ -17,18 +17,21 @@ signed with the message they belong to.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cytofed import canonical
 from cytofed.arrays import is_shape
+from cytofed.canonical import ARRAY, BYTES, MAP, TEXT, UINT
 from cytofed.errors import VerificationError
 
-Value = int | bytes | str | Sequence["Value"] | Mapping[str, "Value"]
+Value: TypeAlias = canonical.Value
+encode = canonical.encode
 
 MAX_DEPTH = 6
 MAX_MESSAGE_BYTES = 1 << 24  # far above any control message; tensors have their own limit
@@ -37,57 +40,9 @@ MAX_NAME_CHARS = 256
 MAX_ARRAYS = 10_000
 DTYPES = ("<f2", "<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8")
 
-_UINT, _BYTES, _TEXT, _ARRAY, _MAP = 0, 2, 3, 4, 5
-_MAX_UINT = (1 << 64) - 1
-
 
 class MalformedMessage(VerificationError):
     """Bytes that are not the canonical encoding of the message they claim to be."""
-
-
-def encode(value: Value) -> bytes:
-    """``value`` as deterministic CBOR. Raises TypeError for what has no canonical form here."""
-    out = bytearray()
-    _write(out, value)
-    return bytes(out)
-
-
-def _write(out: bytearray, value: Value) -> None:
-    if isinstance(value, bool):
-        raise TypeError("bool has no canonical encoding here: use 0 or 1")
-    if isinstance(value, int):
-        _write_head(out, _UINT, value)
-    elif isinstance(value, bytes | bytearray | memoryview):
-        _write_head(out, _BYTES, len(value))
-        out += value
-    elif isinstance(value, str):
-        text = value.encode()
-        _write_head(out, _TEXT, len(text))
-        out += text
-    elif isinstance(value, Mapping):
-        _write_head(out, _MAP, len(value))
-        for key, item in sorted((encode(key), item) for key, item in value.items()):
-            out += key
-            _write(out, item)
-    elif isinstance(value, Sequence):
-        _write_head(out, _ARRAY, len(value))
-        for item in value:
-            _write(out, item)
-    else:
-        raise TypeError(f"{type(value).__name__} has no canonical encoding here")
-
-
-def _write_head(out: bytearray, major: int, number: int) -> None:
-    if not 0 <= number <= _MAX_UINT:
-        raise TypeError(f"{number} is not an unsigned 64-bit integer")
-    if number < 24:
-        out.append(major << 5 | number)
-        return
-    for code, size in ((24, 1), (25, 2), (26, 4), (27, 8)):
-        if number < 1 << 8 * size:
-            out.append(major << 5 | code)
-            out += number.to_bytes(size, "big")
-            return
 
 
 def decode(data: bytes | memoryview, *, limit: int = MAX_MESSAGE_BYTES) -> Any:
@@ -107,11 +62,11 @@ def decode(data: bytes | memoryview, *, limit: int = MAX_MESSAGE_BYTES) -> Any:
 
 def _read(view: memoryview, at: int, depth: int, budget: list[int]) -> tuple[Any, int]:
     major, number, at = _read_head(view, at)
-    if major == _UINT:
+    if major == UINT:
         return number, at
-    if major in (_BYTES, _TEXT):
+    if major in (BYTES, TEXT):
         raw = _take(view, at, number)
-        if major == _BYTES:
+        if major == BYTES:
             return bytes(raw), at + number
         try:
             return str(raw, "utf-8"), at + number
@@ -125,7 +80,7 @@ def _read(view: memoryview, at: int, depth: int, budget: list[int]) -> tuple[Any
     budget[0] -= number
     if budget[0] < 0:  # guard: item-budget
         raise MalformedMessage(f"more than {MAX_ITEMS} items in one message")
-    if major == _ARRAY:
+    if major == ARRAY:
         items = []
         for _ in range(number):
             item, at = _read(view, at, depth + 1, budget)
@@ -149,7 +104,7 @@ def _read(view: memoryview, at: int, depth: int, budget: list[int]) -> tuple[Any
 def _read_head(view: memoryview, at: int) -> tuple[int, int, int]:
     first = _take(view, at, 1)[0]
     major, code = first >> 5, first & 31
-    if major not in (_UINT, _BYTES, _TEXT, _ARRAY, _MAP) or code > 27:
+    if major not in (UINT, BYTES, TEXT, ARRAY, MAP) or code > 27:
         raise MalformedMessage(f"byte {at} starts an item of an unknown kind (0x{first:02x})")
     if code < 24:
         return major, code, at + 1

@@ -40,9 +40,9 @@ from cytofed.plan import Plan
 from cytofed.plan_check import check_plan
 from cytofed.privacy.terms import patients_of, with_delta
 from cytofed.sealed_message import new_content
-from cytofed.secure_round import public_bound
+from cytofed.secure_round import public_bound, weight_bounds
 from cytofed.server import pki
-from cytofed.server.approvals import Approvals, approved_by, check_enough
+from cytofed.server.approvals import Approvals, approved_by, check_enough, left_out
 from cytofed.server.asking import Pauses, ask, content_of
 from cytofed.server.checkpoints import (
     Progress,
@@ -250,7 +250,7 @@ class Coordinator:
         if phase != "approval":
             raise InputError(f"run {folder.name} does not wait for approval: {phase}")
         offer = folder.offer(self._identity)
-        approved = approved_by(folder.decisions(offer), self._fleet.nodes)
+        approved = approved_by(offer, folder.decisions(offer), self._fleet.nodes)
         try:
             check_enough(offer.plan, len(approved))
         except InputError as error:
@@ -438,7 +438,8 @@ class Coordinator:
         write_metrics(folder, progress)
         write_report(folder)
         ended = cast(Phase, summary["status"])
-        absent, cohort = _absent(progress.records), tuple(sorted(run.cohort))
+        absent = {**left_out(offer, folder.decisions(offer)), **_absent(progress.records)}
+        cohort = tuple(sorted(run.cohort))
         folder.end(ended, reason=reason, absent=absent, cohort=cohort)
         _log.info("run %s: %s, weights %s", folder.name, ended, summary["weights_sha256"])
 
@@ -446,7 +447,7 @@ class Coordinator:
         """End a run that left no model; what labs said no, or nothing, is named."""
         offer = folder.offer(self._identity)
         decisions = {lab: decision for lab, (decision, _) in folder.decisions(offer).items()}
-        absent = {}
+        absent = left_out(offer, folder.decisions(offer))
         for member in offer.roster.members:
             decision = decisions.get(member.name)
             if decision is None:
@@ -562,15 +563,14 @@ class Coordinator:
         plan = offer.plan
         if not plan.secure_aggregation.enabled:
             return None
-        decisions = folder.decisions(offer)
-        bounds = [float(decisions[lab][0].max_weight) for lab in start.labs]
+        bounds = weight_bounds(start.decided(offer), plan)
         return SecureRun(
             cohort=secure_cohort(start, offer, self._identity.public),
             identity=self._identity,
             plan=plan,
             strategy=make_strategy(plan.strategy),
             size=size,
-            max_weight=public_bound(bounds),
+            max_weight=public_bound(bounds.values()),
             nodes=sealed.nodes,
             counter_file=folder.private / "counter.json",
         )

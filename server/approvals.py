@@ -16,11 +16,12 @@ from datetime import UTC, datetime, timedelta
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from cytofed.documents import Decision, Offer, Start
-from cytofed.errors import InputError
+from cytofed.errors import CytofedError, InputError
 from cytofed.messages import BadMessage
 from cytofed.plan import Plan
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.secagg import check_rules
+from cytofed.secure_round import check_weight
 from cytofed.server.asking import Pauses, read
 from cytofed.server.fleet import Fleet, Stopped
 from cytofed.server.runs import RunFolder
@@ -113,7 +114,7 @@ class Approvals:
         over = datetime.now(UTC) > queued + timedelta(days=offer.plan.cohort.approval_days)
         if undecided(offer, decided, nodes) and not over and not folder.asked_to_start:
             return False
-        approved = approved_by(decided, nodes)
+        approved = approved_by(offer, decided, nodes)
         check_enough(offer.plan, len(approved))
         start = Start(folder.name, offer.plan.sha256, offer.roster.sha256, approved)
         folder.fix_cohort(start.signed(self._identity), start.labs)
@@ -128,14 +129,29 @@ def undecided(offer: Offer, decided: Container[str], nodes: Container[str]) -> l
 
 
 def approved_by(
-    decided: Mapping[str, tuple[Decision, bytes]], nodes: Container[str]
+    offer: Offer, decided: Mapping[str, tuple[Decision, bytes]], nodes: Container[str]
 ) -> dict[str, bytes]:
-    """The approvals, signed, of labs that are enrolled still."""
+    """The approvals, signed, of labs that are enrolled still and are not left out."""
+    out = left_out(offer, decided)
     return {
         lab: document
         for lab, (decision, document) in decided.items()
-        if decision.verdict == "approved" and lab in nodes
+        if decision.verdict == "approved" and lab in nodes and lab not in out
     }
+
+
+def left_out(offer: Offer, decided: Mapping[str, tuple[Decision, bytes]]) -> dict[str, str]:
+    """Labs whose approval counts for nothing, and why: the others would refuse such a cohort."""
+    found: dict[str, str] = {}
+    if not offer.plan.secure_aggregation.enabled:
+        return found
+    for lab, (decision, _) in decided.items():
+        if decision.verdict == "approved":
+            try:
+                check_weight(decision, offer.plan, labs=len(offer.roster.members))
+            except CytofedError as error:  # of a lab that the plan does not list, too
+                found[lab] = error.message
+    return found
 
 
 def check_enough(plan: Plan, labs: int) -> None:

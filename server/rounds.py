@@ -272,10 +272,7 @@ def _collect_sum(grid: Grid, run: Run, number: int, down: Parts, watch: Watch) -
         got.failed = one_line(error.message)
         return got
     got.received = list(total.survivors)
-    if len(total.survivors) < run.plan.cohort.min_labs:
-        got.failed = f"{len(total.survivors)} labs answered, {run.plan.cohort.min_labs} are needed"
-    else:
-        got.mean = total.mean
+    got.mean = total.mean
     return got
 
 

@@ -40,7 +40,7 @@ from cytofed.privacy import secagg_coordinator as protocol
 from cytofed.privacy.encoding import Encoding, decode
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.masks import Words, add_words
-from cytofed.privacy.secagg import Cohort
+from cytofed.privacy.secagg import Cohort, CohortTooSmall
 from cytofed.privacy.secagg_coordinator import Opening, Poll, Setup
 from cytofed.secure_round import encoding_of, protocol_round, tally_encoding, tally_of_sum
 from cytofed.server.asking import ask, ask_each, content_of, read
@@ -175,7 +175,7 @@ class SecureRun:
             slot = self._take_slot()
             order = self._order(wanted, slot)
             replies = self._sent(grid, setup, order)
-            model_sha256 = order.weights_sha256  # while the labs work
+            order_sha256 = order.sha256  # while the labs work
             total_W = np.empty(wanted.encoding.words, wanted.encoding.dtype)
             total_W.fill(0)  # which takes the memory now, while nobody waits
             survivors, failed, silent = [], dict[str, str](), 0
@@ -195,13 +195,15 @@ class SecureRun:
                 break
         for lab, reason in failed.items():
             absent.add(lab, reason)
+        if len(survivors) < wanted.need:  # a sum that is of no use is not opened
+            raise CohortTooSmall("labs answered", have=len(survivors), need=wanted.need)
         number = wanted.number
         poll = protocol.call_survivors(
             setup,
             self.identity,
             round=wanted.protocol_round,
             slot=slot,
-            model_sha256=model_sha256,
+            order_sha256=order_sha256,
             survivors=survivors,
         )
         agreed = self._ask(

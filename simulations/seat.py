@@ -324,11 +324,16 @@ def _secure_round(updates: Sequence[Sent]) -> SecureRound:
     sum_W = np.zeros_like(words[0])
     for name, upload_W in zip(names, uploads, strict=True):
         states[name] = lab.mask(
-            states[name], upload_W, round=_ROUND, slot=_SLOT, model_sha256=_SHA256
+            states[name],
+            upload_W,
+            round=_ROUND,
+            slot=_SLOT,
+            order_sha256=_SHA256,
+            work_sha256=_SHA256,
         )
         add_words(sum_W, upload_W)
     poll = coordinator.call_survivors(
-        setup, chief, round=_ROUND, slot=_SLOT, model_sha256=_SHA256, survivors=names
+        setup, chief, round=_ROUND, slot=_SLOT, order_sha256=_SHA256, survivors=names
     )
     agreements = ask(lab.agree, dict.fromkeys(names, poll.request))
     reveal = coordinator.call_reveal(poll, chief, agreements)

@@ -6,20 +6,21 @@ all, which is as good as no secrecy, and the protocol then runs as it would betw
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cytofed.canonical import digest
 from cytofed.client.secure import SecureLab
 from cytofed.files import write_atomically
 from cytofed.messages import Order
 from cytofed.plan import Plan
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.secagg import Cohort, check_rules
-from cytofed.secure_round import public_bound
+from cytofed.secure_round import at_most_half, public_bound
 from cytofed.seeds import derive
 from cytofed.server.secure import SecureRun
 from cytofed.strategies.strategy import Strategy
@@ -28,14 +29,16 @@ COORDINATOR = "coordinator"
 FEDERATION_RUN = "federation"
 
 
-def make_keys(folder: Path, plan: Plan, names: tuple[str, ...]) -> None:
+def make_keys(folder: Path, plan: Plan, weights: Mapping[str, float]) -> None:
     """Identities of all parties and the cohort that they pin; nothing where they are there.
+
+    ``weights``: what each lab declares in public.
 
     Errors: InputError for a cohort, threshold or minimum that is not safe.
     """
     if not plan.secure_aggregation.enabled or (_folder(folder) / "cohort").is_file():
         return
-    settings = plan.secure_aggregation
+    settings, names = plan.secure_aggregation, tuple(weights)
     threshold = check_rules(
         len(names), threshold=settings.threshold, min_cohort=settings.min_cohort
     )
@@ -48,12 +51,13 @@ def make_keys(folder: Path, plan: Plan, names: tuple[str, ...]) -> None:
         federation="simulation",
         run=FEDERATION_RUN,
         plan_sha256=plan.sha256,
-        roster_sha256=hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest(),
+        roster_sha256=digest("cytofed/1/simulated-roster", sorted(names)).hex(),
         coordinator=parties[COORDINATOR].public,
         labs=tuple(parties[name].public for name in sorted(names)),
         threshold=threshold,
         min_cohort=settings.min_cohort,
     )
+    write_atomically(home / "weights.json", json.dumps(at_most_half(weights)), mode=0o600)
     write_atomically(home / "cohort", cohort.to_bytes(), mode=0o600)
 
 
@@ -69,6 +73,7 @@ def open_secure_lab(folder: Path, plan: Plan, name: str) -> SecureLab | None:
     return SecureLab(
         identity=Identity.from_bytes((home / f"{name}.identity").read_bytes()),
         cohort=_cohort(home),
+        bounds=_bounds(home),
         states=FolderStates(home, name),
         rounding=rounding,
     )
@@ -81,9 +86,8 @@ def open_secure_run(
     *,
     size: int,
     nodes: Mapping[str, int],
-    weights: Mapping[str, float],
 ) -> SecureRun | None:
-    """The coordinator's half; None without secure aggregation. ``weights``: as labs declare."""
+    """The coordinator's half; None without secure aggregation."""
     if not plan.secure_aggregation.enabled:
         return None
     home = _folder(folder)
@@ -93,7 +97,7 @@ def open_secure_run(
         plan=plan,
         strategy=strategy,
         size=size,
-        max_weight=public_bound(list(weights.values())),
+        max_weight=public_bound(_bounds(home).values()),
         nodes=nodes,
         counter_file=home / "counter.json",
     )
@@ -120,3 +124,8 @@ def _folder(folder: Path) -> Path:
 
 def _cohort(home: Path) -> Cohort:
     return Cohort.from_bytes((home / "cohort").read_bytes())
+
+
+def _bounds(home: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((home / "weights.json").read_text())
+    return found

@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 import cytofed
 from cytofed.arrays import Float32
+from cytofed.canonical import digest
 from cytofed.client.cells import Cells
 from cytofed.client.check import near_duplicate_groups
 from cytofed.client.opening import absent_classes
@@ -360,17 +361,11 @@ def _file(run_dir: Path, number: int) -> Path:
 
 def _key(run_dir: Path, number: int) -> bytes:
     """What scores depend on: with another plan, data, model or version they are made anew."""
-    digest = hashlib.sha256()
     facts = [cytofed.__version__, SHADOWS, SUBJECTS, PASSES, HEAD_STEPS, number]
-    digest.update(json.dumps(facts).encode())
-    for name in (
-        "plan.yaml",
-        "checkpoints/data.sha256",
-        *(() if number else ("model.safetensors",)),
-    ):
-        path = run_dir / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.digest()
+    names = ["plan.yaml", "checkpoints/data.sha256", *(() if number else ("model.safetensors",))]
+    files = [run_dir / name for name in names]
+    hashes = [hashlib.sha256(f.read_bytes() if f.is_file() else b"").digest() for f in files]
+    return digest("cytofed/1/shadow", json.dumps(facts), hashes)
 
 
 def end_with(parent: int) -> None:

@@ -6,7 +6,6 @@ opened are a simulation's own. Everything is a function of data, plan and seed, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ from flwr.serverapp import Grid
 
 import cytofed
 from cytofed.arrays import weights_sha256
+from cytofed.canonical import digest
 from cytofed.card import model_card
 from cytofed.client.cache import default_cache_dir
 from cytofed.client.cells import Cells, open_cells
@@ -144,13 +144,7 @@ class World:
     def run(self, cohort: Mapping[str, int]) -> Run:
         """The federation itself."""
         size = self.start.manifest.size
-        weights = {
-            name: float(self.labs.declared(k) or len(self.labs.rows(k, 1)))
-            for k, name in enumerate(self.labs.names)
-        }
-        secure = open_secure_run(
-            self.private, self.plan, self.strategy, size=size, nodes=cohort, weights=weights
-        )
+        secure = open_secure_run(self.private, self.plan, self.strategy, size=size, nodes=cohort)
         return Run(
             FEDERATION,
             self.plan,
@@ -420,7 +414,7 @@ def _cut(request: Request, spec: Any, cells: Cells, private: Path) -> VirtualLab
         write_atomically(request.out / "plan.yaml", dump_plan(labs.plan))
     _check_unchanged(labs, request.out)
     labs.save()
-    make_keys(private, labs.plan, labs.names)
+    make_keys(private, labs.plan, labs.weights())
     return labs
 
 
@@ -438,14 +432,18 @@ def _refuse_one_side(test_N: npt.NDArray[np.bool_], plan: Plan) -> None:
 
 def _check_unchanged(labs: VirtualLabs, out: Path) -> None:
     """A resumed run goes on over the very images, labels and labs that it began with."""
-    digest = hashlib.sha256(_data_sha256(labs.cells).encode())
-    digest.update(labs.lab_N.tobytes() + labs.side_N.tobytes())
-    if labs.cells.patients_N is not None:
-        digest.update("\n".join(labs.cells.patients_N.tolist()).encode())
+    patients_N = labs.cells.patients_N
+    found = digest(
+        "cytofed/1/simulated-labs",
+        _data_sha256(labs.cells),
+        labs.lab_N.tobytes(),
+        labs.side_N.tobytes(),
+        [] if patients_N is None else patients_N.tolist(),
+    ).hex()
     file = out / _PRIVATE / "data.sha256"
     if not file.is_file():
-        write_atomically(file, digest.hexdigest())
-    elif file.read_text() != digest.hexdigest():
+        write_atomically(file, found)
+    elif file.read_text() != found:
         raise InputError(
             f"the images, their labels or patients are not those that {out} began with",
             hint="resume with the same data, or choose another --out",
@@ -772,10 +770,9 @@ def _baselines(results: Results, scheme: Scheme) -> dict[str, Any] | None:
 
 def _data_sha256(cells: Cells) -> str:
     """Of names, labels and pixels at the plan's scale: the same data gives the same hash."""
-    digest = hashlib.sha256("\n".join(cells.paths()).encode())
-    digest.update(np.packbits(cells.targets_NC).tobytes())
-    digest.update(np.ascontiguousarray(cells.dhash_N).tobytes())
-    return digest.hexdigest()
+    labels, pixels = np.packbits(cells.targets_NC), np.ascontiguousarray(cells.dhash_N)
+    paths = list(cells.paths())
+    return digest("cytofed/1/data", paths, labels.tobytes(), pixels.tobytes()).hex()
 
 
 def _warnings(world: World, scores: Scores) -> list[str]:

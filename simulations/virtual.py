@@ -39,6 +39,7 @@ from cytofed.plan import (
 )
 from cytofed.privacy.noise import SimulatedRandomness
 from cytofed.privacy.terms import declared_of, terms_of
+from cytofed.secure_round import public_bound
 from cytofed.simulations.partitions import Partition, Stain
 from cytofed.simulations.population import fate as fate_of
 from cytofed.simulations.secure import open_secure_lab
@@ -173,6 +174,15 @@ class VirtualLabs:
             ),
             stream=FEDERATION if run == FEDERATION else "baseline",
         )
+
+    def weights(self) -> dict[str, float]:
+        """What each lab declares in public, by name: its patients, or its images roughly."""
+        found = {}
+        for k, name in enumerate(self.names):
+            declared = self.declared(k)
+            images = public_bound([float(len(self.rows(k, 1)))])
+            found[name] = images if declared is None else float(declared)
+        return found
 
     def ledger_of(self, name: str) -> Path:
         """The ledger file of one lab: a machine of its own would have its own."""

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from cytofed.canonical import Value, digest
 from cytofed.errors import InputError
 
 Float32: TypeAlias = npt.NDArray[np.float32]
@@ -86,18 +87,28 @@ class Manifest:
 
 def weights_sha256(manifest: Manifest, weights_P: Float32) -> str:
     """Hex SHA-256 of the manifest and the weights' little-endian bytes."""
-    digest = hashlib.sha256(manifest.to_json().encode())
-    digest.update(np.ascontiguousarray(weights_P, dtype="<f4").data)
-    return digest.hexdigest()
+    found = hashlib.sha256(manifest.to_json().encode())
+    found.update(np.ascontiguousarray(weights_P, dtype="<f4").data)
+    return found.hexdigest()
+
+
+def part_rows(parts: Parts) -> list[Value]:
+    """What tells named vectors apart: name, shape, type and SHA-256 of each, in their order."""
+    rows: list[Value] = []
+    for name, values in parts.items():
+        data = np.ascontiguousarray(values, dtype="<f4").data
+        rows.append([name, list(values.shape), "<f4", hashlib.sha256(data).digest()])
+    return rows
 
 
 def parts_sha256(parts: Parts) -> str:
-    """Hex SHA-256 of named vectors, names and sizes included."""
-    digest = hashlib.sha256()
-    for name, values in parts.items():
-        digest.update(f"{name} {values.size} ".encode())
-        digest.update(np.ascontiguousarray(values, dtype="<f4").data)
-    return digest.hexdigest()
+    """Hex SHA-256 of named vectors, over ``part_rows`` in canonical form."""
+    return rows_sha256(part_rows(parts))
+
+
+def rows_sha256(rows: Sequence[Value]) -> str:
+    """The same from the rows, where they are known."""
+    return digest("cytofed/1/parts", rows).hex()
 
 
 SHARE = 1 << 19
@@ -130,3 +141,13 @@ def is_shape(shape: Sequence[object], dtype: np.dtype[Any]) -> bool:
     if len(sizes) != len(shape) or len(shape) > MAX_DIMENSIONS:
         return False
     return math.prod(max(n, 1) for n in sizes) * dtype.itemsize <= MAX_ARRAY_BYTES
+
+
+def is_finite(values_P: Float32) -> bool:
+    """Whether no value is NaN or infinite, without a boolean array of the vector's size."""
+
+    def finite(share: slice) -> bool:
+        part = values_P[share]
+        return math.isfinite(part.min()) and math.isfinite(part.max())
+
+    return all(in_shares(finite, len(values_P)))

@@ -311,6 +311,13 @@ class Start:
     def labs(self) -> tuple[str, ...]:
         return tuple(sorted(self.decisions))
 
+    def decided(self, offer: Offer) -> dict[str, Decision]:
+        """Each lab's own decision. Errors: VerificationError for one of another lab or offer."""
+        return {
+            lab: Decision.verified(document, offer.roster.member(lab).identity, offer)
+            for lab, document in self.decisions.items()
+        }
+
     def signed(self, coordinator: Identity) -> bytes:
         body = wire.encode(
             {
@@ -340,9 +347,8 @@ class Start:
         found = (start.run, start.plan_sha256, start.roster_sha256)
         if found != (offer.run, offer.plan.sha256, offer.roster.sha256):
             raise VerificationError("the start of a run is for another plan, run or roster")
-        for lab, document_of_lab in start.decisions.items():
-            identity = offer.roster.member(lab).identity
-            if Decision.verified(document_of_lab, identity, offer).verdict != "approved":
+        for lab, decision in start.decided(offer).items():
+            if decision.verdict != "approved":
                 raise VerificationError(f"{lab} is in the cohort and did not approve the plan")
         if len(start.decisions) < offer.plan.cohort.min_labs:
             raise VerificationError(

@@ -26,13 +26,17 @@ from flwr.app import (
     RecordDict,
 )
 
-from cytofed.arrays import Float32, Parts, in_shares, is_shape, parts_sha256
+from cytofed.arrays import Float32, Parts, in_shares, is_shape, part_rows, rows_sha256
+from cytofed.canonical import Value, digest
 from cytofed.errors import CytofedError
 from cytofed.metrics import Tally
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO lines would break --json
 
 Kind = Literal["train", "evaluate", "query"]
+
+WEIGHTS = "weights"
+"""the part that every order to train or evaluate carries: the model"""
 
 RAW = "cytofed.raw"
 """Flower's ``stype`` of our arrays: the bytes of a C-contiguous little-endian array."""
@@ -72,9 +76,41 @@ class Order:
     """public bound of the labs' weights, for secure aggregation"""
 
     @cached_property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the whole order: every field, and each part's name, shape, type and hash.
+
+        Two labs that find the same one were told the same, to the last bit.
+        """
+        told: dict[str, Value] = {
+            "kind": self.kind,
+            "labs": self.labs,
+            "max_weight": float(self.max_weight).hex(),
+            "parts": self._rows,
+            "plan_sha256": self.plan_sha256,
+            "round": self.round,
+            "run": self.run,
+            "slot": self.slot,
+        }
+        return digest("cytofed/1/order", told).hex()
+
+    @cached_property
+    def work_sha256(self) -> str:
+        """Hex SHA-256 of what is computed, in whatever round and attempt: kind and weights.
+
+        Two sums of one work over nearly the same labs differ by few labs' updates.
+        """
+        weights = [row for row, name in zip(self._rows, self.parts, strict=True) if name == WEIGHTS]
+        return digest("cytofed/1/order/work", self.kind, weights).hex()
+
+    @cached_property
     def weights_sha256(self) -> str:
-        """Hex SHA-256 of all parts; asked for at each step of a round, found once."""
-        return parts_sha256(self.parts)
+        """Hex SHA-256 of all parts."""
+        return rows_sha256(self._rows)
+
+    @cached_property
+    def _rows(self) -> list[Value]:
+        """Asked for at each step of a round, found once."""
+        return part_rows(self.parts)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
-"""What coordinator and labs must agree on to add up what nobody may see: encoding and numbering.
+"""What coordinator and labs must agree on to add up what nobody may see.
 
-Both sides compute it from the plan, the strategy and the order; nothing of it is secret. Updates
-are fixed point; a tally is whole numbers, which come out of the sum exactly.
+Encoding, numbering, weights: both sides compute them from the plan, the strategy and what each lab
+has signed; nothing of it is secret. Updates are fixed point; a tally is whole numbers, which come
+out of the sum exactly.
 
 Shapes: P parameters, C classes, D numbers of a tally, L limbs (2 D), W words (L + 1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import numpy.typing as npt
 
-from cytofed.messages import Kind
+from cytofed.documents import Decision
+from cytofed.errors import VerificationError
+from cytofed.messages import MAX_WEIGHT, Kind
 from cytofed.metrics import Tally
 from cytofed.plan import Plan
 from cytofed.privacy.encoding import Encoding, Part, decode
 from cytofed.privacy.masks import Words
+from cytofed.privacy.terms import declared_of
 from cytofed.strategies.strategy import Strategy
 
 STEPS = ("advertise", "share", "accept", "agree", "reveal")
@@ -50,12 +56,52 @@ def encoding_of(
     return Encoding(parts, settings.bits, labs, max_weight)
 
 
-def public_bound(weights: list[float]) -> float:
+def public_bound(weights: Iterable[float]) -> float:
     """The power of two at or above every weight."""
-    bound = 1.0
-    while bound < max(weights, default=1.0):
+    bound, most = 1.0, max(weights, default=1.0)
+    while bound < most:
         bound *= 2
     return bound
+
+
+def check_weight(decision: Decision, plan: Plan, *, labs: int) -> None:
+    """Whether a lab of ``labs`` may weigh what it signed: of a private plan the patients that the
+    plan declares for it, else a number of images that leaves room for the others.
+
+    Errors: VerificationError with the lab's name.
+    """
+    told = decision.max_weight
+    if plan.privacy.unit != "none":
+        declared = declared_of(plan, decision.lab)
+        if declared is not None and told != declared:  # guard: declared-weight
+            raise VerificationError(
+                f"{decision.lab} approved with a weight of {told}, the plan declares {declared} "
+                "patients for it",
+                hint="set patients_declared in its client.yaml to the plan's figure",
+            )
+    most = int(MAX_WEIGHT) // labs
+    if not 1 <= told <= most:  # guard: absurd-weight
+        raise VerificationError(
+            f"{decision.lab} approved with a weight of {told}, expected 1 to {most}: it would "
+            "decide the model alone",
+            hint="leave that lab out",
+        )
+
+
+def weight_bounds(decisions: Mapping[str, Decision], plan: Plan) -> dict[str, float]:
+    """What each lab of a cohort may weigh in a secure sum, from what each has signed.
+
+    Errors: VerificationError as ``check_weight``.
+    """
+    for decision in decisions.values():
+        check_weight(decision, plan, labs=len(decisions))
+    return at_most_half({lab: float(d.max_weight) for lab, d in decisions.items()})
+
+
+def at_most_half(weights: Mapping[str, float]) -> dict[str, float]:
+    """Each lab's weight, none above all others together: nobody sees what a lab weighs in a sum."""
+    total = sum(weights.values())
+    return {lab: min(weight, total - weight) for lab, weight in weights.items()}
 
 
 def tally_encoding(classes: int, *, labs: int) -> Encoding:

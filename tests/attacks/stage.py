@@ -25,6 +25,7 @@ from cytofed.privacy.secagg import Cohort, SecaggError, Stopped, check_rules
 
 PLAN = hashlib.sha256(b"plan").hexdigest()
 ROSTER = hashlib.sha256(b"roster").hexdigest()
+ORDER = hashlib.sha256(b"order of round 1").hexdigest()
 MODEL = hashlib.sha256(b"global weights of round 1").hexdigest()
 OTHER = hashlib.sha256(b"something else").hexdigest()
 
@@ -157,7 +158,8 @@ def masked(
     *,
     round: int = 1,
     slot: int = 0,
-    model: str = MODEL,
+    order: str = ORDER,
+    work: str = MODEL,
     count: int = 64,
     dtype: str = "u4",
 ) -> Stage:
@@ -170,7 +172,12 @@ def masked(
         words[name] = words_of(name, count, dtype)
         vectors[name] = words[name].copy()
         states[name] = lab.mask(
-            states[name], vectors[name], round=round, slot=slot, model_sha256=model
+            states[name],
+            vectors[name],
+            round=round,
+            slot=slot,
+            order_sha256=order,
+            work_sha256=work,
         )
         add_words(total_W, vectors[name])
     return replace(stage, states=states, masked=vectors, words=words, total_W=total_W)
@@ -182,13 +189,13 @@ def polled(
     *,
     round: int = 1,
     slot: int = 0,
-    model: str = MODEL,
+    order: str = ORDER,
 ) -> Stage:
     """The coordinator has a survivor set to be agreed on."""
     assert stage.setup is not None
     alive = sorted(stage.masked if survivors is None else survivors)
     poll = coordinator.call_survivors(
-        stage.setup, CHIEF, round=round, slot=slot, model_sha256=model, survivors=alive
+        stage.setup, CHIEF, round=round, slot=slot, order_sha256=order, survivors=alive
     )
     return replace(stage, poll=poll)
 

@@ -35,6 +35,7 @@ from cytofed.privacy.secagg import (
 from tests.attacks.stage import (
     CHIEF,
     MODEL,
+    ORDER,
     OTHER,
     Stage,
     accepted,
@@ -64,14 +65,14 @@ A, B, C, D = names(4)
 
 def mask(stage: Stage, name: str = A, **changes: Any) -> lab.LabState:
     """Ask a lab for a vector: round 1, slot 0, the model of the round, unless changed."""
-    asked = {"round": 1, "slot": 0, "model_sha256": MODEL, **changes}
+    asked = {"round": 1, "slot": 0, "order_sha256": ORDER, "work_sha256": MODEL, **changes}
     return lab.mask(stage.states[name], words_of(name), **asked)
 
 
 def stops_masking(stage: Stage, error: type[Exception], match: str, **changes: Any) -> None:
     """The lab leaves the vector as it is, says why, and answers nothing ever after."""
     words_W = words_of(A)
-    asked = {"round": 1, "slot": 0, "model_sha256": MODEL, **changes}
+    asked = {"round": 1, "slot": 0, "order_sha256": ORDER, "work_sha256": MODEL, **changes}
     with pytest.raises(error, match=match) as caught:
         lab.mask(stage.states[A], words_W, **asked)
     assert np.array_equal(words_W, words_of(A))
@@ -122,7 +123,7 @@ def test_slot_that_was_passed_over_is_gone() -> None:
 @guarded_by("one-model-a-round")
 def test_round_with_other_weights_is_refused() -> None:
     stage = masked(ready())
-    stops_masking(stage, Equivocation, "other global weights", slot=1, model_sha256=OTHER)
+    stops_masking(stage, Equivocation, "other global weights", slot=1, work_sha256=OTHER)
 
 
 @guarded_by("older-round")
@@ -178,7 +179,7 @@ def test_two_survivor_sets_for_one_slot_are_refused() -> None:
     stops(second, A, lab.agree, second.poll.request, Equivocation, "two survivor sets")
 
 
-@guarded_by("one-set-a-round")
+@guarded_by("one-set-a-model")
 def test_second_sum_over_other_survivors_is_refused_in_a_retry() -> None:
     """The difference of the two sums would be one lab's update."""
     stage = revealed(agreed(polled(masked(ready(5, 2, 3)))))
@@ -187,7 +188,7 @@ def test_second_sum_over_other_survivors_is_refused_in_a_retry() -> None:
     refuses(retry, A, lab.agree, retry.poll.request, RoundClosed, "would show the difference")
 
 
-@guarded_by("one-set-a-round")
+@guarded_by("one-set-a-model")
 def test_second_sum_over_other_survivors_is_refused_after_a_new_set_up() -> None:
     stage = revealed(agreed(polled(masked(ready(5, 1, 3)))))
     again = accepted(dealt(announced(advertised(stage, setup=2, first_slot=1, slots=1))))
@@ -203,12 +204,12 @@ def test_survivor_set_over_other_keys_is_refused() -> None:
     stops(stage, A, lab.agree, request, Equivocation, "other keys or members")
 
 
-@guarded_by("agreed-model")
-def test_labs_that_were_shown_other_weights_are_noticed() -> None:
+@guarded_by("agreed-order")
+def test_labs_that_were_told_another_order_are_noticed() -> None:
     """Different weights for one lab would let its update show in the sum."""
     stage = polled(masked(ready()))
-    request = survivor_set(stage, model_sha256=OTHER)
-    stops(stage, A, lab.agree, request, Equivocation, "this lab trained on")
+    request = survivor_set(stage, order_sha256=OTHER)
+    stops(stage, A, lab.agree, request, Equivocation, "labs were told different things")
 
 
 @guarded_by("current-attempt")
@@ -229,7 +230,7 @@ def test_survivor_set_of_an_abandoned_slot_is_refused() -> None:
 @guarded_by("agree-turn")
 def test_survivor_set_before_any_vector_is_refused() -> None:
     stage = ready()
-    statement = Statement(stage.states[A].view, 1, 0, MODEL, (A, B, C, D))
+    statement = Statement(stage.states[A].view, 1, 0, ORDER, (A, B, C, D))
     request = sign(CHIEF, LABEL_SURVIVORS, statement.to_bytes())
     refuses(stage, A, lab.agree, request, OutOfTurn, "before this lab masked a vector")
 
@@ -523,7 +524,15 @@ def test_two_labs_shown_different_weights_give_no_sum() -> None:
     """Their masks are bound to the weights: the coordinator cannot take them off."""
     stage = ready()
     one = masked(stage, [A, B, C])
-    state = lab.mask(stage.states[D], vector_W := words_of(D), round=1, slot=0, model_sha256=OTHER)
+    state = mask(stage, D, order_sha256=OTHER)
+    lab.mask(
+        stage.states[D],
+        vector_W := words_of(D),
+        round=1,
+        slot=0,
+        order_sha256=OTHER,
+        work_sha256=MODEL,
+    )
     stage = replace(
         one,
         states={**one.states, D: state},
@@ -533,5 +542,5 @@ def test_two_labs_shown_different_weights_give_no_sum() -> None:
     )
     poll = polled(stage).poll
     assert poll is not None
-    with pytest.raises(Equivocation, match="this lab trained on"):
+    with pytest.raises(Equivocation, match="labs were told different things"):
         answers(stage, lab.agree, {D: poll.request})

@@ -173,11 +173,26 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
 # ---- Masks
 
 
+def _cbor(value: str | bytes | int) -> bytes:
+    """RFC 8949: a head of major type and length (or number), then the bytes."""
+    if isinstance(value, int):
+        major, number, body = 0, value, b""
+    else:
+        body = value.encode() if isinstance(value, str) else value
+        major, number = (3 if isinstance(value, str) else 2), len(body)
+    if number < 24:
+        return bytes([major * 32 + number]) + body
+    size = next(size for size in (1, 2, 4, 8) if number < 256**size)
+    return bytes([major * 32 + 24 + size.bit_length() - 1]) + number.to_bytes(size, "big") + body
+
+
 def _info(
-    label: str, model: str, round_: int, slot: int, words: int, bits: int, *indices: int
+    label: str, order: str, round_: int, slot: int, words: int, bits: int, *indices: int
 ) -> bytes:
-    sizes = ((round_, 8), (slot, 8), (words, 8), (bits, 2), *((index, 2) for index in indices))
-    return label.encode() + bytes.fromhex(model) + b"".join(n.to_bytes(s, "big") for n, s in sizes)
+    """RFC 8949: an array of fewer than 24 items."""
+    numbers = (round_, slot, words, bits, *indices)
+    items = [_cbor(label), _cbor(bytes.fromhex(order)), *map(_cbor, numbers)]
+    return bytes([4 * 32 + len(items)]) + b"".join(items)
 
 
 def mask_words(
@@ -187,9 +202,9 @@ def mask_words(
     place: tuple[str, int, int, int, int],
     *indices: int,
 ) -> list[int]:
-    """A mask as integers; ``place`` is model, round, slot, words, bits."""
-    model, round_, slot, words, bits = place
-    key = hkdf(secret, view, _info(label, model, round_, slot, words, bits, *indices))
+    """A mask as integers; ``place`` is order, round, slot, words, bits."""
+    order, round_, slot, words, bits = place
+    key = hkdf(secret, view, _info(label, order, round_, slot, words, bits, *indices))
     size = bits // 8
     stream = keystream(key, words * size)
     return [int.from_bytes(stream[i * size : (i + 1) * size], "little") for i in range(words)]

@@ -35,6 +35,7 @@ from cytofed.privacy.secagg import (
 from tests.attacks.stage import (
     CHIEF,
     MODEL,
+    ORDER,
     accepted,
     advertised,
     agreed,
@@ -136,7 +137,9 @@ def test_one_masked_vector_looks_like_noise() -> None:
     vectors = []
     for name in (A, B, C):
         words_W = np.zeros(40_000, np.uint32)
-        lab.mask(stage.states[name], words_W, round=1, slot=0, model_sha256=MODEL)
+        lab.mask(
+            stage.states[name], words_W, round=1, slot=0, order_sha256=ORDER, work_sha256=MODEL
+        )
         vectors.append(words_W)
     for i, words_W in enumerate(vectors):
         bytes_ = np.bincount(words_W.view(np.uint8), minlength=256)
@@ -150,7 +153,7 @@ def test_masks_of_two_slots_and_rounds_have_nothing_in_common() -> None:
     seen = []
     for round_, slot in ((1, 0), (1, 1), (2, 0), (2, 1)):
         words_W = np.zeros(1000, np.uint32)
-        lab.mask(state, words_W, round=round_, slot=slot, model_sha256=MODEL)
+        lab.mask(state, words_W, round=round_, slot=slot, order_sha256=ORDER, work_sha256=MODEL)
         seen.append(words_W)
     for i, words_W in enumerate(seen):
         assert all(np.mean(words_W == other) < 0.01 for other in seen[:i])
@@ -213,7 +216,7 @@ def test_vector_is_unchanged_when_masking_is_refused() -> None:
     stage = masked(ready(4))
     words_W = words_of(A)
     with pytest.raises(AlreadyAnswered):
-        lab.mask(stage.states[A], words_W, round=1, slot=0, model_sha256=MODEL)
+        lab.mask(stage.states[A], words_W, round=1, slot=0, order_sha256=ORDER, work_sha256=MODEL)
     assert np.array_equal(words_W, words_of(A))
 
 
@@ -247,7 +250,9 @@ def test_weights_travel_in_the_masked_vector() -> None:
     states = dict(stage.states)
     for name in survivors:
         words_W = encode(updates[name], encoding, rng=rng, weight=weights[name]).words_W
-        states[name] = lab.mask(states[name], words_W, round=1, slot=0, model_sha256=MODEL)
+        states[name] = lab.mask(
+            states[name], words_W, round=1, slot=0, order_sha256=ORDER, work_sha256=MODEL
+        )
         add_words(total_W, words_W)
     stage = replace(stage, states=states, total_W=total_W, masked=dict.fromkeys(survivors, total_W))
     total_W = unmasked(revealed(agreed(polled(stage))))
@@ -322,7 +327,7 @@ def public(name: str) -> bytes:
 
 def place(case: dict[str, Any]) -> tuple[str, int, int, int, int]:
     words = len(case["sum"])
-    return STORED["model_sha256"], STORED["round"], STORED["slot"], words, case["bits"]
+    return STORED["order_sha256"], STORED["round"], STORED["slot"], words, case["bits"]
 
 
 def test_code_still_makes_the_vectors() -> None:

@@ -29,7 +29,8 @@ from cytofed.privacy.secagg import Cohort, seed_commitment, share_digest  # noqa
 
 LABS = ("bonn", "graz", "leeds", "lyon")
 DROPPED = "graz"
-MODEL = hashlib.sha256(b"global weights").hexdigest()
+ORDER = hashlib.sha256(b"order").hexdigest()
+WORK = hashlib.sha256(b"global weights").hexdigest()
 ROUND, SLOTS = 7, 2
 
 
@@ -98,7 +99,14 @@ def secagg() -> dict[str, Any]:
             values_P = rng.normal(0, 0.4, encoding.parameters).astype(np.float32)
             words_W = encode(values_P, encoding, rng=rng).words_W
             vectors[name] = words_W.tolist()
-            secagg_lab.mask(states[name], words_W, round=ROUND, slot=slot, model_sha256=MODEL)
+            secagg_lab.mask(
+                states[name],
+                words_W,
+                round=ROUND,
+                slot=slot,
+                order_sha256=ORDER,
+                work_sha256=WORK,
+            )
             masked[name] = words_W.tolist()
         total_W = np.zeros(encoding.words, encoding.dtype)
         for name in LABS:
@@ -126,7 +134,7 @@ def secagg() -> dict[str, Any]:
         "threshold": 3,
         "round": ROUND,
         "slot": slot,
-        "model_sha256": MODEL,
+        "order_sha256": ORDER,
         "opening": opening.digest.hex(),
         "transcript": announcement.transcript.hex(),
         "view": setup.view.hex(),
