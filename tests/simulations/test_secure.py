@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from cytofed.client.secure import SecureLab
 from cytofed.errors import InputError, RefusedError
 from cytofed.messages import Order
 from cytofed.model_file import read_model
+from cytofed.secure_round import at_most_half
+from cytofed.server.secure import SecureRun
 from cytofed.simulations.simulate import Request
+from tests.attacks import evil
 
 Small = Callable[..., Request]
 Simulate = Callable[[Request], dict[str, Any]]
@@ -127,3 +131,86 @@ def test_a_lab_sends_no_loss_and_no_weight_of_its_own(small: Small, directly: Si
     directly(request)
     line = (request.out / "metrics.jsonl").read_text()
     assert '"loss": {}' in line
+
+
+# --- a coordinator that lies, at the boundary where its messages reach the labs
+
+
+def test_labs_that_are_told_other_weight_bounds_open_no_sum(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a bound of 2^60 a lab's own update is nothing: the sum would be one lab's."""
+    monkeypatch.setattr(SecureRun, "_sent", evil.tells(evil.one_lab_alone("lab-1")))
+    summary = directly(small(*SECURE, "train.rounds=1"))
+    assert summary["status"] == "failed"
+    [told] = summary["participation"]
+    assert set(told["absent"]) == {"lab-2", "lab-3", "lab-4"}
+    assert all("order with a weight bound of 1.15292e+18" in why for why in told["absent"].values())
+
+
+def test_labs_that_do_not_look_at_their_bound_open_no_sum_all_the_same(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound is in the masks and in what labs sign, as all else of an order."""
+    monkeypatch.setattr(SecureRun, "_sent", evil.tells(evil.one_lab_alone("lab-1")))
+    monkeypatch.setattr(SecureLab, "_check_order", lambda _self, _order: None)
+    summary = directly(small(*SECURE, "train.rounds=1"))
+    assert summary["status"] == "failed"
+    [told] = summary["participation"]
+    assert set(told["absent"]) == {"lab-2", "lab-3", "lab-4"}
+    assert all("labs were told different things" in why for why in told["absent"].values())
+
+
+def test_labs_that_are_told_other_weights_open_no_sum(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SecureRun, "_sent", evil.tells(evil.other_weights("lab-1")))
+    summary = directly(small(*SECURE, "train.rounds=2"))
+    first, second = summary["participation"]
+    assert first["absent"] == {}
+    assert set(second["absent"]) == {"lab-2", "lab-3", "lab-4"}
+    assert all("labs were told different things" in why for why in second["absent"].values())
+
+
+def test_same_model_is_summed_over_the_same_labs_only(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator forgets the first sum and calls a lab absent: the difference of the two sums
+    would be that lab's update."""
+    collect, sums = SecureRun.collect, []
+
+    def forgetful(self: SecureRun, *arguments: Any, **named: Any) -> Any:
+        found = collect(self, *arguments, **named)
+        sums.append(found.survivors)
+        return replace(found, mean={"weights": np.zeros_like(found.mean["weights"])})
+
+    monkeypatch.setattr(SecureRun, "collect", forgetful)
+    monkeypatch.setattr(SecureRun, "_sent", evil.tells(evil.called_absent("lab-4", from_round=2)))
+    summary = directly(small(*SECURE, "train.rounds=2", "evaluation.every=9"))
+    assert sums == [("lab-1", "lab-2", "lab-3", "lab-4")]
+    refused = summary["participation"][1]["absent"]
+    assert all("would show the difference" in refused[lab] for lab in ("lab-1", "lab-2", "lab-3"))
+
+
+def test_a_sum_over_too_few_labs_for_the_plan_is_not_opened(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be thrown away, and bind the next round to the same labs."""
+    asked = []
+    agree = SecureLab.answer
+
+    def noted(self: SecureLab, request: Any) -> Any:
+        asked.append(request.step)
+        return agree(self, request)
+
+    monkeypatch.setattr(SecureLab, "answer", noted)
+    lie = evil.called_absent("lab-4", from_round=1)
+    monkeypatch.setattr(SecureRun, "_sent", evil.tells(lie))
+    summary = directly(small(*SECURE, "train.rounds=1", "cohort.min_labs=4"))
+    assert summary["status"] == "failed"
+    assert asked.count("agree") == 3, "of the evaluation, which three labs are enough for"
+
+
+def test_nobody_weighs_more_than_all_others_together() -> None:
+    assert at_most_half({"a": 64.0, "b": 64.0, "c": 1024.0}) == {"a": 64.0, "b": 64.0, "c": 128.0}
+    assert at_most_half({"a": 64.0, "b": 64.0, "c": 128.0}) == {"a": 64.0, "b": 64.0, "c": 128.0}
