@@ -83,3 +83,36 @@ def forge_heads() -> None:
         return LedgerHead(federation, lab, secrets.token_hex(32)).signed(self.identity())
 
     ServerDirectory.seen_head = seen_head  # type: ignore[method-assign]
+
+
+def swap_roster() -> None:
+    """Once a file ``swap`` is there: the run's offer again, with keys of the coordinator's own
+    behind the name of every other lab, once for each lab."""
+    from flwr.app import ConfigRecord, RecordDict
+
+    from cytofed.documents import Offer
+    from cytofed.privacy.identity import Identity
+    from cytofed.server.approvals import Approvals
+
+    honest = Approvals.ask
+    done: set[tuple[str, str]] = set()
+
+    def ask(self: Any, folder: Any, offer: Offer) -> None:
+        if not (folder.root.parent.parent / "swap").is_file():
+            honest(self, folder, offer)
+            return
+        for lab, node in self._fleet.nodes.items():
+            if (folder.name, lab) in done or not self._fleet.presence(lab).online:
+                continue
+            done.add((folder.name, lab))
+            members = tuple(
+                m if m.name == lab else replace(m, identity=Identity.generate(m.name).public)
+                for m in offer.roster.members
+            )
+            lie = replace(offer, roster=replace(offer.roster, members=members))
+            record = ConfigRecord({"document": lie.signed(self._identity)})
+            content = RecordDict({"offer": record})
+            message = self._grid.create_message(content, "query.offer", node, "0", ttl=60.0)
+            self._grid.push_messages([message])
+
+    Approvals.ask = ask  # type: ignore[method-assign]

@@ -54,7 +54,7 @@ def test_a_greedy_coordinator_gets_what_was_approved_and_nothing_more(
         [entry] = federation.until(offers, "the lab has the plan")
         assert not list((lab.root / "runs").iterdir()), "nothing is built before approval"
         with open_ledger(lab.settings()) as book:
-            lab.plans().approve(entry.plan_sha256, lab.settings(), book)
+            lab.plans().approve(entry.sha256, lab.settings(), book)
         federation.until(partial(result_of, lab, run), "the lab has the model")
         assert federation.summary(run)["status"] == "completed"
 

@@ -63,12 +63,12 @@ def approve(federation: Federation, run: str, *labs: str) -> None:
         directory = ClientDirectory.open(federation.root / lab)
 
         def offered(directory: ClientDirectory = directory) -> list[str]:
-            return [e.plan_sha256 for e in directory.plans().entries() if e.run == run]
+            return [e.sha256 for e in directory.plans().entries() if e.run == run]
 
-        [plan_sha256] = federation.until(offered, f"{lab} has the plan of {run}")
+        [offer] = federation.until(offered, f"{lab} has the plan of {run}")
         settings = directory.settings()
         with open_ledger(settings) as book:
-            directory.plans().approve(plan_sha256, settings, book)
+            directory.plans().approve(offer, settings, book)
 
 
 def described(federation: Federation, run: str) -> dict[str, Any]:
