@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from cytofed import console
 from cytofed.errors import InputError, VerificationError
+from cytofed.page import page
 from cytofed.plan import from_dict
 from cytofed.words import LogFormatter, markdown, one_line, printable, reason_of, without_markup
 
@@ -27,7 +29,10 @@ HOSTILE = (
 
 
 def shown_of(raw: str) -> bool:
-    return all(char.isprintable() or char in "\n\t" for char in raw)
+    return all(
+        char.isprintable() or char in "\n\t" or unicodedata.category(char) in ("Zs", "Cn")
+        for char in raw
+    )
 
 
 @given(st.text() | st.sampled_from(HOSTILE), st.integers(1, 300))
@@ -127,6 +132,19 @@ def test_terminal_shows_words_and_runs_none(words: str, capsys: pytest.CaptureFi
     assert shown_of(err)
     messages = [line for line in err.splitlines() if not line.startswith("  ")]
     assert [line.partition(": ")[2][:5] for line in messages] == ["error", "hint:"]
+
+
+def test_page_has_no_character_that_moves_others() -> None:
+    made = page(
+        title=HOSTILE[0],
+        heading=HOSTILE[2],
+        headline=HOSTILE[2],
+        sections=HOSTILE[1],
+        css="",
+        footer="",
+    )
+    assert shown_of(made)
+    assert "gnp.exe" in made
 
 
 def test_progress_shows_markup_of_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from html import escape
 
+from cytofed.words import printable
+
 INK, MUTED, GRID, PAPER = "#1c2030", "#646b7d", "#d9dce4", "#fffffe"
 # Azure and eosin of the May-Gruenwald-Giemsa stain, and a third that colour-blind eyes tell apart.
 FIRST, SECOND, THIRD = "#5a45b0", "#c0475d", "#1b8272"
@@ -23,9 +25,10 @@ _DARK = (
 def page(*, title: str, heading: str, headline: str, sections: str, css: str, footer: str) -> str:
     """The page. ``title``, ``heading`` are text; the rest is HTML; ``css`` comes after the common.
 
-    Its content policy allows its own styles and images that are in the page, nothing else.
+    Its content policy allows its own styles and images that are in the page, nothing else. No
+    control character, whoever wrote it, turns its text round.
     """
-    return _PAGE.format(
+    made = _PAGE.format(
         title=escape(title),
         heading=escape(heading),
         headline=headline,
@@ -33,6 +36,7 @@ def page(*, title: str, heading: str, headline: str, sections: str, css: str, fo
         css=_CSS + css,
         footer=footer,
     )
+    return printable(made)
 
 
 _CSS = f"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +30,24 @@ def one_line(text: object, *, most: int = MOST_CHARS) -> str:
     return plain if len(whole) <= most else f"{plain} ..."
 
 
+class _Fit(dict[int, int]):
+    """What each character is shown as, found when it is first asked for."""
+
+    def __missing__(self, code: int) -> int:
+        fit = chr(code) in "\n\t" or unicodedata.category(chr(code)) not in _NO_WORDS
+        self[code] = code if fit else ord(" ")
+        return self[code]
+
+
+_NO_WORDS = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+"""control, format (bidi and zero-width among them), surrogate, private, line and paragraph ends"""
+_FIT = _Fit()
+
+
 def printable(text: str) -> str:
-    """``text`` in its lines and tabs, character by character: what no line may hold is a space."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+    """``text`` in its lines and tabs, character by character; what is no part of a word, or moves
+    others, is a space."""
+    return text if text.isascii() and text.isprintable() else text.translate(_FIT)
 
 
 def markdown(text: object, *, most: int = MOST_CHARS) -> str:
