@@ -65,6 +65,12 @@ class Caller:
     http: httpx.Client
     directory: ClientDirectory | None = None
 
+    def __enter__(self) -> Caller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+
     def headers(self, age_s: float = 0.0, stamp: str = "") -> dict[str, str]:
         """Flower's signed headers, made ``age_s`` ago, or with the time as ``stamp`` says it."""
         found = {"content-type": PROTOBUF_MEDIA_TYPE}
