@@ -7,7 +7,7 @@ TESTS ?= tests
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-annotate
 
-.PHONY: demo federation test test-faults bench lint types layers lock audit-deps clean
+.PHONY: demo federation test test-faults fuzz bench lint types layers lock audit-deps clean
 
 # What is installed is in deploy/*.lock, by hash: the same files on every machine and day.
 $(VENV)/installed: pyproject.toml deploy/requirements.lock
@@ -33,6 +33,9 @@ test: lint types layers  ## lint, types, layers, tests
 
 test-faults: $(VENV)/installed-test  ## the full matrix of kills and cuts
 	$(BIN)/python -m pytest -n 2 --dist load -m faults -rs $(TESTS)
+
+fuzz: $(VENV)/installed-test  ## a million hostile documents, messages, objects and requests: a night
+	CYTOFED_FUZZ_CASES=1000000 $(BIN)/python -m pytest -n 2 --dist load -m faults tests/attacks/test_fuzz.py
 
 bench: $(VENV)/installed-test  ## every benchmark against its peer, and a table
 	$(BIN)/python benchmarks/table.py

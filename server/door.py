@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -214,6 +215,16 @@ class Connection(H11Protocol):
             self._door.asked(self)
         elif idle and self.head_since == float("inf"):
             self.head_since = time.monotonic()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP. Where an answer is under way it says no more, and nothing does."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state is h11.IDLE:
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

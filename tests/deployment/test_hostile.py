@@ -108,14 +108,17 @@ class Port:
     federation: Federation
     url: str
 
-    def caller(self, lab: str = "", *, certificate_of: str = "") -> Caller:
+    def caller(
+        self, lab: str = "", *, certificate_of: str = "", address: str = "127.0.0.1"
+    ) -> Caller:
         root = self.federation.root
         context = pinned_context(root / "lab-1" / "ca.pem")
         directory = ClientDirectory.open(root / lab) if lab else None
         owner = certificate_of or lab
         if owner:
             context.load_cert_chain(root / owner / "certificate.pem", root / owner / "node.key")
-        return Caller(httpx.Client(verify=context, base_url=self.url, timeout=30), directory)
+        transport = httpx.HTTPTransport(verify=context, local_address=address)
+        return Caller(httpx.Client(transport=transport, base_url=self.url, timeout=30), directory)
 
     def announced(self, path: str, length: int) -> int:
         """The status of a request that announces a body and sends none of it."""
@@ -451,11 +454,9 @@ def test_garbage_does_not_enrol(port: Port, body: bytes) -> None:
 def test_failed_enrolments_of_one_address_do_not_stop_those_of_another(
     port: Port, tmp_path: Path
 ) -> None:
-    context = pinned_context(port.federation.root / "lab-1" / "ca.pem")
-    transport = httpx.HTTPTransport(verify=context, local_address="127.0.0.9")
-    with httpx.Client(transport=transport, base_url=port.url, timeout=30) as stranger:
-        statuses = [stranger.post("/v1/enrol", content=b"guess").status_code for _ in range(40)]
-    assert statuses == [400] * 30 + [429] * 10
+    with port.caller(address="127.0.0.9") as stranger:
+        answers = [stranger.http.post("/v1/enrol", content=b"guess") for _ in range(40)]
+    assert [answer.status_code for answer in answers] == [400] * 30 + [429] * 10
     federation = port.federation
     invite = tmp_path / "lab-8.invite"
     federation.run("c", "server", "invite", federation.coordinator, "lab-8", "--out", invite)

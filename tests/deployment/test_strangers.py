@@ -68,14 +68,22 @@ def port(tmp_path: Path, sample: Path) -> Iterator[Port]:
 
 
 class Served:
-    """A lab that is there all along: each call on a new connection, and how long the worst took."""
+    """A lab that is there all along, at an address of its own: each call on a new connection, and
+    how long the worst took."""
 
     def __init__(self, lab: Callable[[], Caller]) -> None:
         self._lab, self._stop, self.calls, self.worst_s = lab, threading.Event(), 0, 0.0
         self._thread = threading.Thread(target=self._call, daemon=True)
         self._node = lab().activate()
+        self.errors: list[Exception] = []
 
     def _call(self) -> None:
+        try:
+            self._call_on()
+        except Exception as error:
+            self.errors.append(error)
+
+    def _call_on(self) -> None:
         body = SendNodeHeartbeatRequest(node=Node(node_id=self._node), heartbeat_interval=30)
         while not self._stop.wait(0.1):
             began = time.monotonic()
@@ -156,7 +164,7 @@ def test_coordinator_stays_small_and_serves_its_labs(port: Port, attack: str) ->
     before, links = reset(coordinator.pid), []  # type: int, list[socket.socket]
     began = time.monotonic()
     try:
-        with Served(partial(port.caller, "lab-2")) as lab:
+        with Served(partial(port.caller, "lab-2", address="127.0.0.2")) as lab:
             {"idle": lambda p: idle(p, links), "heads": heads, "trees": trees}[attack](port)
         assert port.healthy()
     finally:
@@ -170,6 +178,7 @@ def test_coordinator_stays_small_and_serves_its_labs(port: Port, attack: str) ->
     )
     assert grown < MOST
     assert lab.calls > 0
+    assert not lab.errors
 
 
 def endless(link: ssl.SSLSocket, sent: list[int]) -> None:
