@@ -224,7 +224,7 @@ class Daemon:
     def _over(self, entry: Entry) -> str:
         """Why an offer's time is over; empty where it is not, or was closed before."""
         now = datetime.now(UTC)
-        if entry.ended or entry.state == "rejected":
+        if entry.over or entry.state == "rejected":
             return ""
         if entry.state == "waiting":
             return undecided(entry, now=now)
@@ -297,6 +297,7 @@ class Daemon:
         self._follow_settings()
         entry = self._plans.known(offer)
         if entry is None:
+            self._plans.refuse_too_many(offer)  # before the work of looking into its plan
             entry = self._plans.offered(document, parameters=parameters_of(offer.plan))
             self._note(
                 f"offer {entry.sha256} of plan {entry.plan_sha256} has come: see "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from cytofed.encoder import Given, is_shipped, refuse_seen, shipped
 from cytofed.errors import InputError, VerificationError
 from cytofed.labels import Scheme, load_map, load_scheme
 from cytofed.messages import Order, Update
-from cytofed.plan import Plan
+from cytofed.plan import Model, Plan
 from cytofed.privacy.ledger import Ledger, Limits
 from cytofed.start import START_FILE, model_of, read_start, write_start
 
@@ -237,15 +238,20 @@ def parameters_of(plan: Plan) -> int:
     Errors: InputError for a plan that starts from a file (plans open no files at a lab), or for a
     net that no lab could train.
     """
-    from cytofed import models
-
     start = plan.model.start
     if start != "random" and not is_shipped(start) and Given.named(start) is None:
         raise InputError(
             f"plan {plan.sha256[:12]} starts from {start!r:.60}, a file and no name",
             hint=f"labs start from random weights or a shipped encoder: {', '.join(shipped())}",
         )
-    return models.shapes(plan.model, len(load_scheme(plan.labels.scheme).codes)).size
+    return _size_of(plan.model, len(load_scheme(plan.labels.scheme).codes))
+
+
+@lru_cache(64)
+def _size_of(model: Model, classes: int) -> int:
+    from cytofed import models
+
+    return models.shapes(model, classes).size
 
 
 def make_start(plan: Plan, folder: Path, *, parameters: int) -> None:

@@ -495,6 +495,7 @@ class PlanBook:
         self.own = own
         self._verified = verified
         self._clock = clock
+        self._parsed: dict[Path, tuple[tuple[int, int, int], Entry]] = {}
 
     def __repr__(self) -> str:
         return f"PlanBook({str(self.folder)!r}, lab={self.own.name!r})"
@@ -508,6 +509,8 @@ class PlanBook:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):  # replaced by another process meanwhile
                 found.append(self._read(path))
+        for gone in self._parsed.keys() - set(paths):
+            self._parsed.pop(gone, None)
         return tuple(sorted(found, key=lambda entry: entry.offered_at))
 
     def offered(self, document: bytes, *, parameters: int) -> Entry:
@@ -521,7 +524,7 @@ class PlanBook:
             path = self._path(offer)
             if path.exists():
                 return self._read(path)
-            self._refuse_too_many(offer)
+            self.refuse_too_many(offer)
             entry = self._write(Entry(offer, document, parameters, "waiting", self._clock()))
             for other in self.entries():
                 if other.run == offer.run and other.state == "waiting" and other != entry:
@@ -535,9 +538,9 @@ class PlanBook:
                     )
             return entry
 
-    def _refuse_too_many(self, offer: Offer) -> None:
+    def refuse_too_many(self, offer: Offer) -> None:
         """Whoever offers without end fills no disk: what may still become a run is counted, and
-        what was closed before anybody decided."""
+        what was closed before anybody decided. Errors: TooManyOffers."""
         entries = self.entries()
         others = [e for e in entries if e.run != offer.run and not e.ended]
         if sum(e.state == "waiting" for e in others) >= MAX_WAITING:
@@ -941,6 +944,16 @@ class PlanBook:
         return entry
 
     def _read(self, path: Path) -> Entry:
+        """An offer's file, parsed anew where it is another than before: files are replaced whole,
+        and each order and each turn of the daemon asks for all of them."""
+        found = path.stat()
+        mark = (found.st_ino, found.st_mtime_ns, found.st_size)
+        known = self._parsed.get(path)
+        if known is None or known[0] != mark:
+            self._parsed[path] = known = (mark, self._parse(path))
+        return known[1]
+
+    def _parse(self, path: Path) -> Entry:
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
             document = bytes.fromhex(tree["document"])

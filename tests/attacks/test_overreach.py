@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,24 @@ def test_a_lab_that_was_killed_knows_what_it_answered(stage: Boundary) -> None:
     refused(stage, lambda: stage.train(offer, 2), "round 3 came")
 
 
-def test_an_approval_that_was_not_used_in_time_is_over(stage: Boundary) -> None:
-    plan = plan_of(**ROUNDS, cohort={"min_labs": 1, "approval_days": 1e-7})
-    offer = stage.approved(plan)
+def test_what_was_not_decided_or_started_in_time_is_over(
+    stage: Boundary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(**ROUNDS, cohort={"min_labs": 1, "approval_days": 3})
+    offer, waiting = stage.approved(plan), stage.offer(plan, "run-2")
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Later:
+            return super().now(tz) + timedelta(days=3, minutes=1)
+
+    monkeypatch.setattr("cytofed.client.daemon.datetime", Later)
     refused(stage, lambda: stage.train(offer, 1), "approval_days")
     stage.daemon._idle()
-    [entry] = stage.lab.plans().entries()
-    assert entry.ended
-    assert "approval_days" in entry.reason
-    waiting = stage.offer(plan, "run-2")
-    stage.daemon._idle()
-    entry = next(e for e in stage.lab.plans().entries() if e.run == waiting.run)
-    assert entry.state == "rejected"
+    approved, undecided = (
+        next(e for e in stage.lab.plans().entries() if e.run == of.run) for of in (offer, waiting)
+    )
+    assert approved.ended
+    assert "approval_days" in approved.reason
+    assert undecided.state == "expired"
+    refused(stage, lambda: stage.train(offer, 1), "approved")
