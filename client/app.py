@@ -107,7 +107,7 @@ class Lab:
     calibration: Cells | None = None
     """kept out of training and test, for the model's temperature"""
     budget: Budget | None = field(default=None, repr=False)
-    """needed by plans with differential privacy"""
+    """needed by plans with differential privacy; None: a simulation, which counts nothing else"""
     declared_patients: int | None = None
     """the lab's own public figure; images with ``privacy.unit: image``"""
     secure: SecureLab | None = field(default=None, repr=False)
@@ -320,10 +320,13 @@ class _Net:
 def _kept(order: Order, lab: Lab) -> Update | None:
     """The round's update where it was made before: nothing is trained or spent again."""
     update = None if lab.updates is None else lab.updates.load(order)
-    if update is not None and lab.plan.privacy.unit != "none":
-        assert lab.budget is not None
-        lab.budget.reserve(order)  # another slot of the round; refuses what is no repeat
-        lab.budget.release(order, update.parts)
+    if update is not None:
+        private = lab.plan.privacy.unit != "none"
+        assert lab.budget is not None or not private
+        if lab.budget is not None:
+            lab.budget.reserve(order)  # another slot of the round; refuses what is no repeat
+            if private:
+                lab.budget.release(order, update.parts)
     return update
 
 
@@ -398,9 +401,12 @@ def _train_plainly(
     correction: Correction | None,
     on_step: Callable[[Progress], None] | None,
 ) -> _Outcome:
+    """One round without privacy: a use of the patients all the same, which the ledger has first."""
     from cytofed.client import training
 
     plan = lab.plan
+    if lab.budget is not None:
+        lab.budget.reserve(order)
     trained = training.train(
         net.net,
         lab.train,
@@ -486,6 +492,8 @@ def _evaluate(order: Order, lab: Lab, net: _Net) -> Tally:
     Errors: RefusedError for a private plan that pays for no scores.
     """
     if lab.plan.privacy.unit == "none":
+        if lab.budget is not None:
+            lab.budget.reserve(order)
         return _tally(order, lab, net)
     return _evaluate_privately(order, lab, net)
 

@@ -53,7 +53,6 @@ class LedgerBudget:
                 federation=self.federation,
                 plan_sha256=plan_sha256,
                 cost=terms.cost(declared_patients),
-                prv=terms.total(),
             )
 
     def approved(self, plan_sha256: str) -> bool:

@@ -353,11 +353,18 @@ def budget(folder: Path, restore_charge: bool, as_json: bool) -> int:
     if as_json:
         _print_json(found)
         return 0
-    say(f"pool {found['pool']}, by RDP composition of everything ever spent and held")
+    say(f"pool {found['pool']}: everything ever spent and held, over all federations and plans")
+    since = found["unbounded"]
     for key in ("spent", "held", "total"):
         value = found[key]
-        epsilon = "unbounded" if value["epsilon"] is None else shown(value["epsilon"])
-        say(f"{key:6} epsilon {epsilon} at delta {value['delta']:g}, per {found['unit']}")
+        if value["epsilon"] is None:
+            when = f" since {since['since'][:10]}, run {since['run']}" if since else ""
+            say(f"{key:6} unbounded{when}: without differential privacy")
+            continue
+        say(
+            f"{key:6} epsilon {shown(value['epsilon'])} at delta {value['delta']:g}, per "
+            f"{found['unit']}, by {value['accountant']}"
+        )
     return 0
 
 

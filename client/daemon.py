@@ -659,13 +659,11 @@ class Daemon:
 
     def _settling(self, offer: Offer, order: Order) -> Callable[[], None]:
         """After the answer has arrived: the ledger notes it."""
-        if offer.plan.privacy.unit == "none":
-            return lambda: None
         budget = LimitedBudget(
             self._settings.ledger,
             self._settings.pool,
             self._ledger_name(offer),
-            offer.plan.privacy.unit,
+            "patient",
             self._settings.limits.of_ledger(),
         )
         return lambda: budget.settle(order)
@@ -687,7 +685,8 @@ class Daemon:
         clip, sigma = terms.max_norm, terms.training.sigma
         if kind == "evaluate" and terms.tally is not None:
             clip, sigma = terms.tally.max_norm, terms.tally.sigma
-        return Protection(unit, clip=clip, sigma=sigma, epsilon=spent.epsilon, delta=spent.delta)
+        epsilon = spent.epsilon if math.isfinite(spent.epsilon) else None
+        return Protection(unit, clip=clip, sigma=sigma, epsilon=epsilon, delta=spent.delta)
 
 
 @dataclass(frozen=True)

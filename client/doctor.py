@@ -281,11 +281,21 @@ def check_budget(settings: Settings) -> Iterator[Finding]:
         yield Finding("budget", "fail", error.message, error.hint)
         return
     spent, total = balance.spent, balance.total
+    limit = settings.limits.max_epsilon
+    if balance.unbounded is not None:
+        detail = f"pool {settings.pool}: {balance.unbounded}, by a use without differential privacy"
+        if limit is None:
+            yield Finding("budget", "ok", f"{detail}; no limit")
+        else:
+            way_out = "name another pool for other patients, or remove limits.max_epsilon"
+            yield Finding(
+                "budget", "warn", f"{detail}: the limit of {limit:g} cannot hold", way_out
+            )
+        return
     used = (
         f"pool {settings.pool}: epsilon {shown(spent.epsilon)} spent, {shown(total.epsilon)} with "
-        f"what is held, at delta {spent.delta:g}, per {unit}"
+        f"what is held, at delta {spent.delta:g}, per {unit}, by {total.accountant}"
     )
-    limit = settings.limits.max_epsilon
     if limit is None:
         yield Finding("budget", "ok", f"{used}; no limit")
     elif total.epsilon >= limit:

@@ -105,8 +105,16 @@ def _from_ledger(facts: Facts) -> str:
 
 def _epsilon(guarantee: Mapping[str, Any], unit: str) -> str:
     value = guarantee["epsilon"]
-    text = "no differential privacy" if value is None else f"epsilon {shown(float(value))}"
-    return text if value is None else f"{text} at delta {guarantee['delta']:g}, per {unit}"
+    if value is None:
+        return "unbounded: without differential privacy"
+    by = f", by {guarantee['accountant']}" if guarantee.get("accountant") else ""
+    return f"epsilon {shown(float(value))} at delta {guarantee['delta']:g}, per {unit}{by}"
+
+
+def _since(budget: Mapping[str, Any]) -> str:
+    """Since when, and by which run, nothing bounds what may be known; empty where it is bounded."""
+    found = budget.get("unbounded")
+    return "" if not found else f"since {found['since'][:10]}, run {found['run']}"
 
 
 def _day(at: datetime) -> str:
@@ -137,7 +145,7 @@ def _headline(facts: Facts) -> str:
         ("plans approved", str(len(approved)), " ".join(_plan_refs(approved))),
         (
             f"epsilon spent, per {facts.budget['unit']}",
-            "unbounded" if spent is None else shown(float(spent)),
+            escape(f"unbounded {_since(facts.budget)}") if spent is None else shown(float(spent)),
             _from_ledger(facts),
         ),
     )
@@ -373,8 +381,15 @@ def _budget(facts: Facts) -> str:
         + _table(("", "", "from"), rows)
         + _table(("run", "rounds and scores paid for", "plan"), spent)
         + (
-            f"<p class=warning>There are also plans that protect another unit ({escape(other)}): "
-            "the figures above do not cover them.</p>"
+            "<p class=warning>These patients were used without differential privacy, or in a way "
+            f"that nothing bounds, {escape(_since(budget))}: since then no epsilon says what can "
+            "be learnt about one of them.</p>"
+            if budget.get("unbounded")
+            else ""
+        )
+        + (
+            f"<p>Some of it was promised for another unit ({escape(other)}); above it stands as it "
+            f"counts for one {escape(unit)}.</p>"
             if other
             else ""
         ),

@@ -29,7 +29,7 @@ from cytofed.client.settings import Settings
 from cytofed.client.split import Bools, hold_out, hold_out_alone, image_keys, test_split, units
 from cytofed.documents import Offer
 from cytofed.encoder import Given, is_shipped, refuse_seen, shipped
-from cytofed.errors import InputError, VerificationError
+from cytofed.errors import InputError, RefusedError, VerificationError
 from cytofed.labels import Scheme, load_map, load_scheme
 from cytofed.messages import Order, Update
 from cytofed.plan import Model, Plan
@@ -64,6 +64,28 @@ class LimitedBudget(LedgerBudget):
         opened = Ledger.open(self.path, pool=self.pool, unit=self.unit, limits=self.limits)
         with opened as book:
             yield book
+
+    def check_images(self, plan_sha256: str, images: Images) -> None:
+        """That no patient has more images than the price of a plan counts on.
+
+        Errors: RefusedError.
+        """
+        with self._open() as book:
+            holds = [
+                hold
+                for hold in book.holds()
+                if (hold.federation, hold.plan_sha256) == (self.federation, plan_sha256)
+                and hold.state == "active"
+            ]
+        found = images.largest_patient
+        for most in [hold.cost.images_per_patient for hold in holds]:
+            if most is not None and (found is None or found > most):
+                raise RefusedError(
+                    f"a patient here has {found or 'nobody knows how many'} images, the price of "
+                    f"plan {plan_sha256[:12]} counts on images_per_patient={most} at most",
+                    hint="correct images_per_patient in client.yaml, reject the plan and approve "
+                    "it anew",
+                )
 
     def release(self, order: Order, parts: Parts) -> None:
         """Name what may leave; ``settle`` says that it has."""
@@ -112,6 +134,16 @@ class Images:
     train: Cells = field(repr=False)
     test: Cells = field(repr=False)
     calibration: Cells = field(repr=False)
+
+    @property
+    def largest_patient(self) -> int | None:
+        """Images of the patient who has most; None where nobody knows whose they are."""
+        parts = [part.patients_N for part in (self.train, self.test, self.calibration)]
+        known = [part_N for part_N in parts if part_N is not None]
+        if len(known) < len(parts):
+            return None
+        counts = np.unique(np.concatenate(known), return_counts=True)[1]
+        return int(counts.max(initial=0))
 
 
 def kept_for_calibration(train: Cells, plan: Plan) -> npt.NDArray[np.bool_]:
@@ -294,9 +326,11 @@ def open_lab(
         settings.ledger,
         settings.pool,
         federation,
-        plan.privacy.unit,
+        "patient",
         settings.limits.of_ledger(),
     )
+    if plan.privacy.unit == "image":
+        budget.check_images(plan.sha256, images)
     private = plan.privacy.unit != "none"
     return Lab(
         name=name,
@@ -308,7 +342,7 @@ def open_lab(
         absent_C=absent_classes(plan, scheme, images.train),
         start=folder / START_FILE,
         memory=memory,
-        budget=budget if private else None,
+        budget=budget,
         declared_patients=settings.patients_declared if private else None,
         secure=secure,
         updates=OutboxUpdates(outbox, federation, private),

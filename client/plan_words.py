@@ -119,6 +119,9 @@ def _price(price: Mapping[str, Any] | None) -> Iterator[str]:
                     else "protects single images, not patients")  # fmt: skip
     for key, name in (("spent", "spent so far"), ("held", "set aside"), ("after", "after it")):
         yield _line(name, _epsilon(privacy[key]))
+    if since := privacy.get("unbounded"):
+        yield _line("", f"unbounded since {since['since'][:10]}, run "
+                        f"{one_line(since['run'], most=64)}: without privacy")  # fmt: skip
     if privacy["limit"] is None:
         yield _line("limit", "none is set in client.yaml")
     else:
@@ -131,7 +134,8 @@ def _price(price: Mapping[str, Any] | None) -> Iterator[str]:
 def _epsilon(of: Mapping[str, Any]) -> str:
     if of["epsilon"] is None:
         return "unbounded"
-    return f"epsilon {shown(float(of['epsilon']))} at delta {of['delta']:g}, per {of['unit']}"
+    by = f", by {of['accountant']}" if of.get("accountant") else ""
+    return f"epsilon {shown(float(of['epsilon']))} at delta {of['delta']:g}, per {of['unit']}{by}"
 
 
 def _secure(plan: Plan) -> Iterator[str]:

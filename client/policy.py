@@ -42,10 +42,10 @@ from cytofed.labels import load_map, load_scheme
 from cytofed.metrics import Tally
 from cytofed.plan import Plan, to_dict
 from cytofed.plan_check import check_plan
-from cytofed.privacy import accounting, wire
-from cytofed.privacy.accounting import Guarantee, NonPrivate, PlanCost, check_delta, max_rounds
+from cytofed.privacy import wire
+from cytofed.privacy.accounting import Guarantee, NonPrivate, PlanCost, check_delta
 from cytofed.privacy.identity import PublicIdentity
-from cytofed.privacy.ledger import Hold, Ledger, NotApproved
+from cytofed.privacy.ledger import Hold, Ledger, NotApproved, Unbounded
 from cytofed.privacy.terms import declared_of, delta_of, patients_of, patients_told, terms_of
 from cytofed.secure_round import encoding_of, tally_encoding
 from cytofed.strategies import make_strategy
@@ -93,8 +93,9 @@ def cost_of(plan: Plan, settings: Settings, lab: str) -> PlanCost:
 
     Errors: RefusedError where a private plan states another number of patients than the lab.
     """
+    images = settings.images_per_patient if settings.patients else None
     if plan.privacy.unit == "none":
-        return _stated_cost(plan, lab)
+        return _stated_cost(plan, lab, images)
     stated, own = declared_of(plan, lab), settings.patients_declared
     if own is None:
         raise RefusedError(
@@ -107,20 +108,24 @@ def cost_of(plan: Plan, settings: Settings, lab: str) -> PlanCost:
             f"this lab declares {own}: the noise is scaled by that number",
             hint=f"ask for a plan with privacy.declared_patients: {{{lab}: {own}}}",
         )
-    return _stated_cost(plan, lab)
+    return _stated_cost(plan, lab, images)
 
 
-def _stated_cost(plan: Plan, lab: str) -> PlanCost:
+def _stated_cost(plan: Plan, lab: str, images_per_patient: int | None) -> PlanCost:
     """The cost as approved, whatever client.yaml says now."""
-    terms = terms_of(plan)
+    terms, every = terms_of(plan), plan.evaluated_every
     if terms is None:
-        return PlanCost(delta_of(plan), 1, plan.train.rounds, NonPrivate())
-    return terms.cost(declared_of(plan, lab) or 1)
+        return PlanCost(delta_of(plan), 1, plan.train.rounds, NonPrivate(), evaluate_every=every)
+    cost = terms.cost(declared_of(plan, lab) or 1)
+    if cost.unit != "image":
+        return cost
+    return replace(cost, images_per_patient=images_per_patient)
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a plan costs this lab. ``after``: the pool's spend if all of it is trained.
+    """What a plan costs this lab. ``plan``: by itself, as the ledger would hold it; ``after``: the
+    pool's spend if all of it is trained.
 
     ``left`` is the limit less what is spent and held; None without a limit.
     """
@@ -132,6 +137,8 @@ class Price:
     spent: Guarantee
     held: Guarantee
     after: Guarantee
+    unbounded: Unbounded | None
+    images_per_patient: int | None
     limit: float | None
     left: float | None
     fitting_rounds: int
@@ -156,12 +163,14 @@ class Price:
             "privacy": {
                 "unit": self.unit,
                 "plan": None if self.plan is None else _guarantee(self.plan),
+                "images_per_patient": self.images_per_patient,
                 "statement": "none: not differentially private"
                 if self.plan is None
                 else str(self.plan),
                 "spent": _guarantee(self.spent),
                 "held": _guarantee(self.held),
                 "after": _guarantee(self.after),
+                "unbounded": None if self.unbounded is None else self.unbounded.to_json(),
                 "limit": self.limit,
                 "left": self.left,
                 "fitting_rounds": self.fitting_rounds,
@@ -183,7 +192,13 @@ class Price:
 def _guarantee(of: Guarantee) -> dict[str, Any]:
     finite = of.epsilon != float("inf")
     epsilon = of.epsilon if finite else None
-    return {"epsilon": epsilon, "delta": of.delta, "unit": of.unit, **patients_told(of)}
+    return {
+        "epsilon": epsilon,
+        "delta": of.delta,
+        "unit": of.unit,
+        "accountant": of.accountant,
+        **patients_told(of),
+    }
 
 
 def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parameters: int) -> Price:
@@ -193,32 +208,27 @@ def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parame
     hold together.
     """
     plan = offer.plan
-    warnings = tuple(check_plan(plan))
+    warnings = check_plan(plan)
     terms = terms_of(plan, patients_of(plan, len(offer.roster.members)))
     cost = cost_of(plan, settings, lab)
+    if terms is not None and plan.privacy.unit == "image":
+        warnings.append(f"the plan promises {terms.total()}; the price here is of a patient")
     balance, limit = book.balance(), settings.limits.max_epsilon
-    same_unit = cost.unit == book.unit
-    holds = [hold for hold in book.holds() if hold.cost.unit == book.unit]
-    delta = settings.limits.delta or min(cost.delta, *(hold.cost.delta for hold in holds), 1.0)
-    before = [*book.spent_events(), *(e for hold in holds for e in hold.remaining_events())]
-    after, rounds = balance.total, cost.rounds
-    if same_unit:
-        after = accounting.price([*before, *cost.events()], delta, accountant="RDP")
-        if limit is not None:
-            rounds = max_rounds(cost, epsilon=limit, delta=delta, before=before)
     per_round, evaluation = bytes_out(offer, parameters)
     evaluations = -(-plan.train.rounds // plan.evaluated_every) if evaluation else 0
     return Price(
         rounds=plan.train.rounds,
         steps_per_round=plan.train.steps_per_round if terms is None else terms.training.steps,
         unit=plan.privacy.unit,
-        plan=None if terms is None else terms.total(),
+        plan=None if terms is None else replace(book.price(cost), patients=terms.patients),
         spent=balance.spent,
         held=balance.held,
-        after=after,
+        after=book.after(cost),
+        unbounded=balance.unbounded,
+        images_per_patient=cost.images_per_patient,
         limit=limit,
         left=None if limit is None else max(0.0, limit - balance.total.epsilon),
-        fitting_rounds=rounds,
+        fitting_rounds=book.fitting_rounds(cost),
         bytes_per_round=per_round + evaluation,
         bytes_total=plan.train.rounds * per_round + evaluations * evaluation,
         parameters=parameters,
@@ -229,7 +239,7 @@ def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parame
         secure_aggregation=plan.secure_aggregation.enabled,
         roster_sha256=offer.roster.sha256,
         labs=fingerprints(offer),
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
 
 
@@ -711,14 +721,11 @@ class PlanBook:
                 return self._write(replace(entry, state="waiting"))
             self._end_others(entry, book)
             price = price_of(offer, settings, book, lab=lab, parameters=entry.parameters)
-            hold = ""
-            if price.plan is not None:  # what has no price has nothing to set aside
-                hold = book.hold(
-                    federation=ledger_federation(offer.federation, lab),
-                    plan_sha256=entry.plan_sha256,
-                    cost=cost_of(offer.plan, settings, lab),
-                    prv=price.plan,
-                ).id
+            hold = book.hold(
+                federation=ledger_federation(offer.federation, lab),
+                plan_sha256=entry.plan_sha256,
+                cost=cost_of(offer.plan, settings, lab),
+            ).id
             return self._write(
                 replace(
                     entry,
@@ -856,7 +863,9 @@ class PlanBook:
                     entry.offer, settings, book, lab=self.own.name, parameters=entry.parameters
                 )
                 price = now.to_json()
-                if now.fitting_rounds < now.rounds:
+                if now.unbounded is not None and now.limit is not None:
+                    refused = refused or f"the pool is {now.unbounded}: no limit on it can hold"
+                elif now.fitting_rounds < now.rounds:
                     over = f"{now.fitting_rounds} of {now.rounds} rounds fit limits.max_epsilon"
                     refused = refused or over
             except (RefusedError, InputError) as error:
@@ -908,7 +917,7 @@ class PlanBook:
                 entry.hold,
                 ledger_federation(entry.offer.federation, self.own.name),
                 entry.plan_sha256,
-                _stated_cost(entry.offer.plan, self.own.name),
+                _stated_cost(entry.offer.plan, self.own.name, _images_approved(entry)),
             )
             for entry in self.entries()
             if entry.hold
@@ -1033,6 +1042,12 @@ def _refuse_over(entry: Entry, *, now: datetime) -> None:
 def _same_person(name: str) -> str:
     """A name without what two spellings of it differ in."""
     return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
+
+
+def _images_approved(entry: Entry) -> int | None:
+    """The most images of one patient, as the price of an approval has it."""
+    found = ((entry.price or {}).get("privacy") or {}).get("images_per_patient")
+    return found if isinstance(found, int) else None
 
 
 def _plan_changes(last: Entry, entry: Entry) -> Iterator[str]:

@@ -86,7 +86,8 @@ class Settings:
     ``data``: folder or CSV of images. ``labels``: label map; None finds it, which
     private plans do not take. ``patients``: who is who, such as ``column:patient``; ``none`` where
     a column of that name is none. ``patients_declared``: this lab's public, rounded number of
-    patients. ``pool``: whose budget is spent: labs that share patients share a pool's name.
+    patients. ``images_per_patient``: the most that one patient has, for plans that protect single
+    images. ``pool``: whose budget is spent: labs that share patients share a pool's name.
     """
 
     data: Path
@@ -94,6 +95,7 @@ class Settings:
     labels: str | None = None
     patients: str | None = None
     patients_declared: int | None = None
+    images_per_patient: int | None = None
     pool: str = "default"
     storage_key: str | None = None
     """where the key is that encrypts what is kept: see cytofed.client.storage; None: storage.key"""
@@ -210,6 +212,7 @@ labels:{labels}                # label map: a name or a YAML file (private plans
 patients:{patients}              # who is who: column:NAME, folder:DEPTH, name:REGEX or none
 # public, rounded number of this lab's patients; private plans must carry it
 patients_declared:{patients_declared}
+# images_per_patient: 200            # at most, for plans that protect images and not patients
 
 # --- whose budget
 # All federations that use the same patients must name the same pool and ledger.
@@ -288,6 +291,7 @@ def _check(settings: Settings, source: str) -> None:
     least: dict[str, tuple[float | None, float]] = {
         "patients_declared": (settings.patients_declared, 1),
         "approvals": (settings.approvals, 1),
+        "images_per_patient": (settings.images_per_patient, 1),
         "limits.min_cohort": (limits.min_cohort, 0),
         "limits.min_trusted_peers": (limits.min_trusted_peers, 0),
         "limits.max_bytes_per_round": (limits.max_bytes_per_round, 1),

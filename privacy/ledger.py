@@ -13,6 +13,10 @@ The order of things is what makes a crash overstate the spend, never understate 
     settle   after sending
     free     on reject, leave, run's end: what was never reserved
 
+Every use of the patients is an entry. One without differential privacy leaves their epsilon
+unbounded from then on; one that protects single images counts for a patient with as many as the
+lab says that one has at most. What it all costs is one number, by ``accounting.spend``.
+
 No torch is imported here.
 """
 
@@ -39,12 +43,14 @@ from cytofed.privacy.accounting import (
     Guarantee,
     NonPrivate,
     PlanCost,
+    PlanUse,
     Unit,
     event_from_dict,
     event_to_dict,
+    in_unit,
     max_rounds,
-    price,
     shown,
+    spend,
     times,
 )
 
@@ -164,13 +170,34 @@ class Reservation:
 
 
 @dataclass(frozen=True)
+class Unbounded:
+    """The first use of the patients that nothing bounds."""
+
+    since: datetime
+    run: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"since": self.since.isoformat(), "run": self.run}
+
+    def __str__(self) -> str:
+        return f"unbounded since {self.since:%Y-%m-%d}, run {self.run}"
+
+
+@dataclass(frozen=True)
 class Balance:
-    """Composed by RDP at the lab's own delta. ``total`` is spent and held together."""
+    """At the lab's own delta, by ``accounting.spend``. ``total`` is spent and held together."""
 
     spent: Guarantee
     held: Guarantee
     total: Guarantee
     last_year: Guarantee
+    unbounded: Unbounded | None = None
+
+    def told(self, guarantee: Guarantee) -> str:
+        """An epsilon of this balance in words, since when there is none where there is none."""
+        if math.isfinite(guarantee.epsilon):
+            return str(guarantee)
+        return "unbounded" if self.unbounded is None else str(self.unbounded)
 
 
 def event_of(cost: PlanCost, task: Task) -> Event | None:
@@ -202,6 +229,17 @@ class _Round:
     settled: bool = False
 
 
+@dataclass(frozen=True)
+class _Charge:
+    """What is counted as spent after a rollback, of the hold that it was approved by."""
+
+    at: datetime
+    hold: str
+    plan_sha256: str
+    run: str
+    event: Event
+
+
 _RoundKey = tuple[str, str, Task, int]
 
 
@@ -211,7 +249,7 @@ class _State:
     def __init__(self) -> None:
         self.holds: dict[str, Hold] = {}
         self.rounds: dict[_RoundKey, _Round] = {}
-        self.charges: list[tuple[datetime, str, Event]] = []
+        self.charges: list[_Charge] = []
 
     def apply(self, entry: _Entry) -> None:
         body = entry.body
@@ -247,9 +285,16 @@ class _State:
             case "restore":
                 for hold_id in body["holds"]:
                     self.holds[hold_id] = replace(self.holds[hold_id], state="charged")
-                for charge in body["charges"]:
-                    event = event_from_dict(charge["event"])
-                    self.charges.append((entry.at, charge["plan_sha256"], event))
+                for number, charge in enumerate(body["charges"]):
+                    self.charges.append(
+                        _Charge(
+                            entry.at,
+                            charge.get("hold", f"{entry.hash} {number}"),
+                            charge["plan_sha256"],
+                            charge.get("run", f"of plan {charge['plan_sha256'][:12]}"),
+                            event_from_dict(charge["event"]),
+                        )
+                    )
             case "open":
                 pass
             case _:
@@ -258,18 +303,39 @@ class _State:
                     hint="use the version that wrote it, or a later one",
                 )
 
-    def spent(self, unit: Unit, since: datetime | None = None) -> list[Event]:
-        dated = [(r.at, r.event) for r in self.rounds.values()]
-        dated += [(at, event) for at, _, event in self.charges]
-        return [e for at, e in dated if e.unit == unit and (since is None or at >= since)]
+    def uses(
+        self, unit: Unit, *, spent: bool = True, held: bool = False, since: datetime | None = None
+    ) -> dict[str, PlanUse]:
+        """By hold, what counts of each plan in ``unit``."""
+        used: dict[str, list[Event]] = {}
+        if spent:
+            for known in self.rounds.values():
+                if since is None or known.at >= since:
+                    used.setdefault(known.hold, []).append(known.event)
+            for charge in self.charges:
+                if since is None or charge.at >= since:
+                    used.setdefault(charge.hold, []).append(charge.event)
+        if held:
+            for hold in self.holds.values():
+                used.setdefault(hold.id, []).extend(hold.remaining_events())
+        return {key: self._use(key, events, unit) for key, events in used.items() if events}
 
-    def held(self, unit: Unit) -> list[Event]:
-        return [
-            event
-            for hold in self.holds.values()
-            if hold.cost.unit == unit
-            for event in hold.remaining_events()
-        ]
+    def _use(self, key: str, events: Sequence[Event], unit: Unit) -> PlanUse:
+        hold = self.holds.get(key)
+        images = None if hold is None else hold.cost.images_per_patient
+        used = tuple(in_unit(event, unit, images) for event in events)
+        return PlanUse(used if hold is None else hold.cost.events_in(unit), used)
+
+    def unbounded(self, unit: Unit, since: datetime | None = None) -> Unbounded | None:
+        """The first of what was spent that has no bound in ``unit``."""
+        dated = [(r.at, r.order.run, r.hold, r.event) for r in self.rounds.values()]
+        dated += [(c.at, c.run, c.hold, c.event) for c in self.charges]
+        for at, run, key, event in sorted(dated, key=lambda one: one[0]):
+            known = self._use(key, [event], unit).used[0]
+            late = since is None or at >= since
+            if late and (isinstance(known, NonPrivate) or known.sigma == 0):
+                return Unbounded(at, run)
+        return None
 
 
 class Ledger:
@@ -396,34 +462,36 @@ class Ledger:
             "`cytofed client budget DIR --restore-charge`",
         )
 
-    def hold(
-        self,
-        *,
-        federation: str,
-        plan_sha256: str,
-        cost: PlanCost,
-        prv: Guarantee | None = None,
-    ) -> Hold:
-        """Set a plan's full price aside. Called by approval; ``prv`` is shown in a refusal.
+    def hold(self, *, federation: str, plan_sha256: str, cost: PlanCost) -> Hold:
+        """Set a plan's full price aside, which is ``price`` of it. Called by approval.
 
         Approving again while a hold is active changes nothing.
-        Errors: OverBudget (exit 3) with both prices and the largest number of rounds that fits;
-        RefusedError where a limit is set and the plan's unit is not the pool's.
+        Errors: OverBudget (exit 3) with the price and the largest number of rounds that fits;
+        RefusedError for a plan that protects nobody where a limit is set.
         """
         with self._transaction() as append:
             state = self._state
             for hold in state.holds.values():
                 same = (hold.federation, hold.plan_sha256) == (federation, plan_sha256)
-                if same and hold.remaining["train"]:
+                if same and hold.cost == cost and hold.remaining["train"]:
                     return hold
-            self._refuse_over_budget(plan_sha256, cost, prv)
+            self._refuse_over_budget(plan_sha256, cost)
+            # Approved before at another price, and no run has drawn on it: this takes its place.
+            outdated = [
+                hold.id
+                for hold in state.holds.values()
+                if (hold.federation, hold.plan_sha256) == (federation, plan_sha256)
+                and hold.state == "active"
+                and hold.run is None
+            ]
+            if outdated:
+                append("free", {"holds": outdated, "reason": "approved anew"})
             entry = append(
                 "hold",
                 {
                     "federation": federation,
                     "plan_sha256": plan_sha256,
                     "cost": _cost_to_dict(cost),
-                    "prv": None if prv is None else _guarantee_to_dict(prv),
                 },
             )
             return self._state.holds[entry.hash]
@@ -449,7 +517,7 @@ class Ledger:
                     f"this lab approved of plan {order.plan_sha256[:12]} is used up",
                     hint=f"cytofed client approve DIR {order.plan_sha256} pays for another run",
                 )
-            self._refuse_over_limit_now(order, event)
+            self._refuse_over_limit_now(order, hold, event)
             append(
                 "reserve",
                 {"order": _order_to_dict(order), "hold": hold.id, "event": event_to_dict(event)},
@@ -507,39 +575,56 @@ class Ledger:
         """
         with self._transaction() as append:
             active = [hold for hold in self._state.holds.values() if hold.state == "active"]
-            lost = [hold for hold in approved if hold.id not in self._state.holds]
+            charged = {charge.hold for charge in self._state.charges}
+            lost = [h for h in approved if h.id not in self._state.holds and h.id not in charged]
             charges = [
-                {"plan_sha256": hold.plan_sha256, "event": event_to_dict(event)}
+                {
+                    "hold": hold.id,
+                    "plan_sha256": hold.plan_sha256,
+                    **({} if hold.run is None else {"run": hold.run}),
+                    "event": event_to_dict(in_unit(event, self.unit, hold.cost.images_per_patient)),
+                }
                 for hold in (*active, *(replace(h, reserved={}, state="active") for h in lost))
                 for event in hold.remaining_events()
             ]
             accepted = [head for head in seen_heads if head and head not in self._positions]
             holds = [hold.id for hold in active]
             append("restore", {"holds": holds, "charges": charges, "accepts": accepted})
-            return self._price(self._state.spent(self.unit), self._delta())
+            return self._spend(self._state.uses(self.unit))
 
     def holds(self) -> tuple[Hold, ...]:
         """All holds of the pool, in order."""
         with self._transaction(write=False):
             return tuple(self._state.holds.values())
 
-    def spent_events(self) -> tuple[Event, ...]:
-        """What was spent in the pool's unit, in order: for other accountants."""
-        with self._transaction(write=False):
-            return tuple(self._state.spent(self.unit))
-
     def balance(self) -> Balance:
         """Spent and held, in the pool's unit."""
         with self._transaction(write=False):
-            state, delta = self._state, self._delta()
-            spent, held = state.spent(self.unit), state.held(self.unit)
-            recent = state.spent(self.unit, since=self._now() - YEAR)
+            state, unit = self._state, self.unit
             return Balance(
-                self._price(spent, delta),
-                self._price(held, delta),
-                self._price([*spent, *held], delta),
-                self._price(recent, delta),
+                spent=self._spend(state.uses(unit)),
+                held=self._spend(state.uses(unit, spent=False, held=True)),
+                total=self._spend(state.uses(unit, held=True)),
+                last_year=self._spend(state.uses(unit, since=self._now() - YEAR)),
+                unbounded=state.unbounded(unit),
             )
+
+    def price(self, cost: PlanCost) -> Guarantee:
+        """What a plan costs by itself at this ledger's delta: what ``hold`` would set aside."""
+        with self._transaction(write=False):
+            return self._spend({"": PlanUse.all_of(cost.events_in(self.unit))}, cost.delta)
+
+    def after(self, cost: PlanCost) -> Guarantee:
+        """What would be spent and held with a plan's full price."""
+        with self._transaction(write=False):
+            uses = self._state.uses(self.unit, held=True)
+            new = PlanUse.all_of(cost.events_in(self.unit))
+            return self._spend({**uses, "": new}, cost.delta)
+
+    def fitting_rounds(self, cost: PlanCost) -> int:
+        """The most rounds of a plan that fit under every limit, up to all of them."""
+        with self._transaction(write=False):
+            return self._fitting_rounds(cost)
 
     def summary(self) -> dict[str, Any]:
         """``cytofed client budget --json``: values of JSON only; an infinite epsilon is None."""
@@ -560,13 +645,15 @@ class Ledger:
             ]
             charges = [
                 {
-                    "at": at.isoformat(),
-                    "plan_sha256": plan,
+                    "at": charge.at.isoformat(),
+                    "run": charge.run,
+                    "plan_sha256": charge.plan_sha256,
                     "state": "charged",
-                    **event_to_dict(event),
+                    **event_to_dict(charge.event),
                 }
-                for at, plan, event in state.charges
+                for charge in state.charges
             ]
+            unbounded = balance.unbounded
             other = sorted({e["unit"] for e in (*rounds, *charges)} - {self.unit})
             return {
                 "pool": self.pool,
@@ -580,8 +667,8 @@ class Ledger:
                     "epsilon_per_year": self.limits.epsilon_per_year,
                     "delta": self.limits.delta,
                 },
-                "accountant": "RDP",
-                # Not part of the figures above: another unit is never mixed in.
+                "unbounded": None if unbounded is None else unbounded.to_json(),
+                # Of what was spent; the figures above have it as it counts for this pool's unit.
                 "other_units": other,
                 "events": sorted((*rounds, *charges), key=lambda event: str(event["at"])),
                 "head": self._hashes[-1],
@@ -661,37 +748,36 @@ class Ledger:
             )
         return known
 
-    def _refuse_over_budget(self, plan_sha256: str, cost: PlanCost, prv: Guarantee | None) -> None:
+    def _refuse_over_budget(self, plan_sha256: str, cost: PlanCost) -> None:
         if not self.limits.any:
             return
         plan = f"plan {plan_sha256[:12]}"
-        if cost.unit != self.unit:
-            promised = "nothing" if cost.unit == "none" else f"each {cost.unit}"
+        if cost.unit == "none":
             raise RefusedError(
-                f"{plan} protects {promised}, and the limit of pool {self.pool!r} is per "
-                f"{self.unit}",
+                f"{plan} protects nothing, and the limit of pool {self.pool!r} is per {self.unit}",
                 hint=f"a plan with privacy.unit={self.unit} can be kept within the limit",
             )
-        delta = self._delta(cost.delta)
-        held = self._state.held(self.unit)
-        for name, limit, before in self._windows():
-            before = [*before, *held]
-            reached = self._price([*before, *cost.events()], delta).epsilon
-            if reached <= limit:
+        alone = self._spend({"": PlanUse.all_of(cost.events_in(self.unit))}, cost.delta)
+        for name, limit, since in self._windows():
+            before = self._state.uses(self.unit, since=since, held=True)
+            new = PlanUse.all_of(cost.events_in(self.unit))
+            reached = self._spend({**before, "": new}, cost.delta)
+            if reached.epsilon <= limit:
                 continue
-            rdp = self._price(cost.events(), delta)
-            both = f"{shown(rdp.epsilon)} (RDP)"
-            if prv is not None:
-                both = f"{shown(prv.epsilon)} (PRV, delta {prv.delta:g}) or {both}"
-            rounds = min(
-                max_rounds(cost, epsilon=most, delta=delta, before=[*spent, *held])
-                for _, most, spent in self._windows()
-            )
-            used = self._price(before, delta).epsilon
+            self._refuse_unbounded(plan, since)
+            if cost.unit != self.unit and cost.images_per_patient is None:
+                raise RefusedError(
+                    f"{plan} protects each {cost.unit}, and nothing says how many of them one "
+                    f"{self.unit} has: pool {self.pool!r} has a limit per {self.unit}",
+                    hint="set patients and images_per_patient in client.yaml, or ask for a plan "
+                    f"with privacy.unit={self.unit}",
+                )
+            rounds = self._fitting_rounds(cost)
+            used = self._spend(before, cost.delta).epsilon
             raise OverBudget(
-                f"{plan} costs epsilon {both}; with {shown(used)} spent and held it would reach "
-                f"{shown(reached)}, over the limit of {limit:g}{name} at delta {delta:g}, per "
-                f"{self.unit}, in pool {self.pool!r}",
+                f"{plan} costs {alone}; with {shown(used)} spent and held it would reach "
+                f"{shown(reached.epsilon)}, by {reached.accountant}, over the limit of "
+                f"{limit:g}{name}, in pool {self.pool!r}",
                 # Fewer rounds alone: a plan that names its epsilon would take less noise for them.
                 hint=f"ask for a plan with train.rounds={rounds} or fewer at the same "
                 "privacy.sigma, or with a lower privacy.epsilon"
@@ -700,42 +786,70 @@ class Ledger:
                 fitting_rounds=rounds,
             )
 
-    def _refuse_over_limit_now(self, order: Order, event: Event) -> None:
+    def _refuse_unbounded(self, what: str, since: datetime | None) -> None:
+        """No limit holds for patients of whom everything may be known already."""
+        found = self._state.unbounded(self.unit, since)
+        if found is not None:
+            raise OverBudget(
+                f"{what} asks for pool {self.pool!r}, whose epsilon is {found}: a limit on it "
+                "cannot hold",
+                hint="patients who never took part are a pool of their own (pool in client.yaml); "
+                "for these, remove limits.max_epsilon and max_epsilon_per_year, which bound "
+                "nothing any more",
+            )
+
+    def _fitting_rounds(self, cost: PlanCost) -> int:
+        fitting = [cost.rounds]
+        for _, limit, since in self._windows():
+            before = self._state.uses(self.unit, since=since, held=True).values()
+            fitting.append(
+                max_rounds(
+                    cost,
+                    epsilon=limit,
+                    delta=self._delta(cost.delta),
+                    before=list(before),
+                    unit=self.unit,
+                )
+            )
+        return min(fitting)
+
+    def _refuse_over_limit_now(self, order: Order, hold: Hold, event: Event) -> None:
         """The limits may be lower now than at approval."""
-        if not self.limits.any or event.unit != self.unit:
-            return
-        delta = self._delta()
-        for name, limit, before in self._windows():
-            reached = self._price([*before, event], delta).epsilon
-            if reached > limit:
+        what = f"round {order.round} of run {order.run}"
+        for name, limit, since in self._windows():
+            uses = self._state.uses(self.unit, since=since)
+            used = in_unit(event, self.unit, hold.cost.images_per_patient)
+            before = uses[hold.id].used if hold.id in uses else ()
+            uses[hold.id] = PlanUse(hold.cost.events_in(self.unit), (*before, used))
+            reached = self._spend(uses)
+            if reached.epsilon > limit:
+                self._refuse_unbounded(what, since)
                 raise OverBudget(
-                    f"round {order.round} of run {order.run} would bring pool {self.pool!r} to "
-                    f"epsilon {shown(reached)} at delta {delta:g}, over the limit {limit:g}{name}",
+                    f"{what} would bring pool {self.pool!r} to {reached}, over the limit "
+                    f"{limit:g}{name}",
                     hint="the limit in client.yaml is lower than when the plan was approved",
                 )
 
-    def _windows(self) -> list[tuple[str, float, list[Event]]]:
-        """Each limit with the events that count towards it."""
-        windows = []
+    def _windows(self) -> list[tuple[str, float, datetime | None]]:
+        """Each limit, with the time from which on what was spent counts towards it."""
+        windows: list[tuple[str, float, datetime | None]] = []
         if self.limits.epsilon is not None:
-            windows.append(("", self.limits.epsilon, self._state.spent(self.unit)))
+            windows.append(("", self.limits.epsilon, None))
         if self.limits.epsilon_per_year is not None:
-            recent = self._state.spent(self.unit, since=self._now() - YEAR)
-            windows.append((" a year", self.limits.epsilon_per_year, recent))
+            windows.append((" a year", self.limits.epsilon_per_year, self._now() - YEAR))
         return windows
 
     def _delta(self, candidate: float = math.inf) -> float:
         if self.limits.delta is not None:
             return self.limits.delta
         holds = self._state.holds.values()
-        deltas = [hold.cost.delta for hold in holds if hold.cost.unit == self.unit]
+        deltas = [hold.cost.delta for hold in holds if hold.cost.unit != "none"]
         smallest = min((*deltas, candidate))
         return smallest if smallest < 1 else 1e-5
 
-    def _price(self, events: Sequence[Event], delta: float) -> Guarantee:
-        if not events:
-            return Guarantee(0.0, delta, self.unit, "RDP")
-        return price(events, delta, accountant="RDP")
+    def _spend(self, uses: Mapping[str, PlanUse], candidate: float = math.inf) -> Guarantee:
+        """``candidate``: the delta of a plan that is looked at and not held yet."""
+        return spend(list(uses.values()), self._delta(candidate), unit=self.unit)
 
     def _now(self) -> datetime:
         # A clock that was turned back must not reorder entries, or move them between years.
@@ -911,6 +1025,7 @@ def _cost_to_dict(cost: PlanCost) -> dict[str, Any]:
         "training": event_to_dict(cost.training),
         "evaluation": None if cost.evaluation is None else event_to_dict(cost.evaluation),
         "evaluate_every": cost.evaluate_every,
+        "images_per_patient": cost.images_per_patient,
     }
 
 
@@ -925,9 +1040,13 @@ def _cost_from_dict(tree: Mapping[str, Any]) -> PlanCost:
         training=event_from_dict(tree["training"]),
         evaluation=evaluation,
         evaluate_every=tree["evaluate_every"],
+        images_per_patient=tree.get("images_per_patient"),
     )
 
 
 def _guarantee_to_dict(guarantee: Guarantee) -> dict[str, Any]:
-    finite = math.isfinite(guarantee.epsilon)
-    return {"epsilon": guarantee.epsilon if finite else None, "delta": guarantee.delta}
+    return {
+        "epsilon": guarantee.epsilon if math.isfinite(guarantee.epsilon) else None,
+        "delta": guarantee.delta,
+        "accountant": guarantee.accountant,
+    }

@@ -34,7 +34,6 @@ from cytofed.labels import Scheme, load_scheme
 from cytofed.metrics import spread
 from cytofed.page import page
 from cytofed.plan import Plan, dump_plan, load_plan
-from cytofed.privacy.accounting import SubsampledGaussian, price
 from cytofed.simulations.audit_report import VERSION, audit_section
 from cytofed.simulations.parts import (
     CSS,
@@ -62,12 +61,11 @@ Json = Mapping[str, Any]
 class Neighbour:
     """A finished run beside this one that differs in its privacy alone; by its folder's name.
 
-    ``epsilon`` as its summary tells it, ``by_rdp`` that of its training by RDP; None: no privacy.
+    ``epsilon`` of its training as its summary tells it; None: no privacy.
     """
 
     name: str
     epsilon: float | None
-    by_rdp: float | None
     macro_f1: float
 
 
@@ -191,7 +189,7 @@ def _read_neighbours(run_dir: Path, summary: Json, plan: Plan) -> tuple[Neighbou
                 theirs = load_plan(folder / "plan.yaml")
                 if _but_for_privacy(theirs, plan) == _but_for_privacy(plan, plan):
                     score = float(other["global"]["macro_f1"])
-                    found.append(Neighbour(folder.name, *_epsilons(other["privacy"]), score))
+                    found.append(Neighbour(folder.name, _training(other["privacy"]), score))
         except (InputError, KeyError, TypeError, ValueError):
             continue
     return tuple(found)
@@ -205,14 +203,9 @@ def _but_for_privacy(plan: Plan, like: Plan) -> Plan:
     return replace(plan, name="", privacy=same)
 
 
-def _epsilons(privacy: Json) -> tuple[float | None, float | None]:
-    """Epsilon of the object ``privacy`` of a summary, and that of its training by RDP."""
-    if privacy["unit"] == "none":
-        return None, None
-    rate, sigma = float(privacy["sampling_rate"]), float(privacy["sigma"])
-    event = SubsampledGaussian(privacy["unit"], rate, sigma, int(privacy["steps"]))
-    by_rdp = price([event], float(privacy["delta"]), accountant="RDP").epsilon
-    return float(privacy["epsilon"]), by_rdp
+def _training(privacy: Json) -> float | None:
+    """Epsilon of the object ``privacy`` of a summary, training alone."""
+    return None if privacy["unit"] == "none" else float(privacy["epsilon"])
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -762,31 +755,26 @@ def _accuracy_against_epsilon(run: Run) -> str:
     spent = [(float(e["epsilon"]), float(e["macro_f1"])) for e in privacy.get("by_round") or []]
     if not spent:
         return ""
-    levels = [n.macro_f1 for n in run.neighbours if n.by_rdp is None]
+    levels = [n.macro_f1 for n in run.neighbours if n.epsilon is None]
     figure = figures.epsilon_figure(
         spent,
-        {n.name: (n.by_rdp, n.macro_f1) for n in run.neighbours if n.by_rdp is not None},
+        {n.name: (n.epsilon, n.macro_f1) for n in run.neighbours if n.epsilon is not None},
         max(levels, default=None),
         meaning=f"delta {number(privacy.get('delta'))}, per {whose_of(run.summary)}, add-or-remove",
     )
     caption = (
         "Macro F1 of the model after each round, against what a lab that came to every round had "
-        "spent on training by then. Epsilons of this figure are by RDP, which composes round by "
-        "round and lies somewhat above the price by PRV."
+        "spent on training by then: composed round by round by RDP, and never more than the price "
+        "of the whole training by PRV, which a part of it cannot pass."
     )
     table = ""
     if run.neighbours:
         caption += " Other runs: those beside this one with the same data, seed and plan."
         score = (run.summary.get("global") or {}).get("macro_f1", math.nan)
-        this = Neighbour("this run", privacy.get("epsilon"), spent[-1][0], score)
+        this = Neighbour("this run", privacy.get("epsilon"), score)
         ends = sorted((this, *run.neighbours), key=lambda n: (n.epsilon or math.inf, n.name))
-        rows = [
-            [n.name, in_epsilon(n.epsilon), in_epsilon(n.by_rdp), f"{n.macro_f1:.3f}"]
-            for n in ends[:MANY_ROWS]
-        ]
-        table = scroll(
-            table_of(["run", "epsilon of training", "by RDP", "macro F1"], rows, texts=1)
-        )
+        rows = [[n.name, in_epsilon(n.epsilon), f"{n.macro_f1:.3f}"] for n in ends[:MANY_ROWS]]
+        table = scroll(table_of(["run", "epsilon of training", "macro F1"], rows, texts=1))
         table += "<p>A dash: without differential privacy.</p>" if levels else ""
     picture = drawing(figure, "epsilon", "macro F1 against epsilon", caption)
     return f'<div class="grid">{picture}<div>{table}</div></div>'

@@ -43,7 +43,7 @@ from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summar
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict, with_overrides
 from cytofed.plan_check import check_plan, large_steps, privacy_price, score_prices
-from cytofed.privacy.accounting import across_labs, price, times
+from cytofed.privacy.accounting import PlanUse, across_labs, spend, times
 from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.terms import delta_of, patients_told, terms_of, with_delta
 from cytofed.server.checkpoints import Progress, load_progress, save_progress
@@ -669,8 +669,7 @@ def _privacy(world: World, run: Run, records: Sequence[Mapping[str, Any]]) -> di
     """The plan's terms, and what each lab's ledger says was spent on its patients.
 
     ``federation`` is what one patient pays: at one lab, or at all where patients may overlap.
-    ``by_round`` is what a lab that came to every round has spent on training by then, by RDP:
-    PRV takes half a second a round.
+    ``by_round`` is what a lab that came to every round has spent on training by then.
     """
     plan, labs = world.plan, world.labs
     pseudo = _pseudo(labs)
@@ -681,13 +680,11 @@ def _privacy(world: World, run: Run, records: Sequence[Mapping[str, Any]]) -> di
     guarantees = []
     for k, name in enumerate(labs.names):
         declared = labs.declared(k)
-        events: tuple[Any, ...] = ()
+        found = spend([], delta_of(plan), unit=plan.privacy.unit)
         if labs.ledger_of(name).is_file():
             with Ledger.open(labs.ledger_of(name), pool=run.name, unit=plan.privacy.unit) as book:
-                events = book.spent_events()
-        found = price(events, delta_of(plan))
-        found = replace(found, unit=plan.privacy.unit, patients=labs.patients, pseudo=pseudo)
-        guarantees.append(found)
+                found = book.balance().spent
+        guarantees.append(replace(found, patients=labs.patients, pseudo=pseudo))
         spent[name] = {"epsilon": found.epsilon, "declared_patients": declared}
     whole = across_labs(guarantees, plan.patients)
     return shown | {
@@ -711,10 +708,11 @@ def _by_round(plan: Plan, records: Sequence[Mapping[str, Any]]) -> list[dict[str
     terms = terms_of(plan)
     assert terms is not None
     found = []
+    whole = (times(terms.training, terms.rounds),)
     for record in records:
         if record.get("global"):
-            event = times(terms.training, record["round"])
-            spent = price([event], terms.delta, accountant="RDP")
+            use = PlanUse(whole, (times(terms.training, record["round"]),))
+            spent = spend([use], terms.delta, unit=terms.training.unit)
             macro_f1 = record["global"]["macro_f1"]
             found.append({"round": record["round"], "epsilon": spent.epsilon, "macro_f1": macro_f1})
     return found

@@ -166,7 +166,10 @@ class VirtualLabs:
             absent_C=absent_classes(plan, self.scheme, train),
             start=self.folder / START_FILE,
             memory=FolderMemory(self.folder / "memory", name),
-            budget=VirtualBudget(self.ledger_of(name), plan, self.declared(number)),
+            # Without privacy nothing is counted: these patients are of public images, or made up.
+            budget=None
+            if plan.privacy.unit == "none"
+            else VirtualBudget(self.ledger_of(name), plan, self.declared(number)),
             declared_patients=self.declared(number),
             secure=open_secure_lab(self.folder, plan, name),
             randomness=lambda order: SimulatedRandomness(

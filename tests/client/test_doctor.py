@@ -42,9 +42,9 @@ from cytofed.client.doctor import (
 from cytofed.client.egress import EgressLog
 from cytofed.client.policy import open_ledger
 from cytofed.client.settings import Limits, Settings
-from cytofed.privacy.accounting import PlanCost, SubsampledGaussian
+from cytofed.privacy.accounting import NonPrivate, PlanCost, SubsampledGaussian
 from cytofed.privacy.identity import Identity
-from cytofed.privacy.ledger import Ledger
+from cytofed.privacy.ledger import Ledger, Order
 
 LEEDS = Identity.generate("leeds")
 Handler = Callable[[socket.socket], None]
@@ -407,6 +407,14 @@ def test_the_budget_is_told_with_unit_and_delta(settings: Settings) -> None:
         cost = PlanCost(1e-3, 100, 10, SubsampledGaussian("patient", 0.5, 0.6, 50))
         book.hold(federation="f", plan_sha256="aa" * 32, cost=cost)
     assert next(iter(check_budget(limited))).state == "warn"
+    with open_ledger(settings) as book:
+        cost = PlanCost(1e-3, 1, 1, NonPrivate())
+        book.hold(federation="f", plan_sha256="bb" * 32, cost=cost)
+        book.reserve(Order("f", "plain", 1, 0, "bb" * 32, "weights", "order"))
+    for lab, state in ((settings, "ok"), (limited, "warn")):
+        found = next(iter(check_budget(lab)))
+        assert (found.state, "unbounded since" in found.detail) == (state, True)
+        assert "run plain" in found.detail
     settings.ledger.write_bytes(b"")
     assert next(iter(check_budget(settings))).state == "fail"
 

@@ -207,9 +207,13 @@ def test_keys_and_network_are_those_of_the_lab(facts: Facts) -> None:
 
 
 def test_what_weakens_the_promise_is_said(facts: Facts) -> None:
-    budget = {**facts.budget, "other_units": ["none"]}
+    unbounded = {"since": "2026-03-04T05:06:07+00:00", "run": "plain-1"}
+    spent = {**facts.budget["spent"], "epsilon": None}
+    budget = {**facts.budget, "other_units": ["none"], "unbounded": unbounded, "spent": spent}
     text = render(replace(facts, budget=budget, plans=()))
-    assert "do not cover them" in text
+    assert "unbounded since 2026-03-04, run plain-1" in text
+    assert "since then no epsilon says what can be learnt about one of them" in text
+    assert "since then no epsilon" not in render(facts)
     assert "no plan here is private per patient" in text
     automatic = replace(facts.settings, auto_approve=AutoApprove(enabled=True, max_epsilon=1.0))
     assert "auto_approve is on" in render(replace(facts, settings=automatic))

@@ -165,22 +165,77 @@ def test_a_delta_is_held_against_the_patients_of_the_whole_roster(
     assert caught.value.exit_code == 3
 
 
-def test_a_plan_that_protects_nobody_holds_no_price_and_is_refused_under_a_limit(
+def test_a_plan_that_protects_nobody_is_held_as_unbounded_and_refused_under_a_limit(
     lab: Settings, plans: PlanBook
 ) -> None:
-    plan = plan_of(privacy={}, evaluation={})
+    plan = plan_of(privacy={}, evaluation={"every": 5})
     entry = offered(plans, offer_of(plan))
     with open_ledger(lab) as book:
-        head = book.head
         with pytest.raises(RefusedError, match="protects nobody"):
             plans.approve(entry.sha256, with_limits(lab, max_epsilon=100.0), book)
         assert plans.approve(entry.sha256, lab, book).state == "approved"
-        assert plans.approved("r1").hold == ""
+        [hold] = book.holds()
+        assert hold.remaining == {"train": 10, "evaluate": 2}
+        assert book.summary()["held"]["epsilon"] is None
         assert json.dumps(plans.listing(lab, book), allow_nan=False)
-        assert book.holds() == ()
-        assert book.head == head
         plans.ended(entry.sha256, book)
-        assert book.head == head
+        assert book.summary()["total"]["epsilon"] == 0, "no round was asked for"
+    again = offered(plans, offer_of(plan, "r2"))
+    with open_ledger(lab) as book:
+        plans.approve(again.sha256, lab, book)
+        book.reserve(_order(again, 1))
+        plans.ended(again.sha256, book)
+        private = offered(plans, offer_of(run="r3"))
+        found = price_of(private.offer, lab, book, lab="leeds", parameters=P).to_json()["privacy"]
+        assert found["unbounded"]["run"] == "r2"
+        assert found["spent"]["epsilon"] is found["after"]["epsilon"] is None
+        assert found["plan"]["epsilon"] > 0
+    limited = with_limits(lab, max_epsilon=100.0)
+    with open_ledger(limited) as book:
+        listed = plans.listing(limited, book)["plans"][-1]
+        assert "unbounded since" in listed["refused"]
+        with pytest.raises(OverBudget, match="run r2"):
+            plans.approve(private.sha256, limited, book)
+
+
+def test_a_plan_is_approved_at_the_very_limit_that_it_is_shown_to_cost(
+    lab: Settings, plans: PlanBook
+) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        told = plans.listing(lab, book)["plans"][0]["price"]["privacy"]
+    limited = with_limits(lab, max_epsilon=told["plan"]["epsilon"])
+    with open_ledger(limited) as book:
+        assert told["after"]["epsilon"] == told["plan"]["epsilon"]
+        plans.approve(entry.sha256, limited, book)
+        summary = book.summary()
+    assert summary["held"]["epsilon"] == summary["total"]["epsilon"] == told["plan"]["epsilon"]
+    assert told["plan"]["accountant"] == summary["held"]["accountant"] == "PRV"
+    assert told["plan"]["delta"] == summary["held"]["delta"]
+
+
+def test_at_the_labs_own_delta_the_price_is_shown_that_is_held(
+    lab: Settings, plans: PlanBook
+) -> None:
+    lab = with_limits(lab, delta=1e-7)
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        told = plans.listing(lab, book)["plans"][0]["price"]["privacy"]["plan"]
+        plans.approve(entry.sha256, lab, book)
+        held = book.summary()["held"]
+    assert (told["epsilon"], told["delta"]) == (held["epsilon"], 1e-7)
+
+
+def test_a_plan_for_images_is_priced_for_the_lab_s_largest_patient(lab: Settings) -> None:
+    offer = offer_of(plan_of(privacy={**PRIVATE, "unit": "image"}))
+    known = replace(lab, images_per_patient=40)
+    for settings, finite in ((lab, False), (known, True), (replace(known, patients=None), False)):
+        with open_ledger(settings) as book:
+            found = price_of(offer, settings, book, lab="leeds", parameters=P)
+        assert found.plan is not None
+        assert found.plan.unit == "patient"
+        assert math.isfinite(found.plan.epsilon) is finite
+        assert any("per image" in warning for warning in found.warnings)
 
 
 def test_patient_privacy_needs_to_know_the_patients(lab: Settings) -> None:

@@ -148,8 +148,7 @@ def test_patient_privacy_and_secure_aggregation_run_together(tmp_path: Path, sam
             spent = json.loads(
                 federation.run(lab, "client", "budget", federation.root / lab, "--json")
             )
-            # The plan's 8.0 is PRV, the ledger composes by RDP, which is looser.
-            assert 8.0 <= spent["spent"]["epsilon"] <= 11.0
+            assert spent["spent"]["epsilon"] == summary["privacy"]["total"]["epsilon"]
             assert spent["held"]["epsilon"] == 0
             federation.kill(lab, 15)
             federation.run(lab, "client", "egress", federation.root / lab, "--verify")

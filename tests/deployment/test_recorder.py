@@ -18,11 +18,13 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
 
 import cytofed.client.directory
 import cytofed.client.fleet
+from cytofed.cli import cli
 from cytofed.client.daemon import Daemon
 from cytofed.client.directory import ClientDirectory
 from cytofed.client.egress import EgressReport, verify
@@ -234,6 +236,29 @@ def test_no_request_has_the_name_of_an_image_or_a_patient_count(
             told = {f["name"]: f["value"] for f in record.body["fields"]}
             assert not {"images", "loss", "confusion"} & told.keys()
             assert told.get("train_s", 0) == 0
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_a_run_without_privacy_leaves_the_patients_unbounded_where_it_was_trained(
+    recorded: Recorded, lab: str
+) -> None:
+    """The private run before it is the last that had a bound; lab-3 refused the other."""
+    directory = ClientDirectory.open(recorded.federation.root / lab)
+    with open_ledger(directory.settings()) as book:
+        found = book.summary()
+    runs = [event["run"] for event in found["events"] if event["mechanism"] == "non_private"]
+    if lab == "lab-3":
+        assert (found["unbounded"], runs) == (None, [])
+        assert found["spent"]["epsilon"] > 0
+        return
+    plain = directory.plans().entries()[-1].run
+    assert found["spent"]["epsilon"] is None
+    assert found["unbounded"]["run"] == plain
+    rounds = [event for event in found["events"] if event.get("run") == plain]
+    assert {event["task"] for event in rounds} == {"train", "evaluate"}
+    assert {event["state"] for event in rounds} == {"settled"}
+    told = CliRunner().invoke(cli, ["client", "budget", str(directory.root)]).output
+    assert f"spent  unbounded since {rounds[0]['at'][:10]}, run {plain}" in told
 
 
 def test_private_answers_say_what_covers_them(recorded: Recorded) -> None:

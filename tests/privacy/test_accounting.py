@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from cytofed.privacy.accounting import (
     Guarantee,
     NonPrivate,
     PlanCost,
+    PlanUse,
     SubsampledGaussian,
     across_labs,
     check_delta,
@@ -29,9 +31,11 @@ from cytofed.privacy.accounting import (
     epsilon_for,
     event_from_dict,
     event_to_dict,
+    in_unit,
     max_rounds,
     price,
     sigma_for,
+    spend,
 )
 
 # (sampling rate, sigma, steps, delta): epsilon by PLD and Microsoft's PRV, by Opacus' PRV and RDP;
@@ -217,22 +221,103 @@ def test_delta_times_patients_is_at_most_a_half_and_by_default_a_tenth(patients:
 
 def test_a_guarantee_over_known_patients_says_delta_times_them() -> None:
     cost = Guarantee(3.0912, 1e-5, "patient", "PRV", patients=2306)
-    told = "epsilon 3.10 at delta 1e-05 (x 2,306 patients: 0.023), per patient, add-or-remove"
+    told = (
+        "epsilon 3.10 at delta 1e-05 (x 2,306 patients: 0.023), per patient, add-or-remove, by PRV"
+    )
     assert str(cost) == told
 
 
 def test_max_rounds_is_the_last_number_that_fits() -> None:
-    cost = PlanCost(1e-3, 150, 100, dp_sgd(0.25, 2.0, 4), Gaussian("patient", 10.0, 1), 5)
-    before = [Gaussian("patient", 5.0, 1)]
+    cost = PlanCost(1e-3, 150, 20, dp_sgd(0.25, 2.0, 4), Gaussian("patient", 10.0, 1), 5)
+    before = [PlanUse.all_of([Gaussian("patient", 5.0, 1)])]
     rounds = max_rounds(cost, epsilon=4.0, delta=1e-4, before=before)
 
     def reached(number: int) -> float:
-        events = [*before, *cost.with_rounds(number).events()]
-        return price(events, 1e-4, accountant="RDP").epsilon
+        plan = PlanUse.all_of(cost.with_rounds(number).events())
+        return spend([*before, plan], 1e-4).epsilon
 
     assert reached(rounds) <= 4.0 < reached(rounds + 1)
     assert max_rounds(cost, epsilon=0.01, delta=1e-4) == 0
     assert max_rounds(cost.with_rounds(2), epsilon=100.0, delta=1e-4) == 2
+
+
+# --- what is spent over plans
+
+PLANS = st.tuples(
+    st.sampled_from([0.05, 0.25, 1.0]), st.floats(1.5, 12.0), st.integers(2, 60), st.booleans()
+)
+
+
+def used(rate: float, sigma: float, rounds: int, share: float) -> PlanUse:
+    """A plan of two steps a round, of which a share of the rounds came to pass."""
+    steps = max(1, round(share * rounds))
+    return PlanUse((dp_sgd(rate, sigma, 2 * rounds),), (dp_sgd(rate, sigma, 2 * steps),))
+
+
+@given(st.lists(PLANS, min_size=1, max_size=4), st.sampled_from([1e-3, 1e-5]))
+@settings(max_examples=12, deadline=None)
+def test_what_is_spent_is_never_below_the_exact_composition(
+    plans: list[tuple[float, float, int, bool]], delta: float
+) -> None:
+    uses = [
+        used(rate, sigma, rounds, 0.4 if ended else 1.0) for rate, sigma, rounds, ended in plans
+    ]
+    events = [event for use in uses for event in use.used]
+    exact = pld(*((e.sampling_rate, e.sigma, e.steps) for e in events), delta=delta)
+    assert spend(uses, delta).epsilon >= exact - 1e-3
+
+
+@given(PLANS, st.lists(PLANS, max_size=3))
+@settings(max_examples=10, deadline=None)
+def test_what_is_spent_never_falls_and_a_part_of_a_plan_costs_at_most_the_plan(
+    plan: tuple[float, float, int, bool], others: list[tuple[float, float, int, bool]]
+) -> None:
+    rate, sigma, rounds, _ = plan
+    before = [used(*other[:3], 0.5 if other[3] else 1.0) for other in others]
+    spent = [
+        spend([*before, used(rate, sigma, rounds, share)], 1e-5).epsilon
+        for share in (0.1, 0.3, 0.5, 0.8, 1.0)
+    ]
+    assert spent == sorted(spent)
+    assert spend(before, 1e-5).epsilon <= spent[0]
+    if not before:
+        assert spent[-1] == price([dp_sgd(rate, sigma, 2 * rounds)], 1e-5).epsilon
+
+
+def test_a_small_plan_beside_a_large_one_costs_little_more_than_itself() -> None:
+    large = PlanUse.all_of([dp_sgd(1.0, 3.0, 40)])
+    small = PlanUse.all_of([dp_sgd(0.25, 20.0, 4)])
+    both = spend([large, small], 1e-5)
+    by_rdp = price([*large.used, *small.used], 1e-5, accountant="RDP").epsilon
+    assert both.accountant == "PRV + RDP"
+    assert both.epsilon < by_rdp - 0.5
+    assert both.epsilon < spend([large], 1e-5).epsilon + 0.5
+
+
+@pytest.mark.parametrize(("rate", "sigma", "steps", "k"), [(0.02, 30.0, 4, 8), (0.2, 40.0, 3, 3)])
+def test_a_patient_of_k_images_pays_for_no_less_than_the_exact_mixture(
+    rate: float, sigma: float, steps: int, k: int
+) -> None:
+    """The exact mechanism: the sum of so many of k images as a Poisson draw has."""
+    event = in_unit(SubsampledGaussian("image", rate, sigma, steps), "patient", k)
+    found = price([event], 1e-5).epsilon
+    chances = [math.comb(k, j) * rate**j * (1 - rate) ** (k - j) for j in range(k + 1)]
+    mixture = MixtureOfGaussiansDpEvent(sigma, list(range(k + 1)), chances)
+    accountant = PLDAccountant()
+    accountant.compose(mixture, steps)
+    exact = float(accountant.get_epsilon(1e-5))
+    assert found >= exact - 1e-3
+    assert exact > epsilon_for(sigma, 1e-5, rate, steps), "more than one image pays"
+    released = in_unit(Gaussian("image", sigma, steps), "patient", k)
+    assert released == Gaussian("patient", sigma / k, steps)
+
+
+def test_what_says_nothing_of_a_patient_has_no_bound() -> None:
+    for event in (NonPrivate(), dp_sgd(0.5, 1.0, 1), Gaussian("image", 1.0, 1)):
+        unit = "image" if event.unit == "patient" else "patient"
+        assert in_unit(event, unit) == NonPrivate(unit)
+    whole = PlanUse.all_of([dp_sgd(0.25, 2.0, 4), NonPrivate("patient")])
+    assert spend([whole], 1e-5).epsilon == math.inf
 
 
 @pytest.mark.parametrize(("rounds", "every", "evaluations"), [(10, 5, 2), (10, 3, 4), (1, 5, 1)])
@@ -254,7 +339,7 @@ def test_a_patient_at_two_labs_pays_at_both() -> None:
 
 def test_an_epsilon_is_printed_with_delta_unit_and_adversary_and_never_too_low() -> None:
     cost = Guarantee(3.0912, 1e-5, "patient", "PRV")
-    assert str(cost) == "epsilon 3.10 at delta 1e-05, per patient, add-or-remove"
+    assert str(cost) == "epsilon 3.10 at delta 1e-05, per patient, add-or-remove, by PRV"
 
 
 @given(st.floats(0.001, 1), st.floats(0, 100), st.integers(1, 10**6))

@@ -280,10 +280,11 @@ def test_a_hold_covers_the_scores_of_the_plan_and_no_more(tmp_path: Path) -> Non
     with Ledger.open(path) as ledger:
         hold = ledger.hold(federation="marrow", plan_sha256="a" * 64, cost=cost)
         assert hold.remaining == {"train": 5, "evaluate": 3}
-        assert ledger.balance().held.epsilon == price(cost.events(), 1e-5, accountant="RDP").epsilon
+        assert ledger.balance().held.epsilon == price(cost.events(), 1e-5).epsilon
         for number in (2, 4, 5):
             ledger.reserve(_order(number))
-        assert ledger.spent_events() == (Gaussian("patient", 5.0, 1),) * 3
+        told = [(e["mechanism"], e["sigma"], e["count"]) for e in ledger.summary()["events"]]
+        assert told == [("gaussian", 5.0, 1)] * 3
         with pytest.raises(NotApproved, match="evaluate"):
             ledger.reserve(_order(6))
 

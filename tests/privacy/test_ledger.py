@@ -50,6 +50,9 @@ TRAINING = SubsampledGaussian("patient", 0.25, 2.0, 4)
 COST = PlanCost(1e-3, 150, 10, TRAINING, Gaussian("patient", 10.0, 1), evaluate_every=5)
 
 
+PRICE = price(COST.events(), 1e-3).epsilon
+
+
 def epsilon(*events: Any, delta: float = 1e-3) -> float:
     return price(events, delta, accountant="RDP").epsilon
 
@@ -88,7 +91,7 @@ def test_approval_holds_the_full_price_and_spends_nothing(ledger: Ledger) -> Non
     approve(ledger)
     balance = ledger.balance()
     assert balance.spent.epsilon == 0
-    assert balance.held.epsilon == balance.total.epsilon == epsilon(*COST.events())
+    assert balance.held.epsilon == balance.total.epsilon == PRICE
 
 
 def test_rounds_draw_on_the_hold_until_the_plan_is_spent(ledger: Ledger) -> None:
@@ -99,7 +102,7 @@ def test_rounds_draw_on_the_hold_until_the_plan_is_spent(ledger: Ledger) -> None
         ledger.reserve(order(number, task="evaluate"))
     balance = ledger.balance()
     assert balance.held.epsilon == 0
-    assert balance.spent.epsilon == pytest.approx(epsilon(*COST.events()))
+    assert balance.spent.epsilon == PRICE
     with pytest.raises(NotApproved, match="used up"):
         ledger.reserve(order(11))
 
@@ -117,7 +120,7 @@ def test_three_rounds_cost_what_one_accountant_says_over_restarts_and_plans(path
 
 
 def test_a_second_federation_draws_on_the_same_pool(path: Path) -> None:
-    limits = Limits(epsilon=1.2 * epsilon(*COST.events()))
+    limits = Limits(epsilon=1.2 * PRICE)
     first, second = Ledger.open(path, limits=limits), Ledger.open(path, limits=limits)
     approve(first)
     with pytest.raises(OverBudget):
@@ -261,16 +264,48 @@ def test_nothing_is_released_or_settled_without_reservation(ledger: Ledger) -> N
 # Limits.
 
 
-def test_a_plan_over_budget_is_refused_whole_with_both_prices_and_a_way_out(path: Path) -> None:
-    limit = 0.8 * epsilon(*COST.events(), delta=1e-4)
+def test_one_number_is_the_price_the_hold_the_limit_and_what_is_spent(path: Path) -> None:
+    """A limit of what a plan costs approves it on an empty ledger, and nothing below does."""
+    for limit in (PRICE * 0.999, PRICE):
+        ledger = Ledger.open(path, limits=Limits(epsilon=limit))
+        assert ledger.price(COST).epsilon == ledger.after(COST).epsilon == PRICE
+        if limit < PRICE:
+            with pytest.raises(OverBudget):
+                approve(ledger)
+    assert ledger.fitting_rounds(COST) == COST.rounds
+    approve(ledger)
+    assert ledger.balance().held.epsilon == ledger.balance().total.epsilon == PRICE
+    spent = []
+    for number in range(1, 11):
+        answer(ledger, order(number))
+        spent.append(ledger.balance().spent.epsilon)
+    assert spent == sorted(spent)
+    for number in (5, 10):
+        answer(ledger, order(number, task="evaluate"))
+    assert ledger.summary()["spent"] == {"epsilon": PRICE, "delta": 1e-3, "accountant": "PRV"}
+
+
+def test_after_an_early_end_at_most_the_plan_is_spent_and_at_least_what_was_used(
+    ledger: Ledger,
+) -> None:
+    approve(ledger)
+    for number in range(1, 10):
+        answer(ledger, order(number))
+    ledger.free(federation="marrow", plan_sha256=PLAN, reason="the coordinator stopped")
+    exact = price([replace(TRAINING, steps=36)], 1e-3).epsilon
+    assert exact - 0.02 <= ledger.balance().spent.epsilon <= PRICE
+    assert ledger.balance().held.epsilon == 0
+
+
+def test_a_plan_over_budget_is_refused_whole_with_its_price_and_a_way_out(path: Path) -> None:
+    limit = 0.8 * price(COST.events(), 1e-4).epsilon
     ledger = Ledger.open(path, limits=Limits(epsilon=limit, delta=1e-4))
-    prv = price(COST.events(), 1e-3)
     with pytest.raises(OverBudget) as error:
-        ledger.hold(federation="marrow", plan_sha256=PLAN, cost=COST, prv=prv)
+        ledger.hold(federation="marrow", plan_sha256=PLAN, cost=COST)
     fitting = max_rounds(COST, epsilon=limit, delta=1e-4)
     assert error.value.exit_code == 3
-    assert "(PRV" in error.value.message
-    assert "(RDP)" in error.value.message
+    assert f"costs {ledger.price(COST)}" in error.value.message
+    assert ", by PRV" in error.value.message
     assert f"train.rounds={fitting} or fewer" in error.value.hint
     assert error.value.fitting_rounds == fitting
     assert ledger.holds() == ()
@@ -278,9 +313,7 @@ def test_a_plan_over_budget_is_refused_whole_with_both_prices_and_a_way_out(path
 
 
 def test_rounds_that_would_fit_do_so_under_every_limit(path: Path) -> None:
-    limits = Limits(
-        epsilon=0.8 * epsilon(*COST.events()), epsilon_per_year=0.5 * epsilon(*COST.events())
-    )
+    limits = Limits(epsilon=0.8 * PRICE, epsilon_per_year=0.5 * PRICE)
     ledger = Ledger.open(path, limits=limits)
     with pytest.raises(OverBudget) as error:
         approve(ledger)
@@ -301,7 +334,7 @@ def test_a_limit_lowered_after_approval_stops_the_next_round(path: Path) -> None
 
 def test_a_yearly_limit_counts_the_last_365_days(path: Path) -> None:
     now = [datetime(2100, 1, 1, tzinfo=UTC)]
-    limits = Limits(epsilon_per_year=1.3 * epsilon(*COST.events()))
+    limits = Limits(epsilon_per_year=1.3 * PRICE)
     ledger = Ledger.open(path, limits=limits, clock=lambda: now[0])
     approve(ledger)
     for number in range(1, 11):
@@ -323,27 +356,96 @@ def test_a_clock_turned_back_does_not_reorder_entries(path: Path) -> None:
     assert [event["at"][:10] for event in ledger.summary()["events"]] == ["2100-06-01"] * 2
 
 
-@pytest.mark.parametrize(
-    "cost",
-    [
-        PlanCost(1e-3, 150, 5, replace(TRAINING, unit="image")),
-        PlanCost(1e-3, 150, 5, NonPrivate()),
-    ],
-    ids=["image", "none"],
-)
-def test_another_unit_is_recorded_never_mixed_and_refused_under_a_limit(
-    path: Path, cost: PlanCost
+IMAGES = PlanCost(1e-3, 150, 5, replace(TRAINING, unit="image"))
+NOBODY = PlanCost(1e-3, 150, 5, NonPrivate())
+
+
+@pytest.mark.parametrize("cost", [IMAGES, NOBODY], ids=["image", "none"])
+@pytest.mark.parametrize("task", ["train", "evaluate"])
+def test_a_use_that_nothing_bounds_leaves_the_patients_unbounded_for_ever(
+    path: Path, cost: PlanCost, task: Any
+) -> None:
+    if (cost.unit, task) == ("image", "evaluate"):
+        cost = replace(cost, evaluation=Gaussian("image", 10.0, 1))
+    now = datetime(2100, 3, 4, tzinfo=UTC)
+    ledger = Ledger.open(path, clock=lambda: now)
+    ledger.hold(federation="marrow", plan_sha256=PLAN, cost=cost)
+    held = ledger.summary()
+    assert (held["spent"]["epsilon"], held["held"]["epsilon"]) == (0, None)
+    assert held["unbounded"] is None, "nothing was used yet"
+    answer(ledger, order(task=task))
+    ledger.free(federation="marrow", reason="left")
+    approve(ledger, OTHER_PLAN)
+    answer(ledger, order(1, plan_sha256=OTHER_PLAN, run="run-2"))
+    for pool in ("default", "others"):
+        with Ledger.open(path, pool=pool) as again:
+            summary = json.loads(json.dumps(again.summary(), allow_nan=False))
+            balance = again.balance()
+        if pool == "others":
+            assert (summary["unbounded"], summary["spent"]["epsilon"]) == (None, 0)
+            continue
+        assert summary["spent"]["epsilon"] is summary["total"]["epsilon"] is None
+        assert summary["unbounded"] == {"since": "2100-03-04T00:00:00+00:00", "run": "run-1"}
+        assert balance.told(balance.spent) == "unbounded since 2100-03-04, run run-1"
+        assert summary["other_units"] == [cost.unit]
+
+
+def test_an_unbounded_pool_refuses_all_under_a_limit_and_another_pool_does_not(
+    path: Path,
 ) -> None:
     ledger = Ledger.open(path)
-    ledger.hold(federation="marrow", plan_sha256=PLAN, cost=cost)
+    ledger.hold(federation="marrow", plan_sha256=OTHER_PLAN, cost=NOBODY)
+    approve(ledger)
+    ledger.reserve(order(1))
+    ledger.reserve(order(1, plan_sha256=OTHER_PLAN, run="plain"))
+    limited = Ledger.open(path, limits=Limits(epsilon=1e6))
+    with pytest.raises(OverBudget, match=r"unbounded since .*, run plain") as error:
+        approve(limited, "c" * 64)
+    assert "a pool of their own" in error.value.hint
+    with pytest.raises(RefusedError, match="protects nothing"):
+        limited.hold(federation="marrow", plan_sha256="c" * 64, cost=NOBODY)
+    for asked in (order(2), order(2, plan_sha256=OTHER_PLAN, run="plain")):
+        with pytest.raises(OverBudget, match="unbounded since"):
+            limited.reserve(asked)
+    assert limited.fitting_rounds(COST) == 0
+    approve(Ledger.open(path, pool="others", limits=Limits(epsilon=1e6)))
+
+
+def test_a_limit_set_under_a_run_without_privacy_stops_its_next_round(path: Path) -> None:
+    Ledger.open(path).hold(federation="marrow", plan_sha256=PLAN, cost=NOBODY)
+    limited = Ledger.open(path, limits=Limits(epsilon=1e6))
+    with pytest.raises(OverBudget, match="no differential privacy"):
+        limited.reserve(order())
+
+
+def test_a_plan_for_images_counts_for_the_patient_who_has_most_of_them(path: Path) -> None:
+    cost = replace(IMAGES, images_per_patient=7)
+    as_patient = SubsampledGaussian("patient", 1 - 0.75**7, 2.0 / 7, 4)
+    whole = price([replace(as_patient, steps=20)], 1e-3).epsilon
+    with Ledger.open(path) as ledger:
+        ledger.hold(federation="marrow", plan_sha256=PLAN, cost=cost)
+        assert ledger.balance().held.epsilon == pytest.approx(whole)
+        ledger.reserve(order())
+        balance = ledger.balance()
+    with Ledger.open(path) as ledger:
+        assert ledger.balance() == balance
+        assert balance.spent.epsilon == pytest.approx(epsilon(as_patient))
+        assert balance.unbounded is None
+    assert balance.spent.epsilon > 20 * epsilon(replace(TRAINING))
+    with Ledger.open(path, limits=Limits(epsilon=1e4)) as limited:
+        with pytest.raises(RefusedError, match="nothing says how many") as refused:
+            limited.hold(federation="marrow", plan_sha256=OTHER_PLAN, cost=IMAGES)
+        assert "images_per_patient" in refused.value.hint
+
+
+def test_approved_anew_at_another_price_it_is_the_new_one_that_is_drawn_on(path: Path) -> None:
+    ledger = Ledger.open(path)
+    for most in (3, 9):
+        cost = replace(IMAGES, images_per_patient=most)
+        ledger.hold(federation="marrow", plan_sha256=PLAN, cost=cost)
     ledger.reserve(order())
-    summary = ledger.summary()
-    assert summary["spent"]["epsilon"] == 0
-    assert summary["other_units"] == [cost.unit]
-    assert summary["events"][0]["unit"] == cost.unit
-    limited = Ledger.open(path, limits=Limits(epsilon=100.0))
-    with pytest.raises(RefusedError, match="per patient"):
-        limited.hold(federation="marrow", plan_sha256=OTHER_PLAN, cost=cost)
+    active = [hold for hold in ledger.holds() if hold.state == "active"]
+    assert [hold.cost.images_per_patient for hold in active] == [9]
 
 
 def test_spent_is_stated_at_the_labs_own_delta_or_the_smallest_approved(path: Path) -> None:
@@ -366,7 +468,8 @@ def test_summary_is_json_with_the_contracts_keys(ledger: Ledger) -> None:
     answer(ledger, order())
     summary = json.loads(json.dumps(ledger.summary(), allow_nan=False))
     assert {"pool", "unit", "spent", "held", "limit", "events"} <= set(summary)
-    assert set(summary["spent"]) == {"epsilon", "delta"}
+    assert set(summary["spent"]) == {"epsilon", "delta", "accountant"}
+    assert summary["unbounded"] is None
     event = summary["events"][0]
     assert (event["state"], event["sigma"], event["steps"]) == ("settled", 2.0, 4)
 
@@ -590,10 +693,9 @@ def check_truth(path: Path, witness: Path) -> None:
     assert len(reserved) == len(set(reserved))
     assert all(len(updates) == 1 for updates in sent.values())
     if reserved:
-        truth = epsilon(
-            replace(TRAINING, steps=4 * len({line.split()[1] for line in lines} or "1"))
-        )
-        assert summary["spent"]["epsilon"] >= truth * (1 - 1e-12)
+        steps = 4 * len({line.split()[1] for line in lines} or "1")
+        truth = price([replace(TRAINING, steps=steps)], 1e-3).epsilon - 0.015  # PRV's error
+        assert summary["spent"]["epsilon"] >= truth
 
 
 def test_killed_between_any_two_statements_it_never_understates(tmp_path: Path) -> None:
@@ -639,11 +741,11 @@ def test_workers_that_race_share_one_reservation_and_one_update(tmp_path: Path) 
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     check_truth(path, witness)
     with Ledger.open(path) as ledger:
-        assert ledger.balance().spent.epsilon == pytest.approx(epsilon(replace(TRAINING, steps=40)))
+        assert ledger.balance().spent.epsilon == PRICE
 
 
 def test_approvals_that_race_do_not_pass_the_limit_together(path: Path) -> None:
-    limits = Limits(epsilon=1.2 * epsilon(*COST.events()))
+    limits = Limits(epsilon=1.2 * PRICE)
 
     def approve_one(plan: str) -> None:
         with Ledger.open(path, limits=limits) as ledger:
@@ -668,7 +770,7 @@ ACTIONS = st.tuples(
 def test_spent_never_falls_and_spent_with_held_never_passes_the_limit(
     actions: list[tuple[str, str, int]],
 ) -> None:
-    limits = Limits(epsilon=1.2 * epsilon(*COST.events()))
+    limits = Limits(epsilon=1.2 * PRICE)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.sqlite"
         Ledger.create(path)

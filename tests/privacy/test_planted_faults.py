@@ -58,7 +58,7 @@ from cytofed.messages import Order
 from cytofed.metrics import Tally
 from cytofed.plan import Plan, load_plan
 from cytofed.privacy import accounting, evaluation, gradients, ledger, selfcheck, terms
-from cytofed.privacy.accounting import Guarantee, SubsampledGaussian, price
+from cytofed.privacy.accounting import Guarantee, PlanUse, SubsampledGaussian, price
 from cytofed.privacy.gradients import Mechanism, PatientOptimizer, Step
 from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.noise import SimulatedRandomness, SystemRandomness
@@ -248,7 +248,7 @@ def a_plan_costs_no_more_than_it_says(_: Path) -> None:
     steps = 12 * asked.train.rounds  # local_epochs 3 at a sampling rate of 1/4
     run = SubsampledGaussian("patient", 0.25, found.training.sigma, steps)
     assert found.steps == steps
-    assert price([run], 1e-3).epsilon <= 2.0
+    assert price([run], found.delta).epsilon <= 2.0
 
 
 def a_patient_at_two_labs_pays_at_both(_: Path) -> None:
@@ -281,8 +281,9 @@ def spent(budget: LedgerBudget) -> float:
 
 
 def all_rounds_together(rounds: int) -> float:
+    assert TERMS is not None
     whole = replace(ROUND, steps=ROUND.steps * rounds)
-    return price([whole], 1e-3, accountant="RDP").epsilon
+    return price([whole], TERMS.delta, accountant="RDP").epsilon
 
 
 def nothing_is_forgotten_over_rounds_runs_plans_and_restarts(folder: Path) -> None:
@@ -531,9 +532,10 @@ def pool_per(text: Callable[[LedgerBudget], str]) -> Plant:
     return plant
 
 
-def last_round_only(self: Any, *_: Any, **__: Any) -> list[Any]:
+def last_round_only(self: Any, *_: Any, **__: Any) -> dict[str, Any]:
     """The reset bug: a new accountant each round."""
-    return [known.event for known in self.rounds.values()][-1:]
+    last = [known.event for known in self.rounds.values()][-1:]
+    return {"": PlanUse.all_of(last)}
 
 
 def weighted_by_images(patch: pytest.MonkeyPatch) -> None:
@@ -656,7 +658,7 @@ FAULTS = [
     Fault(
         "ledger reset by a round",
         nothing_is_forgotten_over_rounds_runs_plans_and_restarts,
-        attribute(ledger._State, "spent", last_round_only),
+        attribute(ledger._State, "uses", last_round_only),
     ),
     Fault(
         "ledger by federation",

@@ -85,7 +85,7 @@ def test_an_honest_run_passes_and_says_no_more_than_that(private_run: Path) -> N
 def test_a_claim_that_was_reset_each_round_is_a_violation(private_run: Path) -> None:
     def one_round_only(summary: dict[str, Any]) -> None:
         privacy = summary["privacy"]
-        privacy["epsilon"] = epsilon_for(privacy["sigma"], 1e-3, 0.25, 2)
+        privacy["epsilon"] = epsilon_for(privacy["sigma"], privacy["delta"], 0.25, 2)
 
     edit(private_run, one_round_only)
     found = audit(private_run)

@@ -23,7 +23,6 @@ from cytofed.errors import RefusedError
 from cytofed.messages import Order, Update, new_message, pack_order, unpack_evaluation
 from cytofed.metrics import Tally
 from cytofed.privacy import evaluation, selfcheck
-from cytofed.privacy.accounting import price
 from cytofed.privacy.gradients import PatientOptimizer
 from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.noise import SimulatedRandomness, SystemRandomness
@@ -177,7 +176,7 @@ def test_without_sigma_a_simulation_tells_exact_scores_and_pays_nothing_for_them
 def price_of(request: Request) -> float:
     path = request.out / "checkpoints" / "ledgers" / "lab-1.sqlite"
     with Ledger.open(path, pool="federation") as ledger:
-        return price(ledger.spent_events(), 1e-3).epsilon
+        return ledger.balance().spent.epsilon
 
 
 # --- a deployed lab
@@ -254,7 +253,7 @@ def test_a_second_attempt_at_an_evaluation_tells_the_kept_scores_and_costs_nothi
     assert (found[0].tally.vector_D == found[1].tally.vector_D).all()
     path = request.out / "checkpoints" / "ledgers" / "lab-1.sqlite"
     with Ledger.open(path, pool="federation") as ledger:
-        assert len(ledger.spent_events()) == 1
+        assert len(ledger.summary()["events"]) == 1
 
 
 # --- the secure sum
