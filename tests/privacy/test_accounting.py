@@ -25,6 +25,7 @@ from cytofed.privacy.accounting import (
     PlanCost,
     PlanUse,
     SubsampledGaussian,
+    Unit,
     across_labs,
     check_delta,
     default_delta,
@@ -259,11 +260,10 @@ def used(rate: float, sigma: float, rounds: int, share: float) -> PlanUse:
 def test_what_is_spent_is_never_below_the_exact_composition(
     plans: list[tuple[float, float, int, bool]], delta: float
 ) -> None:
-    uses = [
-        used(rate, sigma, rounds, 0.4 if ended else 1.0) for rate, sigma, rounds, ended in plans
-    ]
-    events = [event for use in uses for event in use.used]
-    exact = pld(*((e.sampling_rate, e.sigma, e.steps) for e in events), delta=delta)
+    shares = [0.4 if ended else 1.0 for *_, ended in plans]
+    uses = [used(*plan[:3], share) for plan, share in zip(plans, shares, strict=True)]
+    steps = [2 * max(1, round(s * plan[2])) for plan, s in zip(plans, shares, strict=True)]
+    exact = pld(*((p[0], p[1], n) for p, n in zip(plans, steps, strict=True)), delta=delta)
     assert spend(uses, delta).epsilon >= exact - 1e-3
 
 
@@ -313,8 +313,9 @@ def test_a_patient_of_k_images_pays_for_no_less_than_the_exact_mixture(
 
 
 def test_what_says_nothing_of_a_patient_has_no_bound() -> None:
-    for event in (NonPrivate(), dp_sgd(0.5, 1.0, 1), Gaussian("image", 1.0, 1)):
-        unit = "image" if event.unit == "patient" else "patient"
+    events: list[Event] = [NonPrivate(), dp_sgd(0.5, 1.0, 1), Gaussian("image", 1.0, 1)]
+    for event in events:
+        unit: Unit = "image" if event.unit == "patient" else "patient"
         assert in_unit(event, unit) == NonPrivate(unit)
     whole = PlanUse.all_of([dp_sgd(0.25, 2.0, 4), NonPrivate("patient")])
     assert spend([whole], 1e-5).epsilon == math.inf

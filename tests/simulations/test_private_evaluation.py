@@ -43,7 +43,7 @@ PRIVATE = (
     "train.steps_per_round=1",
 )
 SCORED = (*PRIVATE, "evaluation.sigma=0.1", "simulation.labs=2")
-SECURE = ("secure_aggregation.enabled=true", "simulation.labs=4", "train.steps_per_round=1")
+SECURE = ("secure_aggregation.enabled=true", "simulation.labs=4")
 
 
 def records(request: Request) -> list[dict[str, Any]]:
@@ -96,7 +96,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[Scores, Tally]]:
 def test_noised_scores_are_told_beside_the_exact_ones_of_a_simulation(
     small: Small, directly: Directly
 ) -> None:
-    request = small(*SCORED, "evaluation.sigma=0.01")  # a dozen cells: more would hide them
+    request = small(
+        *PRIVATE, "simulation.labs=2", "evaluation.sigma=0.01"
+    )  # a dozen cells: more would hide them
     summary = directly(request)
     released, exact = summary["released"], summary["global"]
     assert released["sigma"] == 0.01
@@ -153,7 +155,7 @@ def test_training_and_evaluation_of_a_round_do_not_share_noise(
 def test_what_leaves_is_noise_around_at_most_so_many_cells_of_a_patient(
     small: Small, directly: Directly, told: list[tuple[str, int, Tally]]
 ) -> None:
-    directly(small(*SCORED, "evaluation.sigma=20", "train.rounds=1"))
+    directly(small(*PRIVATE, "simulation.labs=2", "evaluation.sigma=20", "train.rounds=1"))
     assert len(told) == 2
     for _, _, tally in told:
         assert tally.confusion_CC.std() == pytest.approx(20 * 4, rel=0.2), "also of absent classes"
@@ -220,7 +222,8 @@ def test_a_deployed_lab_tells_no_score_that_is_not_paid_for(small: Small) -> Non
 def test_the_same_order_again_tells_the_same_or_nothing(small: Small) -> None:
     """With noise drawn anew, two answers would average to less noise than was paid for."""
     app, lab = deployed(
-        small(*SCORED, "simulation.labs=1"), randomness=lambda _: SystemRandomness()
+        small(*PRIVATE, "evaluation.sigma=0.1", "simulation.labs=1"),
+        randomness=lambda _: SystemRandomness(),
     )
     first = unpack_evaluation(asked(app, lab, "evaluate"), classes=21, noised=True)
     assert first.tally.confusion_CC.any()
@@ -244,7 +247,7 @@ class Kept:
 def test_a_second_attempt_at_an_evaluation_tells_the_kept_scores_and_costs_nothing(
     small: Small,
 ) -> None:
-    request = small(*SCORED, "simulation.labs=1")
+    request = small(*PRIVATE, "evaluation.sigma=0.1", "simulation.labs=1")
     app, lab = deployed(request, randomness=lambda _: SystemRandomness(), updates=Kept())
     found = [
         unpack_evaluation(asked(app, lab, "evaluate", slot=slot), classes=21, noised=True)
