@@ -19,6 +19,7 @@ from typing import Any
 from cytofed.client.storage import check_spec
 from cytofed.errors import InputError
 from cytofed.privacy import ledger
+from cytofed.privacy.accounting import check_delta
 from cytofed.sections import build, read_tree
 
 MOST_APPROVALS = 5
@@ -286,6 +287,8 @@ def _check(settings: Settings, source: str) -> None:
     limits, auto = settings.limits, settings.auto_approve
     try:
         limits.of_ledger()
+        if limits.delta is not None and settings.patients_declared:
+            check_delta(limits.delta, settings.patients_declared)
     except InputError as error:
         raise InputError(f"{source}: {error.message}") from None
     least: dict[str, tuple[float | None, float]] = {

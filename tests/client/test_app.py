@@ -14,6 +14,7 @@ from flwr.app import Context, Message, RecordDict
 
 from cytofed.arrays import Float32, Parts
 from cytofed.client.app import Lab, lab_app
+from cytofed.client.budget import LedgerBudget
 from cytofed.client.cells import open_cells
 from cytofed.labels import load_scheme
 from cytofed.messages import (
@@ -26,6 +27,8 @@ from cytofed.messages import (
     unpack_update,
 )
 from cytofed.plan import Plan, Privacy, from_dict
+from cytofed.privacy.accounting import NonPrivate, PlanCost
+from cytofed.privacy.ledger import Ledger
 from cytofed.start import START_FILE, Start, read_start, write_start
 from cytofed.strategies import make_strategy
 
@@ -311,3 +314,27 @@ def test_scaffold_sends_and_remembers_its_control_variate(desk: Callable[..., De
     second = at.train(round=2, parts=orders).parts["control"]
     after = at.lab.memory.load("federation", 3)["control"]
     np.testing.assert_allclose(after, kept + second, atol=1e-5)
+
+
+def test_without_privacy_too_a_lab_reserves_before_it_looks_at_a_patient(
+    desk: Callable[..., Desk], tmp_path: Path
+) -> None:
+    at = desk(PLAN)
+    path = tmp_path / "ledger.sqlite"
+    Ledger.create(path)
+    lab = replace(at.lab, budget=LedgerBudget(path, "default", "f", "patient"))
+    app = lab_app(lambda _context, _run: lab)
+    at = replace(at, lab=lab, app=app)
+    for kind in ("train", "evaluate"):
+        assert "is not approved at this lab" in at.refusal(at.send(kind))
+    with Ledger.open(path) as book:
+        cost = PlanCost(1e-5, 1, PLAN.train.rounds, NonPrivate())
+        book.hold(federation="f", plan_sha256=PLAN.sha256, cost=cost)
+    for kind in ("train", "evaluate"):
+        order: Any = Order(kind, "federation", 1, PLAN.sha256, {"weights": at.start.weights_P})
+        assert not at.give(pack_order(order), kind).has_error()
+    with Ledger.open(path) as book:
+        found = book.summary()
+    assert [event["task"] for event in found["events"]] == ["train", "evaluate"]
+    assert found["unbounded"]["run"] == "federation"
+    assert found["spent"]["epsilon"] is None

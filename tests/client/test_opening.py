@@ -18,13 +18,14 @@ from PIL import Image
 
 from cytofed import models
 from cytofed.client import private
-from cytofed.client.opening import Images, absent_classes, open_images
+from cytofed.client.opening import Images, LimitedBudget, absent_classes, open_images
 from cytofed.client.settings import Settings
 from cytofed.client.split import hold_out_alone
-from cytofed.errors import InputError
+from cytofed.errors import InputError, RefusedError
 from cytofed.labels import load_scheme
 from cytofed.plan import Augment, Plan, from_dict
-from cytofed.privacy.accounting import Guarantee, SubsampledGaussian
+from cytofed.privacy.accounting import Guarantee, PlanCost, SubsampledGaussian
+from cytofed.privacy.ledger import Ledger
 from cytofed.privacy.noise import SimulatedRandomness
 from cytofed.privacy.terms import Terms
 
@@ -307,3 +308,33 @@ def test_a_lab_that_holds_nobody_masks_what_its_map_declares(tmp_path: Path) -> 
     masked = absent_classes(plan, scheme, train)
     assert masked.sum() == 1
     assert np.array_equal(absent_classes(plan, scheme, nobody), masked)
+
+
+def test_no_patient_has_more_images_than_the_price_of_a_plan_for_images_counts_on(
+    tmp_path: Path,
+) -> None:
+    lab = RandomLab(tmp_path, np.random.default_rng(1), "folder")
+    settings = settings_of(lab.data, "folder:1")
+    plan = plan_of(unit="image")
+    images = open_images(plan, settings, tmp_path)
+    folders = [len(list(folder.rglob("*.bmp"))) for folder in lab.data.iterdir()]
+    most = images.largest_patient
+    assert most is not None
+    assert 1 < most <= max(folders)
+    ledger = tmp_path / "ledger.sqlite"
+    Ledger.create(ledger)
+    budget = LimitedBudget(ledger, "default", "f/lab", "patient")
+    cost = PlanCost(1e-5, 100, 2, SubsampledGaussian("image", 0.5, 2.0, 1))
+    for counted in (None, most):
+        with Ledger.open(ledger) as book:
+            known = replace(cost, images_per_patient=counted)
+            book.hold(federation="f/lab", plan_sha256=plan.sha256, cost=known)
+        budget.check_images(plan.sha256, images)
+    with Ledger.open(ledger) as book:
+        fewer = replace(cost, images_per_patient=most - 1)
+        book.hold(federation="f/lab", plan_sha256=plan.sha256, cost=fewer)
+    with pytest.raises(RefusedError, match=f"a patient here has {most} images"):
+        budget.check_images(plan.sha256, images)
+    nobody = open_images(plan, settings_of(lab.data, "none"), tmp_path)
+    with pytest.raises(RefusedError, match="nobody knows"):
+        budget.check_images(plan.sha256, nobody)

@@ -144,6 +144,8 @@ def test_a_misspelt_limit_is_an_error_that_names_the_nearest(text: str, near: st
         "limits: {max_epsilon: .nan}",
         "limits: {max_epsilon: lots}",
         "limits: {delta: 1.5}",
+        "limits: {delta: 0.006}\npatients_declared: 100",
+        "images_per_patient: 0",
         "limits: {min_cohort: yes}",
         "limits: {min_cohort: -1}",
         "limits: {max_bytes_per_round: 0}",
