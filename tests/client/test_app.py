@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -325,13 +325,14 @@ def test_without_privacy_too_a_lab_reserves_before_it_looks_at_a_patient(
     lab = replace(at.lab, budget=LedgerBudget(path, "default", "f", "patient"))
     app = lab_app(lambda _context, _run: lab)
     at = replace(at, lab=lab, app=app)
-    for kind in ("train", "evaluate"):
-        assert "is not approved at this lab" in at.refusal(at.send(kind))
+    for asked in ("train", "evaluate"):
+        assert "is not approved at this lab" in at.refusal(at.send(asked))
     with Ledger.open(path) as book:
         cost = PlanCost(1e-5, 1, PLAN.train.rounds, NonPrivate())
         book.hold(federation="f", plan_sha256=PLAN.sha256, cost=cost)
-    for kind in ("train", "evaluate"):
-        order: Any = Order(kind, "federation", 1, PLAN.sha256, {"weights": at.start.weights_P})
+    kinds: tuple[Literal["train", "evaluate"], ...] = ("train", "evaluate")
+    for kind in kinds:
+        order = Order(kind, "federation", 1, PLAN.sha256, {"weights": at.start.weights_P})
         assert not at.give(pack_order(order), kind).has_error()
     with Ledger.open(path) as book:
         found = book.summary()
