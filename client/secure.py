@@ -61,6 +61,7 @@ class SecureLab:
             "advertise": secagg_lab.advertise,
             "share": secagg_lab.share,
             "accept": secagg_lab.accept,
+            "open": secagg_lab.open_dealt,
             "agree": secagg_lab.agree,
             "reveal": secagg_lab.reveal,
         }

@@ -10,7 +10,10 @@ with
   weights and its bound of the labs' weights among the rest. Labs that were told different things
   have masks that don't cancel and agreements that don't add up (Pasquini, Francati, Ateniese,
   "Eluding Secure Aggregation", CCS 2022);
-* **hashes of all shares**, signed by the dealer: whoever passes on a wrong share is named;
+* **hashes of all shares**, signed by the dealer: whoever passes on a wrong share is named. A lab
+  that got other shares than were signed complains; the dealer then shows those shares, which only
+  the two of them had, or is left out. Who complains wrongly gains nothing, and nobody honest is
+  out;
 * **one survivor set for a model**, whatever the slots and rounds: a lab that helped to open a sum
   helps with no other sum of the same work over other labs. The difference of two would be the
   update of the few labs in which they differ.
@@ -22,7 +25,8 @@ both are pure: values in, values out. The coordinator asks, labs answer::
     coordinator                          lab
     begin            -> all              advertise   own public keys and commitments, signed
     announce         -> all              share       shares of its secrets, sealed for each peer
-    deliver          -> each             accept      checks all, agrees to the view
+    deliver          -> each             accept      checks all, agrees to the view; or complains
+    call_open        -> accused dealers  open_dealt  shows the shares of those who complain
       -- per round --
     (train order)    -> all              mask        the masked vector
     call_survivors   -> survivors        agree       signs the survivor set, once a slot
@@ -98,6 +102,9 @@ LABEL_ANNOUNCE = "cytofed/1/secagg/announce"
 LABEL_SHARES = "cytofed/1/secagg/shares"
 LABEL_DELIVER = "cytofed/1/secagg/deliver"
 LABEL_READY = "cytofed/1/secagg/ready"
+LABEL_COMPLAINT = "cytofed/1/secagg/complaint"
+LABEL_OPEN = "cytofed/1/secagg/open"
+LABEL_OPENED = "cytofed/1/secagg/opened"
 LABEL_SURVIVORS = "cytofed/1/secagg/survivors"
 LABEL_AGREED = "cytofed/1/secagg/agreed"
 LABEL_REVEAL = "cytofed/1/secagg/reveal"
@@ -499,6 +506,22 @@ def read_share_manifest(manifest: bytes, slots: int, dealer: str) -> tuple[bytes
     hashes = fields.raw("hashes", slots * 2 * HASH_BYTES)
     fields.end()
     return transcript, hashes
+
+
+def check_complaint(cohort: Cohort, transcript: bytes, lab: str, document: bytes) -> frozenset[str]:
+    """The dealers that a lab complains of, signed. Errors: Unreadable, Equivocation."""
+    try:
+        body = verify(document, label=LABEL_COMPLAINT, signer=cohort.lab(lab))
+    except SignatureError as error:
+        raise Unreadable(  # guard: complaint-signature
+            f"complaint of {lab} is not signed by it: {error.message}", lab=lab
+        ) from error
+    fields = wire.Fields.of(body, f"complaint of {lab}")
+    made_for, dealers = fields.raw("transcript", HASH_BYTES), fields.names("dealers")
+    fields.end()
+    if made_for != transcript:  # guard: complaint-transcript
+        raise Equivocation(f"complaint of {lab} is about another set-up", lab=lab)
+    return frozenset(dealers)
 
 
 def check_agreements(

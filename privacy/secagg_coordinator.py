@@ -12,7 +12,7 @@ summed as they come (:func:`~cytofed.privacy.masks.add_words`): memory does not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -27,13 +27,17 @@ from cytofed.privacy.secagg import (
     LABEL_AGREED,
     LABEL_ANNOUNCE,
     LABEL_BEGIN,
+    LABEL_COMPLAINT,
     LABEL_DELIVER,
+    LABEL_OPEN,
+    LABEL_OPENED,
     LABEL_READY,
     LABEL_REVEAL,
     LABEL_REVEALED,
     LABEL_SHARES,
     LABEL_SURVIVORS,
     MAX_SLOTS,
+    ROW_BYTES,
     SHARE_BYTES,
     BadAgreement,
     Cohort,
@@ -45,6 +49,7 @@ from cytofed.privacy.secagg import (
     Unreadable,
     WrongShares,
     check_agreements,
+    check_complaint,
     check_distinct,
     check_key_list,
     cut,
@@ -53,6 +58,7 @@ from cytofed.privacy.secagg import (
     read_share_manifest,
     seed_commitment,
     share_digest,
+    share_hashes,
     statement_digest,
     transcript_digest,
     view_digest,
@@ -89,6 +95,10 @@ class Dealt:
 
     bundles: Mapping[str, bytes] = field(repr=False)
     hashes: Mapping[str, bytes] = field(repr=False)
+
+
+Opened = Mapping[str, bytes]
+"""the shares that a dealer shows, by the lab that complained of them"""
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,8 @@ class _Deliveries(Mapping[str, bytes]):
     identity: Identity
     dealt: Mapping[str, Dealt] = field(repr=False)
     members: tuple[str, ...]
+    opened: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict, repr=False)
+    """shares that were shown, by dealer and by the lab that complained"""
 
     def __getitem__(self, peer: str) -> bytes:
         others = (lab for lab in self.members if lab != peer)
@@ -235,6 +247,7 @@ class _Deliveries(Mapping[str, bytes]):
             {
                 "bundles": {lab: self.dealt[lab].bundles[peer] for lab in others},
                 "members": list(self.members),
+                "opened": {lab: rows[peer] for lab, rows in self.opened.items() if peer in rows},
                 "transcript": self.announcement.transcript,
             }
         )
@@ -253,14 +266,72 @@ def delivered(setup: Setup) -> Setup:
     return replace(setup, dealt=kept, requests={})
 
 
-def check_ready(setup: Setup, lab: str, reply: bytes) -> None:
-    """Raise unless this lab has its shares and the same view."""
+def check_ready(setup: Setup, lab: str, reply: bytes) -> frozenset[str]:
+    """The members of whose shares this lab complains; none: it has its shares and the same view.
+
+    Raises Equivocation or Unreadable with the lab's name.
+    """
     with _blaming(lab):
+        if wire.Fields.of(reply, "reply").text("label") == LABEL_COMPLAINT:
+            against = check_complaint(setup.cohort, setup.announcement.transcript, lab, reply)
+            if not against <= set(setup.members) - {lab}:  # guard: complaint-members
+                raise Equivocation(f"{lab} complains of {sorted(against)}", lab=lab)
+            return against
         fields = _reply(setup.cohort, lab, LABEL_READY, reply)
         view = fields.raw("view", HASH_BYTES)
         fields.end()
     if view != setup.view:  # guard: ready-view
         raise Equivocation(f"{lab} has another view of keys and members", lab=lab)
+    return frozenset()
+
+
+def call_open(
+    setup: Setup, identity: Identity, complaints: Mapping[str, bytes]
+) -> Mapping[str, bytes]:
+    """The request to each accused dealer to show what it dealt, with the signed complaints."""
+    transcript = setup.announcement.transcript
+    by_dealer: dict[str, dict[str, bytes]] = {}
+    for lab, document in complaints.items():
+        for dealer in check_complaint(setup.cohort, transcript, lab, document):
+            by_dealer.setdefault(dealer, {})[lab] = document
+    return {
+        dealer: sign(
+            identity, LABEL_OPEN, wire.encode({"complaints": found, "transcript": transcript})
+        )
+        for dealer, found in by_dealer.items()
+    }
+
+
+def check_opened(setup: Setup, dealer: str, accusers: Iterable[str], reply: bytes) -> Opened:
+    """The shares that a dealer shows, each the one that it signed, by the lab that complained.
+
+    Raises WrongShares with the dealer's name: it signed shares that it does not have.
+    """
+    with _blaming(dealer):
+        fields = _reply(setup.cohort, dealer, LABEL_OPENED, reply)
+        transcript, rows = fields.raw("transcript", HASH_BYTES), fields.blobs("rows")
+        fields.end()
+    wanted, first = setup.announcement.transcript, setup.slots.start
+    if transcript != wanted or set(rows) != set(accusers):  # guard: opened-complete
+        raise WrongShares(f"{dealer} did not show the shares that it dealt", lab=dealer)
+    for lab, found in rows.items():
+        signed = setup.dealt[dealer].hashes[lab]
+        whole = len(found) == len(setup.slots) * ROW_BYTES
+        made = share_hashes(wanted, dealer, lab, first, found)
+        if not whole or made != signed:  # guard: opened-hashes
+            raise WrongShares(
+                f"{dealer} dealt {lab} other shares than those that it signed", lab=dealer
+            )
+    return rows
+
+
+def deliver_opened(
+    setup: Setup, identity: Identity, opened: Mapping[str, Opened]
+) -> Mapping[str, bytes]:
+    """The requests anew for the labs that complained, with the shares that were shown since."""
+    dealt = dict(setup.dealt)
+    requests = _Deliveries(setup.announcement, identity, dealt, setup.members, opened)
+    return {lab: requests[lab] for lab in {lab for rows in opened.values() for lab in rows}}
 
 
 def call_survivors(

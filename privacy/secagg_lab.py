@@ -21,15 +21,18 @@ from cytofed.errors import InputError
 from cytofed.privacy import shares, wire
 from cytofed.privacy.identity import Entropy, Identity, sign, verify
 from cytofed.privacy.masks import Words, add_masks, check_words
-from cytofed.privacy.sealing import Sealed, SealError, check_sha256, seal, unseal
+from cytofed.privacy.sealing import Sealed, SealError, check_seal, check_sha256, seal, unseal
 from cytofed.privacy.secagg import (
     HASH_BYTES,
     KEY_BYTES,
     LABEL_AGREED,
     LABEL_ANNOUNCE,
     LABEL_BEGIN,
+    LABEL_COMPLAINT,
     LABEL_DELIVER,
     LABEL_KEYS,
+    LABEL_OPEN,
+    LABEL_OPENED,
     LABEL_READY,
     LABEL_REVEAL,
     LABEL_REVEALED,
@@ -54,6 +57,7 @@ from cytofed.privacy.secagg import (
     WrongRun,
     WrongShares,
     check_agreements,
+    check_complaint,
     check_distinct,
     check_key_list,
     cut,
@@ -105,6 +109,7 @@ class LabState:
     keys: bytes = field(default=b"", repr=False)  # own X25519 private keys, one row a slot
     seeds: bytes = field(default=b"", repr=False)  # own self-mask seeds, one row a slot
     order: tuple[str, ...] = ()  # labs by share index, from 1
+    dealt: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # until a slot is used
     publics: Mapping[str, bytes] = field(default_factory=dict)  # slot public keys of each lab
     members: tuple[str, ...] = ()
     shares: Mapping[str, bytes] = field(
@@ -140,6 +145,7 @@ class LabState:
                 "agreed": self.agreed,
                 "answered": list(self.answered),
                 "cohort": self.cohort.to_bytes(),
+                "dealt": self.dealt,
                 "first_slot": self.first_slot,
                 "keys": self.keys,
                 "lab": self.lab,
@@ -190,6 +196,7 @@ class LabState:
             keys=fields.raw("keys"),
             seeds=fields.raw("seeds"),
             order=fields.names("order"),
+            dealt=fields.blobs("dealt"),
             publics=fields.blobs("publics"),
             members=fields.names("members"),
             shares=fields.blobs("shares"),
@@ -237,9 +244,20 @@ def share(
 def accept(state: LabState, identity: Identity, request: bytes) -> tuple[LabState, bytes]:
     """Answer ``deliver``: check and keep the shares of the peers; from here on slots can be used.
 
-    Raises WrongShares, Equivocation, CohortTooSmall, NotEnoughShares.
+    Where dealers have signed shares that are not those that they sealed, the answer is a complaint
+    of them, and the lab waits for another delivery. Raises WrongShares, Equivocation,
+    CohortTooSmall, NotEnoughShares.
     """
     return _answer(state, request, LABEL_DELIVER, lambda body: _accept(state, identity, body))
+
+
+def open_dealt(state: LabState, identity: Identity, request: bytes) -> tuple[LabState, bytes]:
+    """Answer ``call_open``: show the shares that were dealt to each lab that complains of them.
+
+    That lab has them, or says so: nobody learns what it could not tell by itself. Raises
+    Equivocation, Unreadable; OutOfTurn once a slot was used.
+    """
+    return _answer(state, request, LABEL_OPEN, lambda body: _open_dealt(state, identity, body))
 
 
 def agree(state: LabState, identity: Identity, request: bytes) -> tuple[LabState, bytes]:
@@ -312,6 +330,7 @@ def mask(
         order_sha256=order_sha256,
         work_sha256=work_sha256,
         slot=slot,
+        dealt={},
         agreed=b"",
         revealed=False,
     )
@@ -441,13 +460,15 @@ def _share(
         if name != state.lab:
             _check_exchange(state, name, publics[name])
     transcript = transcript_digest(opening, lists)
-    held, reply = _deal(state, identity, order, transcript, entropy)
+    rows, reply = _deal(state, identity, order, transcript, entropy)
+    held = rows.pop(state.lab)
     new = replace(
         state,
         phase=Phase.SHARED,
         transcript=transcript,
         order=order,
         publics=publics,
+        dealt=rows,
         shares={state.lab: held},
     )
     return new, reply
@@ -469,8 +490,8 @@ def _deal(
     order: tuple[str, ...],
     transcript: bytes,
     entropy: Entropy,
-) -> tuple[bytes, bytes]:
-    """Shares of all own secrets: the rows this lab keeps, and the signed reply for the peers."""
+) -> tuple[dict[str, bytes], bytes]:
+    """Shares of all own secrets: the rows by holder, and the signed reply for the peers."""
     secrets = []
     for row in range(state.slots):
         secrets += [cut(state.keys, KEY_BYTES, row), cut(state.seeds, KEY_BYTES, row)]
@@ -483,7 +504,7 @@ def _deal(
         if name != state.lab:
             bundles[name] = seal_shares(state, identity, name, transcript, rows[name])
     body = wire.encode({"bundles": bundles, "transcript": transcript})
-    return rows[state.lab], sign(identity, LABEL_SHARES, body)
+    return rows, sign(identity, LABEL_SHARES, body)
 
 
 def seal_shares(
@@ -506,7 +527,7 @@ def _accept(state: LabState, identity: Identity, body: bytes) -> tuple[LabState,
         raise OutOfTurn("shares were delivered before this lab dealt its own, or twice")
     fields = wire.Fields.of(body, "deliver")
     transcript, members = fields.raw("transcript", HASH_BYTES), fields.names("members")
-    bundles = fields.blobs("bundles")
+    bundles, opened = fields.blobs("bundles"), fields.blobs("opened")
     fields.end()
     if transcript != state.transcript:  # guard: transcript
         raise Equivocation("shares were delivered for other key lists than this lab was shown")
@@ -518,9 +539,16 @@ def _accept(state: LabState, identity: Identity, body: bytes) -> tuple[LabState,
         raise WrongShares(
             f"shares of {sorted(bundles)}, expected those of every other member {list(members)}"
         )
-    held = dict(state.shares)
-    for dealer, bundle in bundles.items():
-        held[dealer] = _open_shares(state, identity, dealer, bundle)
+    held, wrong = dict(state.shares), []
+    for dealer, bundle in sorted(bundles.items()):
+        rows = _open_shares(state, identity, dealer, bundle, opened.get(dealer, b""))
+        if rows:
+            held[dealer] = rows
+        else:
+            wrong.append(dealer)
+    if wrong:
+        complaint: dict[str, wire.Value] = {"dealers": wrong, "transcript": transcript}
+        return state, sign(identity, LABEL_COMPLAINT, wire.encode(complaint))
     view = view_digest(transcript, members)
     new = replace(
         state,
@@ -533,30 +561,58 @@ def _accept(state: LabState, identity: Identity, body: bytes) -> tuple[LabState,
     return new, sign(identity, LABEL_READY, wire.encode({"view": view}))
 
 
-def _open_shares(state: LabState, identity: Identity, dealer: str, bundle: bytes) -> bytes:
-    size = state.slots * ROW_BYTES
+def _open_shares(
+    state: LabState, identity: Identity, dealer: str, bundle: bytes, opened: bytes
+) -> bytes:
+    """A dealer's shares, sealed or shown since; nothing where neither are those that it signed.
+
+    Raises WrongShares, Equivocation for what the dealer did not sign: it was not its lie.
+    """
+    place = state.cohort.share_context(dealer, state.lab, state.first_slot)
+    sender = state.cohort.lab(dealer)
     try:
-        opened = unseal(
-            Sealed.from_bytes(bundle),
-            state.cohort.share_context(dealer, state.lab, state.first_slot),
-            sender=state.cohort.lab(dealer),
-            receiver=identity,
-            max_bytes=size,
-        )
+        sealed = Sealed.from_bytes(bundle)
+        manifest = check_seal(sealed, place, sender=sender, receiver=identity.public)
     except SealError as error:
         raise WrongShares(  # guard: bundle-seal
             f"shares of {dealer} do not open: {error.message}", lab=dealer
         ) from error
-    rows = bytes(opened.payload)
-    transcript, hashes = read_share_manifest(opened.manifest, state.slots, dealer)
+    transcript, hashes = read_share_manifest(manifest, state.slots, dealer)
     if transcript != state.transcript:  # guard: bundle-transcript
         raise Equivocation(
             f"{dealer} dealt its shares for other key lists than this lab was shown", lab=dealer
         )
-    found = share_hashes(transcript, dealer, state.lab, state.first_slot, rows)
-    if len(rows) != size or found != hashes:  # guard: bundle-hashes
-        raise WrongShares(f"shares of {dealer} are not those that it signed", lab=dealer)
-    return rows
+    size = state.slots * ROW_BYTES
+    try:
+        rows = bytes(
+            unseal(sealed, place, sender=sender, receiver=identity, max_bytes=size).payload
+        )
+    except SealError:  # which the dealer signed
+        rows = b""
+    for found in (rows, opened):
+        if len(found) == size:
+            made = share_hashes(transcript, dealer, state.lab, state.first_slot, found)
+            if made == hashes:  # guard: bundle-hashes
+                return found
+    return b""
+
+
+def _open_dealt(state: LabState, identity: Identity, body: bytes) -> tuple[LabState, bytes]:
+    if state.phase not in (Phase.SHARED, Phase.READY) or not state.dealt:  # guard: open-turn
+        raise OutOfTurn("dealt shares were to be shown before they were dealt, or after their use")
+    fields = wire.Fields.of(body, "open")
+    transcript, complaints = fields.raw("transcript", HASH_BYTES), fields.blobs("complaints")
+    fields.end()
+    if transcript != state.transcript:  # guard: open-transcript
+        raise Equivocation("dealt shares were to be shown for other key lists")
+    shown = {}
+    for name, document in complaints.items():
+        dealers = check_complaint(state.cohort, transcript, name, document)
+        if state.lab not in dealers or name not in state.dealt:  # guard: open-accused
+            raise Equivocation(f"{name} does not complain of this lab's shares", lab=name)
+        shown[name] = state.dealt[name]
+    reply: dict[str, wire.Value] = {"rows": shown, "transcript": transcript}
+    return state, sign(identity, LABEL_OPENED, wire.encode(reply))
 
 
 def _agree(state: LabState, identity: Identity, body: bytes) -> tuple[LabState, bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -113,6 +113,8 @@ class SecureRun:
     counter_file: Path
     _setup: Setup | None = None
     _next_slot: int = 0
+    _liars: set[str] = field(default_factory=set)
+    """dealers of shares that they did not sign: left out of every set-up from then on"""
 
     @property
     def encoding(self) -> Encoding:
@@ -237,9 +239,16 @@ class SecureRun:
         return ask(grid, members, order.kind, order.round, pack_order(order), timeout_s=timeout_s)
 
     def _ready(self, grid: Grid, absent: Absent) -> Setup:
-        """The set-up in use, or a new one: keys, shares, and everyone's word for the same view."""
-        if self._setup is not None and self._next_slot in self._setup.slots:
-            return self._setup
+        """The set-up in use, or a new one, and another where a dealer was found to lie."""
+        while self._setup is None or self._next_slot not in self._setup.slots:
+            self._setup = self._set_up(grid, absent)
+            # What was dealt grows with the cohort's square, and Flower's records hold it in cycles.
+            gc.collect()
+            give_back_the_rest()
+        return self._setup
+
+    def _set_up(self, grid: Grid, absent: Absent) -> Setup | None:
+        """Keys, shares, and everyone's word for the same view; None where a dealer has lied."""
         kept = self._load_counter()
         first = max(self._next_slot, kept["next_slot"])
         # Before anything is sent: a lab takes a number that it has seen for a lie.
@@ -247,7 +256,7 @@ class SecureRun:
         opening = protocol.begin(
             self.cohort, self.identity, setup=kept["setup"] + 1, first_slot=first, slots=SLOTS
         )
-        everyone = [lab.name for lab in self.cohort.labs]
+        everyone = [lab.name for lab in self.cohort.labs if lab.name not in self._liars]
         lists = self._ask(
             grid, "advertise", dict.fromkeys(everyone, opening.request), 0, absent,
             lambda lab, reply: _key_list(opening, lab, reply),
@@ -258,16 +267,49 @@ class SecureRun:
             lambda lab, reply: protocol.check_shares(announced, lab, reply),
         )  # fmt: skip
         setup = protocol.deliver(announced, self.identity, dealt)
-        self._ask(
-            grid, "accept", setup.requests, 0, absent,
+        replies: dict[str, bytes] = {}
+
+        def accepted(lab: str, reply: bytes) -> frozenset[str]:
+            replies[lab] = reply
+            return protocol.check_ready(setup, lab, reply)
+
+        found = self._ask(grid, "accept", setup.requests, 0, absent, accepted)
+        complaints = {lab: replies[lab] for lab, against in found.items() if against}
+        if complaints and not self._settled(grid, setup, complaints, absent):
+            return None
+        self._next_slot = first
+        return protocol.delivered(setup)  # what was dealt is not needed once it is delivered
+
+    def _settled(
+        self, grid: Grid, setup: Setup, complaints: Mapping[str, bytes], absent: Absent
+    ) -> bool:
+        """Have the accused show what they dealt; False where one does not, or not what it signed.
+
+        Who complained gets what was shown, and is absent if it complains again.
+        """
+        requests = protocol.call_open(setup, self.identity, complaints)
+        accusers = {
+            dealer: [
+                lab
+                for lab, document in complaints.items()
+                if dealer in protocol.check_ready(setup, lab, document)
+            ]
+            for dealer in requests
+        }
+        opened = self._ask(
+            grid, "open", requests, 0, absent,
+            lambda dealer, reply: protocol.check_opened(setup, dealer, accusers[dealer], reply),
+        )  # fmt: skip
+        self._liars |= set(requests) - set(opened)
+        if len(opened) < len(requests):
+            return False
+        again = self._ask(
+            grid, "accept", protocol.deliver_opened(setup, self.identity, opened), 0, absent,
             lambda lab, reply: protocol.check_ready(setup, lab, reply),
         )  # fmt: skip
-        # What was dealt is not needed once it is delivered.
-        self._setup, self._next_slot = protocol.delivered(setup), first
-        # What was dealt grows with the cohort's square, and Flower's records hold it in cycles.
-        gc.collect()
-        give_back_the_rest()
-        return self._setup
+        for lab in (lab for lab, against in again.items() if against):
+            absent.add(lab, "accept: complains of shares that are those that were signed")
+        return True
 
     def _take_slot(self) -> int:
         slot = self._next_slot

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cytofed.privacy import secagg_coordinator as coordinator
@@ -16,8 +17,11 @@ from cytofed.privacy.sealing import seal
 from cytofed.privacy.secagg import (
     LABEL_ANNOUNCE,
     LABEL_BEGIN,
+    LABEL_COMPLAINT,
     LABEL_DELIVER,
     LABEL_KEYS,
+    LABEL_OPEN,
+    LABEL_OPENED,
     LABEL_READY,
     LABEL_SHARES,
     AlreadyAnswered,
@@ -31,6 +35,7 @@ from cytofed.privacy.secagg import (
     WrongRun,
     WrongShares,
     seed_commitment,
+    share_hashes,
 )
 from tests.attacks.stage import (
     CHIEF,
@@ -38,6 +43,7 @@ from tests.attacks.stage import (
     Stage,
     accepted,
     advertised,
+    agreed,
     announced,
     answers,
     body_of,
@@ -47,9 +53,14 @@ from tests.attacks.stage import (
     fresh,
     guarded_by,
     identity,
+    masked,
     names,
+    polled,
     refuses,
+    revealed,
     stops,
+    true_sum,
+    unmasked,
 )
 
 A, B, C, D = names(4)
@@ -385,20 +396,147 @@ def test_peer_that_dealt_for_other_keys_is_noticed() -> None:
     stops(stage, A, lab.accept, request, Equivocation, "lab-02 dealt its shares for other key")
 
 
-@guarded_by("bundle-hashes")
-def test_shares_that_differ_from_their_signed_hashes_are_refused() -> None:
-    """Otherwise a hostile dealer could make an honest peer look like the liar later."""
-    stage = dealt(announced(advertised(fresh())))
-    state = stage.states[B]
+# ---- a dealer whose sealed shares are not those that it signed
+
+
+def garbled(stage: Stage, dealer: str, peer: str) -> Stage:
+    """A hostile dealer's shares for one peer: well sealed, its hashes well signed, and zeros."""
+    hashes = share_hashes(
+        stage.states[dealer].transcript, dealer, peer, 0, stage.states[dealer].dealt[peer]
+    )
     bundle = seal(
         bytes(128),
-        stage.cohort.share_context(B, A, 0),
-        sender=identity(B),
-        receiver=identity(A).public,
-        manifest=wire.encode({"hashes": bytes(128), "transcript": state.transcript}),
+        stage.cohort.share_context(dealer, peer, 0),
+        sender=identity(dealer),
+        receiver=identity(peer).public,
+        manifest=wire.encode({"hashes": hashes, "transcript": stage.states[dealer].transcript}),
     ).to_bytes()
-    request = delivery(stage, A, bundles={**bundles_for(stage, A), B: bundle})
-    stops(stage, A, lab.accept, request, WrongShares, "lab-02 are not those that it signed")
+    assert stage.setup is not None
+    own = stage.setup.dealt[dealer]
+    lied = replace(own, bundles={**own.bundles, peer: bundle})
+    checked = {**stage.setup.dealt, dealer: lied}
+    return replace(stage, setup=coordinator.deliver(stage.setup.announcement, CHIEF, checked))
+
+
+def complained(stage: Stage, name: str) -> tuple[Stage, bytes]:
+    """The lab's complaint of what was delivered."""
+    assert stage.setup is not None
+    stage, replies = answers(stage, lab.accept, {name: stage.setup.requests[name]})
+    return stage, replies[name]
+
+
+@guarded_by("bundle-hashes")
+def test_shares_that_differ_from_their_signed_hashes_are_complained_of() -> None:
+    """Otherwise a hostile dealer could make an honest peer look like the liar later."""
+    stage, complaint = complained(garbled(dealt(announced(advertised(fresh()))), B, A), A)
+    assert stage.setup is not None
+    assert coordinator.check_ready(stage.setup, A, complaint) == {B}
+    assert stage.states[A].stopped == "", "the lab that was cheated is not out"
+
+
+def shown(stage: Stage, complaint: bytes, **changes: object) -> tuple[Stage, bytes]:
+    """What the accused dealer shows of lab A's shares, or what it would if it lied."""
+    assert stage.setup is not None
+    [(dealer, request)] = coordinator.call_open(stage.setup, CHIEF, {A: complaint}).items()
+    stage, replies = answers(stage, lab.open_dealt, {dealer: request})
+    reply = replies[dealer]
+    return stage, forged(reply, LABEL_OPENED, identity(dealer), **changes) if changes else reply
+
+
+def test_dealer_that_shows_what_it_signed_goes_on_with_the_lab_that_complained() -> None:
+    stage, complaint = complained(garbled(dealt(announced(advertised(fresh()))), B, A), A)
+    stage, reply = shown(stage, complaint)
+    assert stage.setup is not None
+    opened = {B: coordinator.check_opened(stage.setup, B, [A], reply)}
+    requests = coordinator.deliver_opened(stage.setup, CHIEF, opened)
+    stage, replies = answers(stage, lab.accept, requests)
+    assert coordinator.check_ready(stage.setup, A, replies[A]) == frozenset()  # type: ignore[arg-type]
+    stage = accepted(stage, without=[A])
+    stage = revealed(agreed(polled(masked(stage))))
+    assert np.array_equal(unmasked(stage), true_sum(stage))
+
+
+@guarded_by("opened-hashes")
+def test_dealer_that_shows_other_shares_than_it_signed_is_named() -> None:
+    stage, complaint = complained(garbled(dealt(announced(advertised(fresh()))), B, A), A)
+    stage, reply = shown(stage, complaint, rows={A: bytes(128)})
+    assert stage.setup is not None
+    with pytest.raises(WrongShares, match="lab-02 dealt lab-01 other shares than") as caught:
+        coordinator.check_opened(stage.setup, B, [A], reply)
+    assert caught.value.lab == B
+
+
+@guarded_by("opened-complete")
+def test_dealer_that_shows_nothing_is_named() -> None:
+    stage, complaint = complained(garbled(dealt(announced(advertised(fresh()))), B, A), A)
+    stage, reply = shown(stage, complaint, rows={})
+    assert stage.setup is not None
+    with pytest.raises(WrongShares, match="lab-02 did not show the shares") as caught:
+        coordinator.check_opened(stage.setup, B, [A], reply)
+    assert caught.value.lab == B
+
+
+def open_call(stage: Stage, **changes: object) -> bytes:
+    """A request to lab B to show lab A's shares, with other fields."""
+    assert stage.setup is not None
+    transcript = stage.setup.announcement.transcript
+    complaint = sign(
+        identity(A),
+        LABEL_COMPLAINT,
+        wire.encode({"dealers": [B], "transcript": transcript}),
+    )
+    body = {"complaints": {A: complaint}, "transcript": transcript, **changes}
+    return sign(CHIEF, LABEL_OPEN, wire.encode(body))  # type: ignore[arg-type]
+
+
+@guarded_by("signature", "complaint-signature")
+def test_coordinator_cannot_complain_in_a_labs_name() -> None:
+    """With a forged complaint of every lab it would have all shares of a secret."""
+    stage = dealt(announced(advertised(fresh())))
+    assert stage.setup is not None
+    body = wire.encode({"dealers": [B], "transcript": stage.setup.announcement.transcript})
+    fake = sign(Identity.generate(A), LABEL_COMPLAINT, body)
+    request = open_call(stage, complaints={A: fake})
+    stops(stage, B, lab.open_dealt, request, Unreadable, "complaint of lab-01 is not signed by it")
+
+
+@guarded_by("complaint-transcript")
+def test_complaint_of_an_older_set_up_opens_nothing() -> None:
+    stage = dealt(announced(advertised(fresh())))
+    old = sign(identity(A), LABEL_COMPLAINT, wire.encode({"dealers": [B], "transcript": bytes(32)}))
+    request = open_call(stage, complaints={A: old})
+    stops(stage, B, lab.open_dealt, request, Equivocation, "complaint of lab-01 is about another")
+
+
+@guarded_by("open-accused")
+def test_complaint_of_another_dealer_opens_nothing() -> None:
+    stage = dealt(announced(advertised(fresh())))
+    assert stage.setup is not None
+    body = wire.encode({"dealers": [C], "transcript": stage.setup.announcement.transcript})
+    request = open_call(stage, complaints={A: sign(identity(A), LABEL_COMPLAINT, body)})
+    stops(stage, B, lab.open_dealt, request, Equivocation, "lab-01 does not complain of this lab")
+
+
+@guarded_by("open-transcript")
+def test_dealt_shares_are_not_shown_for_another_set_up() -> None:
+    stage = dealt(announced(advertised(fresh())))
+    request = open_call(stage, transcript=bytes(32))
+    stops(stage, B, lab.open_dealt, request, Equivocation, "shown for other key lists")
+
+
+@guarded_by("open-turn")
+def test_dealt_shares_are_not_shown_once_a_slot_was_used() -> None:
+    stage = masked(accepted(dealt(announced(advertised(fresh())))))
+    refuses(stage, B, lab.open_dealt, open_call(stage), OutOfTurn, "or after their use")
+
+
+@guarded_by("complaint-members")
+def test_lab_that_complains_of_itself_is_named() -> None:
+    stage = dealt(announced(advertised(fresh())))
+    assert stage.setup is not None
+    body = wire.encode({"dealers": [A], "transcript": stage.setup.announcement.transcript})
+    with pytest.raises(Equivocation, match="lab-01 complains of"):
+        coordinator.check_ready(stage.setup, A, sign(identity(A), LABEL_COMPLAINT, body))
 
 
 @guarded_by("accept-turn")
