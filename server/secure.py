@@ -40,7 +40,7 @@ from cytofed.privacy import secagg_coordinator as protocol
 from cytofed.privacy.encoding import Encoding, decode
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.masks import Words, add_words
-from cytofed.privacy.secagg import Cohort, CohortTooSmall
+from cytofed.privacy.secagg import Cohort, CohortTooSmall, SecaggError
 from cytofed.privacy.secagg_coordinator import Opening, Poll, Setup
 from cytofed.secure_round import encoding_of, protocol_round, tally_encoding, tally_of_sum
 from cytofed.server.asking import ask, ask_each, content_of, read
@@ -217,7 +217,14 @@ class SecureRun:
             grid, "reveal", dict.fromkeys(survivors, request), number, absent,
             lambda lab, reply: protocol.check_revealed(poll, lab, reply),
         )  # fmt: skip
-        protocol.unmask(poll, total_W, revealed)
+        try:
+            protocol.unmask(poll, total_W, revealed)
+        except SecaggError as lie:
+            if lie.lab:  # it dealt shares of another secret than it committed to
+                absent.add(lie.lab, lie.message)
+                self._liars.add(lie.lab)
+                self._setup = None
+            raise
         return total_W, tuple(sorted(survivors))
 
     def _order(self, wanted: _Collection, slot: int) -> Order:

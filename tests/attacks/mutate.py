@@ -18,24 +18,27 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 REPO = Path(__file__).resolve().parents[2]
-PACKAGE = "cytofed.privacy"
 # In the order in which they import each other.
 MODULES = (
-    "wire",
-    "identity",
-    "sealing",
-    "masks",
-    "encoding",
-    "shares",
-    "secagg",
-    "secagg_lab",
-    "secagg_coordinator",
+    "cytofed.privacy.wire",
+    "cytofed.privacy.identity",
+    "cytofed.privacy.sealing",
+    "cytofed.privacy.masks",
+    "cytofed.privacy.encoding",
+    "cytofed.privacy.shares",
+    "cytofed.privacy.secagg",
+    "cytofed.privacy.secagg_lab",
+    "cytofed.privacy.secagg_coordinator",
+    "cytofed.secure_round",
+    "cytofed.client.orders",
+    "cytofed.client.secure",
 )
 STAGE = "tests.attacks.stage"
 TESTS = (
     "tests.attacks.test_setup_lies",
     "tests.attacks.test_round_lies",
     "tests.attacks.test_message_lies",
+    "tests.attacks.test_order_lies",
 )
 _GUARD = re.compile(r"# guard: ([a-z0-9-]+)")
 
@@ -43,7 +46,8 @@ _GUARD = re.compile(r"# guard: ([a-z0-9-]+)")
 def source_of(name: str) -> Path:
     if name.startswith("tests."):
         return REPO / Path(*name.split(".")).with_suffix(".py")
-    return REPO / "privacy" / f"{name.rpartition('.')[2]}.py"
+    *room, leaf = name.split(".")[1:]
+    return REPO.joinpath(*(room or ("src", "cytofed")), f"{leaf}.py")
 
 
 def guards_of(name: str) -> dict[str, int]:
@@ -144,8 +148,9 @@ def fails(test: Callable[[], None]) -> bool:
 
 def survivors() -> tuple[list[str], int, int]:
     """What disproves the suite, as lines; and how many guards and mutated tests were tried."""
-    importlib.import_module("cytofed.privacy")
-    names = [f"{PACKAGE}.{leaf}" for leaf in MODULES] + [STAGE, *TESTS]
+    for name in MODULES:
+        importlib.import_module(name)
+    names = [*MODULES, STAGE, *TESTS]
     codes = {name: compiled(name) for name in names}
     guards = {}
     for name in names[: len(MODULES)]:

@@ -15,6 +15,7 @@ from cytofed.client.secure import SecureLab
 from cytofed.errors import InputError, RefusedError
 from cytofed.messages import Order
 from cytofed.model_file import read_model
+from cytofed.privacy import sealing, secagg_lab
 from cytofed.secure_round import at_most_half
 from cytofed.server.secure import SecureRun
 from cytofed.simulations.simulate import Request
@@ -209,6 +210,45 @@ def test_a_sum_over_too_few_labs_for_the_plan_is_not_opened(
     summary = directly(small(*SECURE, "train.rounds=1", "cohort.min_labs=4"))
     assert summary["status"] == "failed"
     assert asked.count("agree") == 3, "of the evaluation, which three labs are enough for"
+
+
+def deals_zeros(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One lab signs the hashes of good shares and seals zeros in their place."""
+    seal = sealing.seal
+
+    def sealed(payload: Any, context: Any, **named: Any) -> Any:
+        return seal(bytes(len(payload)) if context.sender == name else payload, context, **named)
+
+    monkeypatch.setattr("cytofed.privacy.secagg_lab.seal", sealed)
+
+
+def test_a_dealer_of_bad_shares_that_shows_the_good_ones_takes_part_with_those_it_cheated(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deals_zeros(monkeypatch, "lab-2")
+    summary = directly(small(*SECURE, "train.rounds=1"))
+    assert summary["status"] == "completed"
+    assert summary["participation"][0]["absent"] == {}
+
+
+def test_a_dealer_of_bad_shares_is_named_and_left_out_and_the_run_goes_on(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deals_zeros(monkeypatch, "lab-2")
+    show = secagg_lab.open_dealt
+
+    def zeros(state: secagg_lab.LabState, *arguments: Any) -> Any:
+        rows = {peer: bytes(len(held)) for peer, held in state.dealt.items()}
+        return show(replace(state, dealt=rows) if state.lab == "lab-2" else state, *arguments)
+
+    monkeypatch.setattr(secagg_lab, "open_dealt", zeros)
+    summary = directly(small(*SECURE, "train.rounds=2"))
+    assert summary["status"] == "incomplete"  # one lab never contributed
+    for told in summary["participation"]:
+        assert told["received"] == ["lab-1", "lab-3", "lab-4"]
+    first = summary["participation"][0]["absent"]
+    assert list(first) == ["lab-2"]
+    assert "other shares than those that it signed" in first["lab-2"]
 
 
 def test_nobody_weighs_more_than_all_others_together() -> None:
