@@ -79,7 +79,6 @@ _RESULT_ANSWER_S = 120.0
 _MOST_RESULT_PAUSE_S = 3600.0
 """between two tries to give a result to a lab that does not take it"""
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
-"""what no run can help, and what passes: a full disk, no files left"""
 _MOST_ASIDE_S = 600.0
 """between two tries to go on with a run that the machine stopped"""
 _SPARE_BYTES = 1 << 22
@@ -377,7 +376,7 @@ class Coordinator:
             reason, machine = stopped.message, False
         except Exception as error:
             reason = reason_of(error)
-            machine = isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+            machine = _is_of_the_machine(error)
             if isinstance(error, CytofedError):
                 _log.warning("run %s: %s", folder.name, reason)
             else:
@@ -401,6 +400,9 @@ class Coordinator:
             if not self._end_with_model(folder, reason):
                 self._fail(folder, reason)
         except Exception as error:
+            if _is_of_the_machine(error):  # what there is is kept when there is room
+                self._set_aside(folder, f"{reason}; {reason_of(error)}")
+                return
             _log.warning("run %s: nothing of it can be kept: %s", folder.name, reason_of(error))
             try:
                 folder.write_summary({"status": "failed", "reason": reason})
@@ -810,6 +812,11 @@ def wait_for(folder: RunFolder, *, poll_s: float = 0.3) -> dict[str, Any]:
     while folder.state().phase not in ENDED:
         time.sleep(poll_s)
     return folder.summary() or {}
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether no run can help it, and it passes: a full disk, no files left."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 def _absent(records: tuple[Record, ...]) -> dict[str, str]:
