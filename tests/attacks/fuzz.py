@@ -10,22 +10,48 @@ exception, or more processor time or memory than ``SECONDS`` and ``MEGABYTES``, 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
 import logging
+import math
 import random
 import resource
 import signal
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from uvicorn.server import ServerState
 
 from cytofed.documents import Decision, Ended, LedgerHead, Member, Offer, Roster, Start
@@ -42,7 +68,7 @@ from cytofed.messages import (
     unpack_step,
     unpack_update,
 )
-from cytofed.objects import deflate, inflate, read_tree
+from cytofed.objects import deflate, inflate, read_tree, with_enclosed
 from cytofed.plan import Plan
 from cytofed.privacy import secagg_coordinator, secagg_lab, wire
 from cytofed.privacy.identity import Identity, sign
@@ -55,7 +81,8 @@ from cytofed.sealed_message import (
 )
 from cytofed.server.door import Connection, Door
 from cytofed.server.enrolment import read_request
-from cytofed.server.gate import ENROL, FLEET_BODIES, HEAD_BYTES, HEALTH, Gate
+from cytofed.server.fleet import Fleet
+from cytofed.server.gate import CERTIFICATE, ENROL, FLEET_BODIES, HEAD_BYTES, HEALTH, Gate
 from tests.attacks import stage as stages
 
 SECONDS = 10.0
@@ -79,13 +106,14 @@ class Finding(AssertionError):
 def run(name: str, cases: int, *, first: int = 0) -> None:
     """Have so many cases of a target read. Errors: Finding."""
     target = TARGETS[name]
-    target(random.Random(f"{name} warm"))  # what is made once is not the cases'
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with _clock():
+    with _clock(), _listening():
+        target(random.Random(f"{name} warm"))  # what is made once is not the cases'
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(first, first + cases):
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
             try:
                 target(random.Random(f"{name} {number}"))
+                assert not ERRORS, ERRORS.pop()
             except Exception as error:
                 raise Finding(f"{name} {number}: {type(error).__name__}: {error!s:.300}") from error
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -104,6 +132,36 @@ def _clock() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+class _Errors(logging.Handler):
+    """An error that is logged is one more that anybody can cause as often as they like."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            ERRORS.append(record.getMessage() + repr(record.exc_info))
+
+
+ERRORS: list[str] = []
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[None]:
+    """What the coordinator and its server log is looked at, and not kept. Flower tells at length
+    what it refuses."""
+    handler = _Errors()
+    loggers = [logging.getLogger(n) for n in ("uvicorn.error", "cytofed.coordinator", "flwr")]
+    before = [(logger.propagate, logger.disabled) for logger in loggers]
+    for logger in loggers[:2]:
+        logger.propagate = False
+        logger.addHandler(handler)
+    loggers[2].disabled = True
+    try:
+        yield
+    finally:
+        for logger, (propagate, disabled) in zip(loggers, before, strict=True):
+            logger.propagate, logger.disabled = propagate, disabled
+            logger.removeHandler(handler)
 
 
 def target(of: Target) -> Target:
@@ -619,6 +677,163 @@ def _changed_tree(rng: random.Random, tree: Any, known: list[str]) -> None:
         at[1].append(json.loads(json.dumps(tree)))
 
 
+# --- calls of a lab
+
+
+class Line:
+    """A fleet in this process, and a lab that is in its roster and says what it likes."""
+
+    def __init__(self) -> None:
+        self.home = tempfile.TemporaryDirectory()
+        self.fleet = Fleet(poll_s=0.001, spool=Path(self.home.name) / "spool")
+        key = ec.generate_private_key(ec.SECP384R1())
+        name = x509.Name([])
+        certificate = (
+            x509.CertificateBuilder(name, name, key.public_key(), 1, AT, AT + timedelta(1))
+            .sign(key, hashes.SHA384())
+        )  # fmt: skip
+        self.key = key
+        self.public = public_key_to_bytes(key.public_key())
+        self.certificate = certificate.public_bytes(serialization.Encoding.DER)
+        self.fleet.enrol({"leeds": self.public})
+        self.node = self.fleet.nodes["leeds"]
+        self.app = self.fleet.app(enrolments_per_minute=1 << 30, body_timeout_s=5.0)
+        self.loop = asyncio.new_event_loop()
+        self.signed_at, self.headers = -math.inf, [(b"", b"")]
+        self.in_hand: tuple[Message, str] | None = None
+
+    def post(self, call: str, body: bytes) -> int:
+        """The status of the answer."""
+        if time.monotonic() - self.signed_at > 60:
+            stamp = datetime.now(UTC).isoformat()
+            told = {
+                FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(self.public),
+                TIMESTAMP_HEADER: stamp.encode(),
+                FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(
+                    sign_message(self.key, stamp.encode())
+                ),
+                "content-type": PROTOBUF_MEDIA_TYPE.encode(),
+            }
+            self.headers = [(name.lower().encode(), value) for name, value in told.items()]
+            self.signed_at = time.monotonic()
+        scope = {
+            "type": "http", "method": "POST", "path": f"/v1/fleet/{call}", "query_string": b"",
+            "headers": [*self.headers, (b"content-length", str(len(body)).encode())],
+            "state": {CERTIFICATE: self.certificate}, "client": ("192.0.2.1", 1),
+        }  # fmt: skip
+        statuses: list[int] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        self.loop.run_until_complete(self.app(scope, receive, send))
+        return statuses[0]
+
+    def work(self) -> tuple[Message, str]:
+        """A message that the lab has in hand, and an upload session for its reply."""
+        link = self.fleet._link
+        number = self.in_hand[0].metadata.message_id if self.in_hand is not None else ""
+        delivery = link.deliveries.get(number)
+        if self.in_hand is None or delivery is None or not delivery.sent or delivery.pushes > 9:
+            for number in list(link.deliveries):
+                link.forget(number)
+            self.post("activate-node", ActivateNodeRequest(
+                public_key=self.public, heartbeat_interval=30).SerializeToString())  # fmt: skip
+            grid = self.fleet.grid(wait_s=600.0, reply_bytes=1 << 22)
+            content = RecordDict({"header": ConfigRecord({"run": "r"})})
+            grid.push_messages([grid.create_message(content, "train", self.node, "1", 1e6)])
+            [message] = link.get_message_ins(self.node, 1)
+            self.in_hand = message, ""
+        return self.in_hand
+
+
+@cache
+def _line() -> Line:
+    return Line()
+
+
+@target
+def calls(rng: random.Random) -> None:
+    """What a lab may call, with every field changed that can be, by the fleet as it is served."""
+    line = _line()
+    message, session = line.work()
+    objects = deflate(Message(_plain(rng).content, reply_to=message))
+    node, run_id = Node(node_id=line.node), message.metadata.run_id
+    number = rng.choice(sorted(objects.numbers))
+    head = PushMessagesRequest(
+        node=node, messages_list=[message_to_proto(objects.head)],
+        message_object_trees=[objects.tree], clientapp_runtime_list=[0.0],
+    )  # fmt: skip
+    asked: Any
+    call, asked = rng.choice(
+        [
+            ("push-messages", with_enclosed(head, objects.announced() * rng.choice((0, 1, 2)))),
+            ("push-messages", head),
+            ("push-object", PushObjectRequest(
+                node=node, run_id=run_id, object_id=number, session_id=session,
+                object_content=objects.content(number))),
+            ("pull-object", PullObjectRequest(
+                node=node, run_id=run_id, object_id=message.metadata.message_id)),
+            ("pull-messages", PullMessagesRequest(node=node)),
+            ("confirm-message-received", ConfirmMessageReceivedRequest(
+                node=node, run_id=run_id, message_object_id=message.metadata.message_id)),
+            ("send-node-heartbeat", SendNodeHeartbeatRequest(node=node, heartbeat_interval=30)),
+            ("activate-node", ActivateNodeRequest(public_key=line.public, heartbeat_interval=30)),
+            ("deactivate-node", DeactivateNodeRequest(node_id=line.node)),
+        ]
+    )  # fmt: skip
+    for _ in range(rng.choice((0, 1, 1, 3))):
+        _changed_proto(rng, asked)
+    body = asked.SerializeToString()
+    if rng.random() < 0.1 and body:
+        body = _changed_bytes(rng, body)
+    status = line.post(call, body)
+    assert status in (200, 400, 401, 403, 409, 412, 413), (call, status)
+    if call == "push-messages" and status == 200 and line.in_hand is not None:
+        sessions = list(line.fleet._link.uploads)
+        line.in_hand = line.in_hand[0], sessions[-1] if sessions else ""
+    kept = sum(file.stat().st_size for file in line.fleet.spool.iterdir())
+    assert kept <= 1 << 22, kept
+
+
+def _changed_proto(rng: random.Random, asked: Any) -> None:
+    """Change one field of a message of protobuf, at any depth."""
+    if isinstance(asked, ObjectTree) and rng.random() < 0.7:
+        tree = _tree(asked)
+        _changed_tree(rng, tree, [asked.object_id])
+        asked.CopyFrom(_node(tree))
+        return
+    fields = asked.DESCRIPTOR.fields
+    if not fields:
+        return
+    chosen = rng.choice(list(fields))
+    value = getattr(asked, chosen.name)
+    if chosen.message_type is not None:
+        if chosen.message_type.GetOptions().map_entry:
+            return
+        if not hasattr(value, "add"):
+            _changed_proto(rng, value)
+        elif len(value) and rng.random() < 0.8:
+            _changed_proto(rng, rng.choice(list(value)))
+        elif rng.random() < 0.5:
+            value.add()
+        else:
+            del value[:]
+        return
+    new = rng.choice(
+        [*TEXTS[:18], *NUMBERS, *FLOATS, -1, -(2**63), b"", rng.randbytes(70_000), True]
+    )
+    with contextlib.suppress(TypeError, ValueError, OverflowError, UnicodeError):
+        if hasattr(value, "append"):
+            value.append(new)
+        else:
+            setattr(asked, chosen.name, new)
+
+
 # --- HTTP framing
 
 
@@ -666,21 +881,7 @@ def _loop() -> tuple[asyncio.AbstractEventLoop, uvicorn.Config]:
     config = uvicorn.Config(gate, ws="none", lifespan="off", log_config=None, access_log=False,
                             h11_max_incomplete_event_size=HEAD_BYTES)  # fmt: skip
     config.load()
-    logger = logging.getLogger("uvicorn.error")
-    logger.addHandler(_Errors())
-    logger.setLevel(logging.ERROR)
-    logger.propagate = False
     return asyncio.new_event_loop(), config
-
-
-class _Errors(logging.Handler):
-    """An error that is logged is one more that anybody can cause as often as they like."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        ERRORS.append(record.getMessage() + repr(record.exc_info))
-
-
-ERRORS: list[str] = []
 
 
 STATUSES = {b"200", b"400", b"403", b"404", b"408", b"411", b"413", b"429", b"431", b"100"}
@@ -713,7 +914,6 @@ def framing(rng: random.Random) -> None:
 
     loop.run_until_complete(talk())
     made._unset_keepalive_if_required()
-    assert not ERRORS, ERRORS.pop()
     lines = [line for line in transport.written.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
     assert {bytes(line.split()[1]) for line in lines} <= STATUSES, lines
 
