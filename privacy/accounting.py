@@ -40,6 +40,8 @@ ORDERS: tuple[float, ...] = (
 )
 PRV_LARGEST_EPSILON = 128.0
 """above it PRV takes minutes and overflows; RDP is used, and the guarantee says so"""
+PRV_SMALLEST_DELTA = 1e-12
+"""below it the tail of a loss is lost in the rounding of sums: RDP is used"""
 PRV_LARGEST_GRID = 1 << 23
 MOST_PRICED_APART = 8
 """plans; of more, RDP of them all is the least, and PRV of each would take seconds"""
@@ -545,7 +547,7 @@ def _prv_epsilon(
     mechanisms: tuple[_Mechanism, ...], delta: float, rdp_epsilon: float
 ) -> float | None:
     """Opacus' PRV upper bound; None where PRV cannot be computed in seconds."""
-    if not rdp_epsilon <= PRV_LARGEST_EPSILON:
+    if not rdp_epsilon <= PRV_LARGEST_EPSILON or delta < PRV_SMALLEST_DELTA:
         return None
     # The bound is the estimate + error: .01 is Opacus' own, and too much for a small epsilon.
     error = min(0.01, 0.05 * rdp_epsilon)

@@ -28,6 +28,8 @@ from cytofed.sections import build, check_words, convert, read_tree, shown
 from cytofed.strict import NotYaml, read_yaml
 
 Unit = Literal["patient", "image", "none"]
+SMALLEST_DELTA = 1e-12
+"""of a plan: far below one over all patients there are"""
 
 MOST_WIDTH = 1024
 """of a net whose width a plan chooses"""
@@ -578,8 +580,9 @@ def _check_privacy(privacy: Privacy) -> None:
     _bound("privacy.cells_per_patient", privacy.cells_per_patient, 1, 65_536)
     _bound("privacy.multiplicity", privacy.multiplicity, 1, 1024)
     _above_zero("privacy.noise_drift", privacy.noise_drift)
-    if privacy.delta is not None and not 0 < privacy.delta < 1:
-        raise InputError(f"Expected 0 < privacy.delta={privacy.delta:g} < 1")
+    # The smallest of any plan is the one at which a lab's ledger states everything.
+    if privacy.delta is not None and not SMALLEST_DELTA <= privacy.delta < 1:
+        raise InputError(f"Expected {SMALLEST_DELTA:g} <= privacy.delta={privacy.delta:g} < 1")
     if privacy.epsilon is not None and privacy.sigma is not None:
         raise InputError(
             f"privacy.epsilon={privacy.epsilon:g} and privacy.sigma={privacy.sigma:g} are both "

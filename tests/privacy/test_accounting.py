@@ -14,6 +14,7 @@ from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_ndtr
 
 from cytofed.errors import InputError
 from cytofed.privacy import accounting
@@ -240,6 +241,17 @@ def test_max_rounds_is_the_last_number_that_fits() -> None:
     assert reached(rounds) <= 4.0 < reached(rounds + 1)
     assert max_rounds(cost, epsilon=0.01, delta=1e-4) == 0
     assert max_rounds(cost.with_rounds(2), epsilon=100.0, delta=1e-4) == 2
+
+
+@pytest.mark.parametrize("delta", [1e-11, 1e-14, 1e-20])
+def test_a_delta_in_the_rounding_of_sums_is_priced_from_above(delta: float) -> None:
+    """Against the closed form of the Gaussian mechanism, in logarithms."""
+    cost = price([Gaussian("patient", 10.0, 50)], delta)
+    mu = math.sqrt(50) / 10
+    inside = float(log_ndtr(mu / 2 - cost.epsilon / mu))
+    outside = cost.epsilon + float(log_ndtr(-mu / 2 - cost.epsilon / mu))
+    assert inside + math.log1p(-math.exp(outside - inside)) <= math.log(delta)
+    assert cost.accountant == ("PRV" if delta >= accounting.PRV_SMALLEST_DELTA else "RDP")
 
 
 # --- what is spent over plans

@@ -89,6 +89,12 @@ def test_a_delta_above_half_a_patient_of_all_labs_is_refused() -> None:
         terms_of(private("privacy.declared_patients={a: 600, b: 600}", "privacy.delta=5e-4"))
 
 
+def test_a_delta_at_which_a_whole_ledger_would_say_nothing_is_refused() -> None:
+    """A ledger states everything at the smallest delta of any plan that was approved."""
+    with pytest.raises(InputError, match="Expected 1e-12 <= "):
+        private("privacy.delta=1e-20")
+
+
 def test_plan_show_and_check_say_where_delta_comes_from() -> None:
     asked = ["demo", "--set", "privacy.unit=patient", "--set"]
     for command in ("show", "check"):
