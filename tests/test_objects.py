@@ -270,6 +270,17 @@ def test_objects_hang_together_as_announced_or_are_not_read() -> None:
             inflate(lie, contents.__getitem__, max_bytes=ROOM)
 
 
+def test_array_that_no_memory_is_left_for_is_a_bad_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, contents = objects_of(message_of(b"x" * 100))
+
+    def full(*_args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("cytofed.objects.np.empty", full)
+    with pytest.raises(BadMessage, match="no memory for an array of 100 bytes"):
+        inflate(tree, contents.__getitem__, max_bytes=ROOM)
+
+
 def test_record_of_megabytes_is_not_read() -> None:
     tree, contents = objects_of(message_of(b"x", text="x" * (1 << 20)))
     with pytest.raises(BadMessage, match="is no piece"):

@@ -442,7 +442,10 @@ def _join(
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > room or len(names) > 1 + room // PIECE_BYTES:
         raise BadMessage(f"arrays of more than {room} bytes, or in too many pieces")
-    joined, at = np.empty(size, np.uint8).data, 0
+    try:
+        joined, at = np.empty(size, np.uint8).data, 0
+    except MemoryError:
+        raise BadMessage(f"no memory for an array of {size} bytes") from None
     for number in names:
         piece = read(number)
         start = body_of_piece(bytes(piece[:_HEAD_BYTES]), len(piece))
