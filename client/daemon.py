@@ -76,6 +76,7 @@ from cytofed.messages import (
     unpack_order,
 )
 from cytofed.privacy import ledger
+from cytofed.privacy.noise import Randomness
 from cytofed.privacy.sealing import Context as Place
 from cytofed.privacy.sealing import Direction, Sealed, seal, unseal
 from cytofed.privacy.terms import terms_of
@@ -108,8 +109,19 @@ _log = logging.getLogger("cytofed.lab")
 class Daemon:
     """A lab at work. ``run`` returns when the process is told to end."""
 
-    def __init__(self, directory: ClientDirectory, *, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: ClientDirectory,
+        *,
+        note: Callable[[str], None],
+        rehearsal: bool = False,
+        randomness: Callable[[Order], Randomness] | None = None,
+    ) -> None:
+        """``rehearsal``: of a lab of made-up patients, which answers private orders unchecked.
+        ``randomness``: of its draws and noise; without, and in every other lab, the system's.
+        """
         self._directory, self._note = directory, note
+        self._rehearsal, self._randomness = rehearsal, randomness
         self._membership = directory.membership()
         self._identity = directory.identity()
         self._coordinator = directory.coordinator()
@@ -118,13 +130,19 @@ class Daemon:
         self._at = ("", 0)
         self._open: _OpenRun | None = None
         self._silent_until = -math.inf
-        self._failure: VerificationError | None = None
-        self._app = lab_app(self._lab, on_step=lambda _order, _step: self._refuse_paused())
+        self._check = _Check(directory.root / "noise.seen")
+        self._app = lab_app(
+            self._lab,
+            on_step=lambda _order, _step: self._refuse_paused(),
+            check=self._refuse_unchecked,
+        )
 
     def run(self) -> None:
         """Connect and answer, for ever. Errors: those of the lab's own files and settings."""
         with self.at_work():
-            threading.Thread(target=self._warm_up, daemon=True, name="warm-up").start()
+            self._check.start()
+            if any(e.offer.plan.privacy.unit != "none" for e in self._plans.entries()):
+                self._check.want()
             try:
                 while not self._worked(FleetLink(self._directory, self._egress, self._say)):
                     time.sleep(self._settings.timeouts.retry_max_s)
@@ -170,21 +188,14 @@ class Daemon:
             with contextlib.suppress(OSError):  # a full disk; it stands in the log
                 self._directory.say(text, online=online, at=self._at)
 
-    def _warm_up(self) -> None:
-        """Import what takes seconds and check the private path, while there is nothing to do."""
-        from cytofed.privacy.noise import SystemRandomness
-
-        try:
-            _log.info("self-check passed: %s", self_check(SystemRandomness))
-        except VerificationError as error:
-            self._failure = VerificationError(
-                f"self-check failed, nothing is trained here: {error.message}",
-                hint="install cytofed anew; if it stays so, tell its authors",
-            )
+    def _refuse_unchecked(self, _order: Order, _lab: Lab) -> None:
+        """Errors: VerificationError naming the check that the private path has not passed."""
+        if not self._rehearsal:
+            self._check.passed()
 
     def _idle(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if self._check.failure is not None:
+            raise self._check.failure
         if self._directory.left:
             self._tell_leave()
             raise KeyboardInterrupt
@@ -295,6 +306,8 @@ class Daemon:
         if offer.federation != self._membership.federation:
             raise VerificationError(f"offer of federation {offer.federation}")
         self._follow_settings()
+        if offer.plan.privacy.unit != "none":
+            self._check.want()
         entry = self._plans.known(offer)
         if entry is None:
             self._plans.refuse_too_many(offer)  # before the work of looking into its plan
@@ -473,6 +486,8 @@ class Daemon:
 
     def _ask_app(self, message: Message) -> RecordDict:
         """Errors: RefusedError with the lab half's reason, or where it was paused meanwhile."""
+        with self._check.busy:  # it has torch's threads to itself
+            pass
         reply = self._app(message, Context(0, 0, {}, RecordDict(), {}))
         if reply.has_error():
             raise RefusedError(reply.error.reason or "refused")
@@ -652,6 +667,8 @@ class Daemon:
             memory=SealedMemory(folder / "memory", name, offer.sha256, self._key),
             secure=secure,
         )
+        if self._randomness is not None:
+            lab = replace(lab, randomness=self._randomness)
         self._open = _OpenRun(offer.run, offer.sha256, lab)
 
     def _outbox(self, offer: Offer) -> Outbox:
@@ -687,6 +704,64 @@ class Daemon:
             clip, sigma = terms.tally.max_norm, terms.tally.sigma
         epsilon = spent.epsilon if math.isfinite(spent.epsilon) else None
         return Protection(unit, clip=clip, sigma=sigma, epsilon=epsilon, delta=spent.delta)
+
+
+class _Check:
+    """The check of the private path, in a thread of its own from a lab's start on.
+
+    First what takes no time, and what it needs is imported; the rehearsal once a private plan is
+    there. A failure stays, and what has not been found to pass has not passed: no private order is
+    answered.
+    """
+
+    def __init__(self, seen: Path) -> None:
+        """``seen``: the file of noise that earlier rehearsals saw."""
+        self.failure: VerificationError | None = None
+        self.busy = threading.Lock()
+        """held while it computes"""
+        self._seen = seen
+        self._thread: threading.Thread | None = None
+        self._wanted, self._done = threading.Event(), threading.Event()
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="check")
+            self._thread.start()
+
+    def want(self) -> None:
+        """There is a private plan."""
+        self._wanted.set()
+
+    def passed(self) -> None:
+        """Wait for the end. Errors: VerificationError naming the check that failed."""
+        self.want()
+        self.start()
+        self._done.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        from cytofed.client.rehearsal import refuse_known_noise, rehearse
+        from cytofed.privacy.noise import SystemRandomness
+
+        try:
+            with self.busy:
+                _log.info("self-check passed: %s", self_check(SystemRandomness))
+            self._wanted.wait()
+            with self.busy:
+                seen = rehearse(quick=True)
+                refuse_known_noise(self._seen, seen.noises)
+                _log.info("rehearsal passed: %s", seen)
+        except Exception as error:
+            if not isinstance(error, VerificationError):
+                _log.exception("the check of the private path")
+            told = error.message if isinstance(error, CytofedError) else type(error).__name__
+            self.failure = VerificationError(
+                f"self-check failed, nothing is trained here: {told}",
+                hint="install cytofed anew; if it stays so, tell its authors",
+            )
+        finally:
+            self._done.set()
 
 
 @dataclass(frozen=True)

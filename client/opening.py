@@ -234,7 +234,7 @@ def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
         patients=settings.patients,
         size_px=plan.labels.scale.size_px,
         field_um=plan.labels.scale.field_um,
-        cache_dir=default_cache_dir(),
+        cache_dir=settings.cache or default_cache_dir(),
         alone=private,
     )
     if plan.privacy.unit == "patient" and cells.patients_N is None:

@@ -100,6 +100,8 @@ class Settings:
     pool: str = "default"
     storage_key: str | None = None
     """where the key is that encrypts what is kept: see cytofed.client.storage; None: storage.key"""
+    cache: Path | None = None
+    """folder for decoded images; None: that of the user"""
     limits: Limits = field(default_factory=Limits)
     approvals: int = 1
     """how many persons have to approve a plan, each by another name"""
@@ -214,6 +216,7 @@ patients:{patients}              # who is who: column:NAME, folder:DEPTH, name:R
 # public, rounded number of this lab's patients; private plans must carry it
 patients_declared:{patients_declared}
 # images_per_patient: 200            # at most, for plans that protect images and not patients
+cache:                         # folder for decoded images; empty: ~/.cache/cytofed
 
 # --- whose budget
 # All federations that use the same patients must name the same pool and ledger.

@@ -135,4 +135,49 @@ class SimulatedRandomness(_Stream):
         return f"SimulatedRandomness({', '.join(map(repr, (self.seed, *self.context)))})"
 
 
-Randomness = SystemRandomness | SimulatedRandomness
+@final
+class RepeatedRandomness(_Stream):
+    """The same numbers for the same question, however many were asked for before: for a lab of
+    made-up patients with and without one of them, and no protection.
+
+    In a step (up to its noise) the first units' draws, the choice among so many images and the
+    noise are the same whoever else is there.
+    """
+
+    simulated: ClassVar[Literal[False]] = False
+    """its lab is at work, and tells what such a lab tells"""
+
+    def __init__(self, *context: str | int) -> None:
+        self.context = context
+        self._place: tuple[str | int, ...] = ("start",)
+        self._step = 0
+        super().__init__()
+
+    def _key(self) -> bytes:
+        label = repr(("cytofed repeated randomness 1", *self.context, *self._place))
+        return hashlib.sha256(label.encode()).digest()
+
+    def _again(self, *place: str | int) -> None:
+        self._place = (self._step, *place)
+        self._cipher = self._start()
+
+    def uniforms(self, count: int) -> npt.NDArray[np.float64]:
+        self._again("uniforms")
+        return super().uniforms(count)
+
+    def normals(self, count: int) -> npt.NDArray[np.float32]:
+        self._again("normals")
+        self._step += 1
+        return super().normals(count)
+
+    def choose(self, among: int, at_most: int) -> npt.NDArray[np.int64]:
+        self._again("choose", among)
+        if among <= at_most:
+            return np.arange(among)
+        return np.sort(np.argsort(super().uniforms(among), kind="stable")[:at_most])
+
+    def __repr__(self) -> str:
+        return f"RepeatedRandomness({', '.join(map(repr, self.context))})"
+
+
+Randomness = SystemRandomness | SimulatedRandomness | RepeatedRandomness
