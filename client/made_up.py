@@ -32,6 +32,7 @@ from cytofed.errors import VerificationError
 from cytofed.files import write_atomically
 from cytofed.labels import load_scheme
 from cytofed.messages import (
+    BadMessage,
     Kind,
     Order,
     Update,
@@ -204,7 +205,10 @@ class MadeUpLab:
         start = self._world.start(plan)
         up = make_strategy(plan.strategy).lab.up
         content = self._ask(plan, "train", round_, slot, self._parts(plan, round_, changed))
-        return unpack_update(_message(content), parts=up, size=start.manifest.size)
+        try:
+            return unpack_update(_message(content), parts=up, size=start.manifest.size)
+        except BadMessage as error:
+            raise VerificationError(f"rehearsal ({plan.name}): {error.message}") from None
 
     def scores(self, plan: Plan, round_: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The confusion matrix of a round, all counts in one row."""

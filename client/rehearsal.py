@@ -33,19 +33,20 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from cytofed.arrays import Float32
 from cytofed.client.made_up import SCHEME, UNLABELLED, MadeUp, MadeUpLab, Patient, made_up
 from cytofed.errors import VerificationError
 from cytofed.files import write_atomically
 from cytofed.messages import Order, Update
 from cytofed.plan import Plan, from_dict
-from cytofed.privacy.noise import Randomness, RepeatedRandomness
+from cytofed.privacy.noise import Randomness, RepeatedRandomness, SimulatedRandomness
 
 Floats = npt.NDArray[np.float64]
 
 SIGMA = 1.3
 SAMPLING_RATE = 0.25
 _DECLARED = 10
-_CLIPPED = 0.02
+_CLIPPED = 0.1
 """max_norm that every made-up gradient is longer than"""
 _UNCLIPPED = 1e3
 """max_norm that none reaches"""
@@ -236,13 +237,16 @@ def _check_sensitivity(world: MadeUp, sigma: float, *, quick: bool) -> float:
     labs = _Variants(world)
     largest = 0.0
     for plan in _sensitivity_plans(sigma, quick=quick):
-        none = labs.update(plan, (NOBODY,))
+        weights_P = _all_layers_learn(world, plan)
+        none = labs.update(plan, (NOBODY,), weights_P)
         for patient in removed:
             at = PATIENTS.index(patient)
-            everyone = labs.update(plan, PATIENTS[: at + 1])
-            rest = labs.update(plan, PATIENTS[:at])
-            alone = labs.update(plan, (patient,))
-            largest = max(largest, _one_patient(plan, everyone, rest, alone, none))
+            everyone = labs.update(plan, PATIENTS[: at + 1], weights_P)
+            rest = labs.update(plan, PATIENTS[:at], weights_P)
+            alone = labs.update(plan, (patient,), weights_P)
+            length = float(np.linalg.norm(weights_P))
+            found = _one_patient(plan, length, everyone, rest, alone, none)
+            largest = max(largest, found)
     return largest
 
 
@@ -279,8 +283,21 @@ class _Variants:
             self._labs[patients] = self._world.lab(patients, randomness=_repeated)
         return self._labs[patients]
 
-    def update(self, plan: Plan, patients: tuple[Patient, ...]) -> Mapping[str, Floats]:
-        return _parts(self.lab(patients).train(plan, 1))
+    def update(
+        self, plan: Plan, patients: tuple[Patient, ...], weights_P: Float32
+    ) -> Mapping[str, Floats]:
+        return _parts(self.lab(patients).train(plan, 2, weights=weights_P))
+
+
+def _all_layers_learn(world: MadeUp, plan: Plan) -> Float32:
+    """Start weights with a head that is not zero: below one that is, no gradient comes."""
+    start = world.start(plan)
+    weights_P = start.weights_P
+    head_CF = start.manifest.split(weights_P)["head.weight"]
+    head_CF += 0.05 * SimulatedRandomness(0, "rehearsal").normals(head_CF.size).reshape(
+        head_CF.shape
+    )
+    return weights_P
 
 
 def _repeated(order: Order) -> Randomness:
@@ -293,6 +310,7 @@ def _parts(update: Update) -> dict[str, Floats]:
 
 def _one_patient(
     plan: Plan,
+    weights: float,
     everyone: Mapping[str, Floats],
     rest: Mapping[str, Floats],
     alone: Mapping[str, Floats],
@@ -300,7 +318,8 @@ def _one_patient(
 ) -> float:
     """The largest change by one patient, as a share of what the plan promises.
 
-    Errors: VerificationError.
+    ``weights``: norm of the weights that the update is the difference of. Errors:
+    VerificationError.
     """
     steps = len(_pulls(plan))
     most = most_moved(plan)
@@ -310,7 +329,7 @@ def _one_patient(
     for name, all_P in everyone.items():
         bound = most * scale[name]
         # float32 rounds the noise that cancels, and weights before and after.
-        rounding = 2e-7 * float(np.linalg.norm(all_P)) + 1e-7 * scale[name] * math.sqrt(len(all_P))
+        rounding = 2e-7 * float(np.linalg.norm(all_P)) + 1.2e-7 * scale[name] * weights
         change_P = all_P - rest[name]
         change = float(np.linalg.norm(change_P))
         # Steps after the first start from other weights: others' gradients move a little too.
@@ -319,11 +338,6 @@ def _one_patient(
                 f"rehearsal ({plan.name}): one patient moves {name} of an update by {change:.4g}, "
                 f"the plan's price is for {bound:.4g}"
             )
-        if clipped and not change >= bound / 2:
-            raise VerificationError(
-                f"rehearsal ({plan.name}): a patient who moves {name} by {bound:.4g} moved it by "
-                f"{change:.4g}: nothing was seen, so nothing was shown"
-            )
         apart_P = change_P - (alone[name] - none[name])
         unit = bound if clipped else change
         alike = steps == 1 and not plan.train.augment.flip  # else others take other steps or forms
@@ -331,6 +345,11 @@ def _one_patient(
             raise VerificationError(
                 f"rehearsal ({plan.name}): what a patient adds to {name} of an update depends on "
                 f"the others (by {float(np.linalg.norm(apart_P)):.4g} of {change:.4g})"
+            )
+        if clipped and not change >= bound / 2:
+            raise VerificationError(
+                f"rehearsal ({plan.name}): a patient who moves {name} by {bound:.4g} moved it by "
+                f"{change:.4g}: nothing was seen, so nothing was shown"
             )
         found = max(found, change / bound)
     _check_derived(plan, everyone)
@@ -364,7 +383,7 @@ def _check_noise(
     """Labs whose patients have no gradient: two, two rounds each, and one that was restarted."""
     few: dict[str, Any] = {"steps": 3, "sigma": sigma, "sampling_rate": sampling_rate}
     plans = [
-        _plan("noise whole", **few),
+        _plan("noise whole", **{**few, "steps": 1}),
         _plan("noise head", trainable="head", momentum=0.9, max_norm=0.7, **few),
     ]
     if not quick:
@@ -384,7 +403,7 @@ def _check_noise(
             _check_header(update)
         releases_RP = np.array([update.parts["weights"] for update in updates], np.float64)
         ratio, correlation = _only_noise(releases_RP, noise_sd(plan), plan.name)
-        if plan.model.trainable == "head":
+        if plan.train.steps_per_round == 1:
             _check_twins(releases_RP[:, world.start(plan).weights_P == 0], plan.name)
         ratios.append(ratio)
         correlations.append(correlation)
@@ -468,12 +487,12 @@ def _check_sampling(world: MadeUp, sampling_rate: float, *, steps: int, orders: 
         **hushed,
     )
     every = _plan("all are drawn", **hushed)
-    labs = _Variants(world)
-    none_P = labs.update(every, (NOBODY,))["weights"]
+    labs, weights_P = _Variants(world), world.start(every).weights_P
+    none_P = labs.update(every, (NOBODY,), weights_P)["weights"]
     # One part of a step: of the denominator of all patients, made that of those drawn.
-    part_PU = np.stack([labs.update(every, (p,))["weights"] - none_P for p in patients], axis=1) * (
-        _denominator(every) / _denominator(plan)
-    )
+    part_PU = np.stack(
+        [labs.update(every, (p,), weights_P)["weights"] - none_P for p in patients], axis=1
+    ) * (_denominator(every) / _denominator(plan))
 
     def counts_of(lab: MadeUpLab, rounds: range) -> Floats:
         moved_PD = [lab.train(plan, round_).parts["weights"] for round_ in rounds]
