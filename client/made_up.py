@@ -200,11 +200,11 @@ class MadeUpLab:
         """Have a plan offered, approved by the lab's own rule, and its run started."""
         self._started(plan)
 
-    def train(self, plan: Plan, round_: int, *, slot: int = 0, **changed: Float32) -> Update:
-        """The update of an attempt at a round; ``changed``: parts that are not as at the start."""
+    def train(self, plan: Plan, round_: int, **changed: Float32) -> Update:
+        """The update of a round; ``changed``: parts that are not as at the start."""
         start = self._world.start(plan)
         up = make_strategy(plan.strategy).lab.up
-        content = self._ask(plan, "train", round_, slot, self._parts(plan, round_, changed))
+        content = self._ask(plan, "train", round_, self._parts(plan, round_, changed))
         try:
             return unpack_update(_message(content), parts=up, size=start.manifest.size)
         except BadMessage as error:
@@ -212,7 +212,7 @@ class MadeUpLab:
 
     def scores(self, plan: Plan, round_: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The confusion matrix of a round, all counts in one row."""
-        content = self._ask(plan, "evaluate", round_, 0, self._parts(plan, round_, {}))
+        content = self._ask(plan, "evaluate", round_, self._parts(plan, round_, {}))
         classes = len(load_scheme(plan.labels.scheme).codes)
         found = unpack_evaluation(_message(content), classes=classes, noised=True)
         return np.asarray(found.tally.confusion_CC.ravel())
@@ -233,49 +233,54 @@ class MadeUpLab:
             content = RecordDict(
                 {"offer": ConfigRecord({"document": offer.signed(world.coordinator)})}
             )
-            answer = self.daemon.respond(_message(content, "query.offer"))
-            record = None if answer.content is None else answer.content.get("answer")
-            decision = record.get("decision") if isinstance(record, ConfigRecord) else None
+            told = self._answered(_message(content, "query.offer"), plan).get("answer")
+            decision = told.get("decision") if isinstance(told, ConfigRecord) else None
             if not isinstance(decision, bytes) or not decision:
-                raise VerificationError(f"the plan of a rehearsal was not approved {answer.reason}")
+                raise VerificationError(f"rehearsal ({plan.name}): the plan was not approved")
             start = StartOfRun(
                 offer.run, plan.sha256, offer.roster.sha256, {self.identity.name: decision}
             )
             self._starts[plan.sha256] = offer, start.signed(world.coordinator)
         return self._starts[plan.sha256]
 
-    def _ask(self, plan: Plan, kind: Kind, round_: int, slot: int, parts: Parts) -> RecordDict:
+    def _ask(self, plan: Plan, kind: Kind, round_: int, parts: Parts) -> RecordDict:
         """The content of the answer to an order, opened by the coordinator."""
         offer, start = self._started(plan)
         self.orders += 1
-        order = Order(kind, offer.run, round_, plan.sha256, parts, slot)
+        order = Order(kind, offer.run, round_, plan.sha256, parts)
         manifest, payload = pack_content(pack_order(order))
         sealed = seal(
             payload,
-            self._place(offer, round_, slot, kind, to_lab=True),
+            self._place(offer, round_, kind, to_lab=True),
             sender=self._world.coordinator,
             receiver=self.identity.public,
             manifest=manifest,
         )
-        parcel = pack_parcel(Parcel(offer.run, round_, slot, kind, sealed, start))
-        answer = self.daemon.respond(_message(parcel, kind, group=str(round_)))
-        if answer.content is None:
-            raise VerificationError(f"the order of a rehearsal was refused: {answer.reason}")
-        answer.sent()
-        got = unpack_parcel(_message(answer.content))
+        parcel = pack_parcel(Parcel(offer.run, round_, 0, kind, sealed, start))
+        answer = self._answered(_message(parcel, kind, group=str(round_)), plan)
+        got = unpack_parcel(_message(answer))
         opened = unseal(
             got.sealed,
-            self._place(offer, round_, slot, got.content, to_lab=False),
+            self._place(offer, round_, got.content, to_lab=False),
             sender=self.identity.public,
             receiver=self._world.coordinator,
         )
         content = unpack_content(opened.manifest, opened.payload)
         if got.content == REFUSAL:
             reason = text_of(content, "reason")
-            raise VerificationError(f"the order of a rehearsal was refused: {reason}")
+            raise VerificationError(f"rehearsal ({plan.name}): the order was refused: {reason}")
         return content
 
-    def _place(self, offer: Offer, round_: int, slot: int, content: str, *, to_lab: bool) -> Place:
+    def _answered(self, message: Message, plan: Plan) -> RecordDict:
+        """Errors: VerificationError where the lab refuses."""
+        answer = self.daemon.respond(message)
+        if answer is None or answer.content is None:
+            reason = answer.reason if answer is not None else "no answer"
+            raise VerificationError(f"rehearsal ({plan.name}): the order was refused: {reason}")
+        answer.sent()
+        return answer.content
+
+    def _place(self, offer: Offer, round_: int, content: str, *, to_lab: bool) -> Place:
         lab = self.identity.name
         return Place(
             federation=offer.federation,
@@ -283,7 +288,7 @@ class MadeUpLab:
             plan_sha256=offer.plan.sha256,
             roster_sha256=offer.roster.sha256,
             round=round_,
-            slot=slot,
+            slot=0,
             sender=COORDINATOR if to_lab else lab,
             receiver=lab if to_lab else COORDINATOR,
             direction=Direction.TO_LAB if to_lab else Direction.TO_COORDINATOR,

@@ -423,7 +423,7 @@ def _only_noise(releases_RP: Floats, sd: float, what: str) -> tuple[float, float
 
 def _check_retry(lab: MadeUpLab, plan: Plan, round_: int, before: Update) -> None:
     """A round that is asked for again gets the same update: other noise would be another price."""
-    again = lab.train(plan, round_, slot=1)
+    again = lab.train(plan, round_)
     for name, part_P in before.parts.items():
         if not np.array_equal(part_P, again.parts[name]):
             raise VerificationError(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cytofed.client.outbox import Fresh
 from cytofed.client.rehearsal import refuse_known_noise, rehearse
 from cytofed.errors import VerificationError
 from cytofed.metrics import Tally
@@ -335,8 +336,8 @@ def _weight_of_data(real: Any) -> Any:
     return train
 
 
-def _anew(_: Any) -> Any:
-    return lambda _order, _lab: None
+def _fresh(_: Any) -> Any:
+    return lambda _self, _order: Fresh()
 
 
 def _forgetful(_: Any) -> Any:
@@ -406,8 +407,10 @@ FURTHER = (
     Planted("classes masked by the data", "client.opening:absent_classes", _masked_by_data),
     Planted("weight by number of images", "client.app:_train_privately", _weight_of_data),
     Planted("scores not clipped", "client.app:clipped_confusion", _unclipped_scores),
-    Planted("other noise at a second attempt", "client.app:_kept", _anew,
-            {"client.opening:OutboxUpdates.save": _forgetful,
-             "client.opening:LimitedBudget.release": _forgetful}),
+    Planted("other noise at a second attempt", "client.outbox:Outbox.take", _fresh,
+            {"client.outbox:Outbox.put": _forgetful,
+             "client.opening:OutboxUpdates.save": _forgetful,
+             "client.opening:LimitedBudget.release": _forgetful,
+             "client.opening:LimitedBudget.settle": _forgetful}),
 )  # fmt: skip
 FAULTS = (*OF_THE_REVIEW, *FURTHER)
