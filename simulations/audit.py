@@ -19,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +36,13 @@ from cytofed.privacy.accounting import shown
 from cytofed.privacy.losses import Steps, loss_law
 from cytofed.privacy.terms import Terms, terms_of
 from cytofed.simulations.attacks import lines as attack_lines
-from cytofed.simulations.audit_job import ATTACKS, DECLARED, at_work, control_names
+from cytofed.simulations.audit_job import (
+    ATTACKS,
+    DECLARED,
+    REHEARSAL,
+    at_work,
+    control_names,
+)
 from cytofed.simulations.audit_report import VERSION, write_figures
 from cytofed.simulations.membership import infer_members
 from cytofed.simulations.membership import lines as membership_lines
@@ -97,11 +104,13 @@ def audit(
         "attacks": None,
     }
     planted = control_names() if controls else ()
-    with at_work(run_dir, [*[ATTACKS] * attacks, *planted], tell) as parts:
+    others = [*[ATTACKS] * attacks, *[REHEARSAL] * (terms is not None)]
+    with at_work(run_dir, [*others, *planted], tell) as parts:
         if terms is None:
             checks = [_nothing_claimed()]
         else:
-            checks, found["false_alarms"] = _claim_checks(run_dir, run, terms, tell)
+            elsewhere = parts[REHEARSAL]
+            checks, found["false_alarms"] = _claim_checks(run_dir, run, terms, elsewhere, tell)
         if run.plan.secure_aggregation.enabled:
             tell("mask keys")
             checks.append(_mask_keys())
@@ -123,7 +132,7 @@ def audit(
 
 
 def _claim_checks(
-    run_dir: Path, run: Run, terms: Terms, tell: Callable[[str], None]
+    run_dir: Path, run: Run, terms: Terms, elsewhere: Future[Any], tell: Callable[[str], None]
 ) -> tuple[list[Finding], dict[str, Any]]:
     """What holds the claim against plan and code, and how often its bounds cry wolf."""
     tell("composition")
@@ -131,6 +140,8 @@ def _claim_checks(
     mechanism = _mechanism(run, terms)
     tell("self-checks")
     checks += _self_checks(run_dir, run, mechanism)
+    tell("rehearsal")
+    checks.append(_rehearsal(mechanism, elsewhere))
     tell("canaries")
     bounds, false_alarms = _canaries(run, terms, mechanism)
     return checks + bounds, false_alarms
@@ -253,6 +264,19 @@ def _self_checks(run_dir: Path, run: Run, mechanism: Mechanism) -> list[Finding]
     ]
 
 
+def _rehearsal(mechanism: Mechanism, elsewhere: Future[Any]) -> Finding:
+    """Orders to a lab of made-up patients. ``elsewhere``: the noise of another process."""
+    from cytofed.client.rehearsal import rehearse
+
+    def check() -> str:
+        seen = rehearse(sigma=mechanism.sigma, sampling_rate=mechanism.sampling_rate)
+        if not set(seen.noises).isdisjoint(elsewhere.result()["noises"]):
+            raise VerificationError("two processes have the same noise: it has a seed")
+        return str(seen)
+
+    return _checked("rehearsal: made-up patients, from the plan to what leaves", check)
+
+
 def _checked(what: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(what, "", check(), "PASS")
@@ -364,10 +388,11 @@ def _mask_keys() -> Finding:
 def _controls(rows: Sequence[Json]) -> dict[str, Any]:
     """The table of planted faults against checks; ``rows``: the code that ships first."""
     from cytofed.privacy.faults import CHECKS
+    from cytofed.simulations.planted import CHECK
 
     shipped, *faults = rows
     return {
-        "checks": list(CHECKS),
+        "checks": [*CHECKS, CHECK],
         "shipped": shipped,
         "faults": faults,
         "all_caught": not shipped["caught"] and all(row["caught"] for row in faults),
@@ -495,18 +520,32 @@ _HEADINGS = {
     "canaries, Gaussian": "Gaussian",
     "composition": "composed",
     "mask keys": "masks",
+    "rehearsal": "lab",
 }
 """of checks, for 80 columns"""
 
 
+def _mark(said: str | None) -> str:
+    """Of a check on a fault: caught, not seen, or not tried."""
+    return "" if said is None else "caught" if said else "–"
+
+
 def _print_controls(controls: Json, console: Console) -> None:
+    rows = [controls["shipped"], *controls["faults"]]
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("planted fault", no_wrap=True)
     for check in controls["checks"]:
         table.add_column(_HEADINGS.get(check, check))
-    for row in (controls["shipped"], *controls["faults"]):
-        marks = ["caught" if row["checks"][check] else "–" for check in controls["checks"]]
-        table.add_row(Text(row["fault"]), *marks)
+    of_a_lab = [row for row in rows if len(row["checks"]) == 1]
+    for row in rows:
+        if row not in of_a_lab:
+            marks = [_mark(row["checks"].get(check)) for check in controls["checks"]]
+            table.add_row(Text(row["fault"]), *marks)
     console.print(table)
+    if of_a_lab:
+        (check,) = of_a_lab[0]["checks"]
+        console.print(Text(f"planted in a lab, and looked for by the {check} alone", style="dim"))
+    for row in of_a_lab:
+        console.print(Text(f"{row['fault']}: {'caught' if row['caught'] else 'not caught'}"))
     caught = sum(row["caught"] for row in controls["faults"])
     console.print(Text(f"{caught} of {len(controls['faults'])} planted faults caught"))

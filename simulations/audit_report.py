@@ -148,8 +148,8 @@ def _controls(controls: Json | None) -> str:
     checks = [str(check) for check in controls["checks"]]
     rows, reasons = [], []
     for row in (controls["shipped"], *controls["faults"]):
-        said = {check: str(row["checks"].get(check) or "") for check in checks}
-        marks = ["caught" if said[check] else "–" for check in checks]
+        said = {check: row["checks"].get(check) for check in checks}
+        marks = ["" if s is None else "caught" if s else "–" for s in said.values()]
         rows.append([str(row["fault"]), *marks])
         first = next((text for text in said.values() if text), "")
         reasons.append([str(row["fault"]), first or "nothing found"])

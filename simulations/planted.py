@@ -24,8 +24,12 @@ from cytofed.client.outbox import Fresh
 from cytofed.client.rehearsal import refuse_known_noise, rehearse
 from cytofed.errors import VerificationError
 from cytofed.metrics import Tally
+from cytofed.privacy import faults
 from cytofed.privacy.noise import RepeatedRandomness, SimulatedRandomness
 from cytofed.privacy.sampling import Draw, Units
+
+CHECK = "rehearsal"
+"""the check that looks at what a lab answers"""
 
 Make = Callable[[Any], Any]
 """what is there -> what is put in its place"""
@@ -63,16 +67,17 @@ def planted(fault: Planted) -> Iterator[None]:
 def rehearsed(fault: Planted | None, *, quick: bool = False) -> str:
     """What a rehearsal says of the code with this fault; empty where it finds nothing.
 
-    It is done twice, as two processes would: the fault is planted anew.
+    It is done twice, as two processes would: the fault is planted anew. ``quick``: as at the start
+    of a lab; else in full too.
     """
     with TemporaryDirectory() as folder:
         seen = Path(folder) / "noise.seen"
         try:
-            for attempt in range(2):
+            for shortened in (True, quick):
                 with ExitStack() as stack:
                     if fault is not None:
                         stack.enter_context(planted(fault))
-                    found = rehearse(quick=quick or attempt > 0)
+                    found = rehearse(quick=shortened)
                     refuse_known_noise(seen, found.noises)
         except VerificationError as error:
             return error.message
@@ -96,6 +101,17 @@ def _changed(**values: Callable[[Any], Any]) -> Make:
 
 def _sigma_halved(real: Any) -> Any:
     return lambda sigma, *others: real(sigma / 2, *others)
+
+
+def _max_norm_doubled(real: Any) -> Any:
+    def step(optimizer: Any, *others: Any, **named: Any) -> Any:
+        before = optimizer.mechanism
+        optimizer.mechanism = replace(before, max_norm=2 * before.max_norm)
+        done = real(optimizer, *others, **named)
+        optimizer.mechanism = before
+        return done
+
+    return step
 
 
 def _denominator_doubled(real: Any) -> Any:
@@ -355,8 +371,8 @@ OF_THE_REVIEW = (
     ),
     Planted(
         "max_norm doubled in the closed form",
-        "privacy.gradients:clipped_head_sum",
-        _changed(max_norm=lambda norm: 2 * norm),
+        "client.private:private_head_step",
+        _max_norm_doubled,
     ),
     Planted(
         "noise in a round's first step only",
@@ -414,3 +430,20 @@ FURTHER = (
              "client.opening:LimitedBudget.settle": _forgetful}),
 )  # fmt: skip
 FAULTS = (*OF_THE_REVIEW, *FURTHER)
+
+
+def _optimizer(of: type) -> Planted:
+    return Planted(of.__name__, "client.private:PatientOptimizer", lambda _: of)
+
+
+OF_THE_OPTIMIZER = {
+    "noise off": _optimizer(faults.NoiseOff),
+    "noise halved": _optimizer(faults.NoiseHalved),
+    "noise seeded": Planted(
+        "noise seeded", "privacy.noise:SystemRandomness._key", lambda _: lambda _self: bytes(32)
+    ),
+    "no clipping": _optimizer(faults.NotClipped),
+    "clipping after averaging": _optimizer(faults.ClippedAfterAveraging),
+    "a patient split in two": _optimizer(faults.PatientSplit),
+}
+"""faults of ``privacy.faults``, as they are in a lab"""
