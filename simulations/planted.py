@@ -423,6 +423,8 @@ FURTHER = (
     Planted("classes masked by the data", "client.opening:absent_classes", _masked_by_data),
     Planted("weight by number of images", "client.app:_train_privately", _weight_of_data),
     Planted("scores not clipped", "client.app:clipped_confusion", _unclipped_scores),
+    Planted("sides by quotas of all patients", "client.opening:_each_alone",
+            lambda _: lambda _cells, _plan: False),
     Planted("other noise at a second attempt", "client.outbox:Outbox.take", _fresh,
             {"client.outbox:Outbox.put": _forgetful,
              "client.opening:OutboxUpdates.save": _forgetful,
