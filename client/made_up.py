@@ -229,7 +229,7 @@ class MadeUpLab:
         if plan.sha256 not in self._starts:
             world = self._world
             member = Member(self.identity.public, "0" * 64, world.declared)
-            offer = Offer(plan.name, plan, Roster(FEDERATION, 1, (member,)))
+            offer = Offer(plan.name.replace(" ", "-"), plan, Roster(FEDERATION, 1, (member,)))
             content = RecordDict(
                 {"offer": ConfigRecord({"document": offer.signed(world.coordinator)})}
             )
