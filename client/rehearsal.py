@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import
 
 from cytofed.arrays import Float32
 from cytofed.client.made_up import SCHEME, UNLABELLED, MadeUp, MadeUpLab, Patient, made_up
@@ -556,7 +556,8 @@ def _check_binomial(counts_DU: Floats, steps: int, rate: float) -> float:
 
 def _two_sided(found: int, trials: int, rate: float) -> float:
     """The chance of a binomial number as far off as this, or further."""
-    low, high = stats.binom.cdf(found, trials, rate), stats.binom.sf(found - 1, trials, rate)
+    low = special.bdtr(found, trials, rate)
+    high = special.bdtrc(found - 1, trials, rate) if found else 1.0
     return float(2 * min(low, high))
 
 

@@ -43,7 +43,13 @@ from cytofed.simulations.audit_job import (
     at_work,
     control_names,
 )
-from cytofed.simulations.audit_report import VERSION, write_figures
+from cytofed.simulations.audit_report import (
+    PRIVATE_PAGE,
+    VERSION,
+    private_page,
+    without_pictures,
+    write_figures,
+)
 from cytofed.simulations.membership import infer_members
 from cytofed.simulations.membership import lines as membership_lines
 from cytofed.simulations.report import Run, read_run, write_report
@@ -121,6 +127,7 @@ def audit(
     if attacks:
         found["attacks"]["membership"] = infer_members(run_dir, tell)
     leaves = _leaves(run)
+    found["attacks"] = _without_pictures(run_dir, found["attacks"])
     found["checks"] = [asdict(finding) for finding in checks]
     found["leaves"] = [asdict(finding) for finding in leaves]
     found["violations"] = sum(f.verdict == "VIOLATION" for f in (*checks, *leaves))
@@ -129,6 +136,16 @@ def audit(
     write_figures(found, run_dir / "figures")
     write_report(run_dir)
     return found
+
+
+def _without_pictures(run_dir: Path, attacks: Json | None) -> Any:
+    """The attacks as others may read them; their pictures go to a page that is the lab's alone."""
+    page = run_dir / PRIVATE_PAGE
+    if attacks is None:
+        page.unlink(missing_ok=True)  # of another audit
+        return None
+    write_atomically(page, private_page(attacks), mode=0o600)
+    return without_pictures(attacks)
 
 
 def _claim_checks(
@@ -481,6 +498,7 @@ def _counts(summary: Json) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
 
 def render_audit(found: Json, console: Console, *, run_dir: Path) -> None:
     """Print the findings, one line each, and the table of controls."""
+    lines: list[str] = []
     for part in ("checks", "leaves"):
         for values in found[part]:
             finding = Finding(**values)
@@ -493,12 +511,13 @@ def render_audit(found: Json, console: Console, *, run_dir: Path) -> None:
         _print_controls(found["controls"], console)
     if found["attacks"]:
         private = found["unit"] != "none"
+        lines = [f"pictures {run_dir / PRIVATE_PAGE}: of patients; private, not to be published"]
         for line in (
             *attack_lines(found["attacks"]),
             *membership_lines(found["attacks"]["membership"], private=private),
         ):
             console.print(Text(line), soft_wrap=True)
-    lines = [f"{found['violations']} violations, in {found['seconds']:.0f} s"]
+    lines += [f"{found['violations']} violations, in {found['seconds']:.0f} s"]
     lines.append(f"report   {run_dir / 'report.html'}")
     for line in lines:
         console.print(Text(line), soft_wrap=True)

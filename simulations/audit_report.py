@@ -15,16 +15,22 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cytofed import figures
+from cytofed.page import page
 from cytofed.simulations import membership
 from cytofed.simulations.attacks import matches, recognised
 from cytofed.simulations.attacks import verdict as attacks_verdict
-from cytofed.simulations.parts import drawing, number, scroll, section, table_of, warning_box
+from cytofed.simulations.parts import CSS, drawing, number, scroll, section, table_of, warning_box
 from cytofed.whose import whose
 
 Json = Mapping[str, Any]
 
-VERSION = 4
+VERSION = 5
 """of audit.json; an older one is not shown"""
+
+PRIVATE_PAGE = "private-attacks.html"
+"""beside the report: all pictures of an audit; for the lab's eyes"""
+
+_OF_PICTURES = ("inversion", "round", "seat")
 
 PictureRow = tuple[str, list[str], *tuple[Sequence[str], ...]]
 """name, figures, and lines of pictures"""
@@ -54,6 +60,8 @@ def audit_section(found: Json | None) -> str:
             _round(attacks["round"]),
             _seat(attacks["seat"]),
             _collusion(attacks["collusion"], drawn),
+            f"<p>The pictures, of patients' images and rebuilt ones, are not on this page: they "
+            f"are in <code>{PRIVATE_PAGE}</code> beside it, which only its owner can read.</p>",
         ]
     return section("Audit", "".join(parts))
 
@@ -86,10 +94,7 @@ def figures_of(found: Json) -> dict[str, Figure]:
         threshold=collusion["threshold"],
         lying_from=collusion["lying_from"],
     )
-    inversion, round_, seat = attacks["inversion"], attacks["round"], attacks["seat"]
-    drawn["inversion"] = figures.pictures_figure(
-        {"the image": inversion["images"]} | {w["way"]: w["pictures"] for w in inversion["ways"]}
-    )
+    inversion = attacks["inversion"]
     sums = inversion["sums"]
     curves = {"images in the sum": "likeness", "other images": "held_out", "noised": "noised"}
     drawn["sums"] = figures.sums_figure(
@@ -97,20 +102,14 @@ def figures_of(found: Json) -> dict[str, Figure]:
         {name: [row[key] for row in sums] for name, key in curves.items()},
         recognisable=inversion["recognisable"],
     )
-    if "missing" not in round_:
-        pictures = {}
-        for row in round_["rows"]:
-            pictures[f"{row['way']}: rebuilt"] = row["pictures"]
-            pictures[f"{row['way']}: nearest image trained on"] = row["nearest"]
-        drawn["round"] = figures.pictures_figure(pictures)
-    drawn["seat"] = figures.pictures_figure(
-        {"the image": seat["images"]} | {_place(row): row["pictures"] for row in seat["rows"]}
-    )
     return drawn
 
 
 def write_figures(found: Json, folder: Path) -> None:
-    """Each figure of an audit as SVG and PDF in ``folder``."""
+    """Each figure of an audit as SVG and PDF in ``folder``; none shows an image."""
+    for name in _OF_PICTURES:  # of an older version
+        for ending in ("svg", "pdf"):
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
     for name, figure in figures_of(found).items():
         folder.mkdir(exist_ok=True)
         for ending in ("svg", "pdf"):
@@ -193,10 +192,10 @@ def _patients(found: Json) -> str:
 
 def _inversion(found: Json, drawn: Mapping[str, Figure]) -> str:
     """Images before and after, and how many images hide each other in a sum."""
-    rows: list[PictureRow] = [("the image", ["", ""], found["images"])]
+    rows: list[PictureRow] = [("the image", ["", ""], found.get("images", ()))]
     for way in found["ways"]:
         values = [f"{way['likeness']:.2f}", f"{way['recognised']:.0%}"]
-        rows.append((way["way"], values, way["pictures"]))
+        rows.append((way["way"], values, way.get("pictures", ())))
     lead = (
         "What each protection is for: an update of one step on one image, of a small net whose "
         f"first layer sees pixels, at max_norm {number(found['max_norm'])} and sigma "
@@ -254,7 +253,7 @@ def _round(found: Json) -> str:
                 f"{low:.2f} to {high:.2f}",
             ]
         )
-        pictures.append((name, [], row["pictures"], row["nearest"]))
+        pictures.append((name, [], row.get("pictures", ()), row.get("nearest", ())))
     changed = "".join(f"; {text}" for text in found["changed"])
     lead = (
         f"Round 1 of this run again: {found['labs']} labs, {number(found['images'])} images, "
@@ -271,15 +270,17 @@ def _round(found: Json) -> str:
     head += ["of held-out", "AUC"]
     head.append(f"{found['confidence']:.0%}")
     table = scroll(table_of(head, rows, texts=2, wrap=True))
-    shown = _pictures(["", "likest pictures, each above the image trained on"], pictures)
+    shown = ""
+    if any(any(row[2:]) for row in pictures):
+        shown = _pictures(["", "likest pictures, each above the image trained on"], pictures)
     return f"{title}<p>{escape(lead)}</p>{table}{shown}"
 
 
 def _seat(found: Json) -> str:
-    rows: list[PictureRow] = [("the image", ["", "", "", ""], found["images"])]
+    rows: list[PictureRow] = [("the image", ["", "", "", ""], found.get("images", ()))]
     for row in found["rows"]:
         shares = [f"{row[key]:.0%}" for key in ("recognised", "matched", "took_part")]
-        rows.append((_place(row), [f"{row['likeness']:.2f}", *shares], row["pictures"]))
+        rows.append((_place(row), [f"{row['likeness']:.2f}", *shares], row.get("pictures", ())))
     lead = (
         "The worst case for a lab: an update of one step on one image, sent by the code that "
         f"ships. Matched: how often the lab's image is first of {number(found['candidates'])} "
@@ -319,8 +320,8 @@ def _collusion(found: Json, drawn: Mapping[str, Figure]) -> str:
 
 
 def _pictures(head: Sequence[str], rows: Sequence[PictureRow]) -> str:
-    """A table whose last column shows pictures, one line of them or several."""
-    top = "".join(f"<th scope=col>{escape(text)}</th>" for text in head)
+    """A table whose last column shows pictures, one line of them or several; without any, the
+    table alone."""
 
     def line(pictures: Sequence[str]) -> str:
         return "".join(
@@ -329,10 +330,57 @@ def _pictures(head: Sequence[str], rows: Sequence[PictureRow]) -> str:
             if _DATA_URI.fullmatch(uri)
         )
 
+    told = [(name, values, "<br>".join(map(line, lines))) for name, values, *lines in rows]
+    if not any(shown for _, _, shown in told):
+        head = head[:-1]
+        told = [(name, values, "") for name, values, _ in told if any(values)]
+    top = "".join(f"<th scope=col>{escape(text)}</th>" for text in head)
     body = "".join(
         f"<tr><th scope=row>{escape(name)}</th>"
         + "".join(f"<td class=num>{escape(value)}</td>" for value in values)
-        + f"<td>{'<br>'.join(map(line, lines))}</td></tr>"
-        for name, values, *lines in rows
+        + (f"<td>{shown}</td>" if len(head) > 1 + len(values) else "")
+        + "</tr>"
+        for name, values, shown in told
     )
     return scroll(f'<table class="examples wrap"><thead><tr>{top}</tr></thead>{body}</table>')
+
+
+# --- pictures of patients
+
+
+def without_pictures(found: Any) -> Any:
+    """The same without a single picture: what may be read by others."""
+    if isinstance(found, Mapping):
+        return {k: without_pictures(v) for k, v in found.items() if not _is_pictures(v)}
+    if isinstance(found, list):
+        return [without_pictures(item) for item in found if not _is_pictures(item)]
+    return found
+
+
+def _is_pictures(value: Any) -> bool:
+    """A picture as data URI, or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_pictures, value))
+    return isinstance(value, str) and value.startswith("data:")
+
+
+def private_page(attacks: Json) -> str:
+    """Images of patients, and what the attacks made of them, as a page of its own."""
+    drawn = figures_of({"attacks": attacks})
+    parts = [
+        warning_box(
+            "This page shows images of patients, and pictures rebuilt from updates that show "
+            "patients too. Do not publish it and do not pass it on."
+        ),
+        _inversion(attacks["inversion"], drawn),
+        _round(attacks["round"]),
+        _seat(attacks["seat"]),
+    ]
+    return page(
+        title="private: images from attacks",
+        heading="Images from attacks: private",
+        headline="",
+        sections=section("Attacks", "".join(parts)),
+        css=CSS,
+        footer="Made by cytofed. Not to be published.",
+    )

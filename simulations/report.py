@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -368,28 +367,8 @@ def _partition(run: Run) -> str:
     label = f"training images of {len(labs)} labs by class"
     return section(
         "Who holds what",
-        f"<p>{lead}</p>{note}"
-        + drawing(figure, "partition", label, caption)
-        + _examples(partition.get("examples")),
+        f"<p>{lead}</p>{note}" + drawing(figure, "partition", label, caption),
     )
-
-
-def _examples(examples: Any) -> str:
-    """Thumbnails per lab, ``{lab: [data URI, ...]}``; anything but a JPEG or PNG is left out."""
-    if not isinstance(examples, Mapping):
-        return ""
-    rows = []
-    for lab, images in list(examples.items())[:MANY_ROWS]:
-        shown = "".join(
-            f'<img src="{uri}" alt="" width="56" height="56">'
-            for uri in list(images)[:16]
-            if _DATA_URI.fullmatch(str(uri))
-        )
-        if shown:
-            rows.append(f"<tr><th scope=row>{escape(str(lab))}</th><td>{shown}</td></tr>")
-    if not rows:
-        return ""
-    return scroll(f'<table class="examples">{"".join(rows)}</table>')
 
 
 def _learning(run: Run) -> str:
@@ -884,8 +863,6 @@ def _interval(ends: Sequence[float | None] | None) -> str:
         return ""
     return f"95% interval {ends[0]:.3f} to {ends[1]:.3f}"
 
-
-_DATA_URI = re.compile(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+")
 
 # --- the terminal -------------------------------------------------------------------------------
 

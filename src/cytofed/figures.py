@@ -10,13 +10,10 @@ Shapes: K labs, C classes, R rounds.
 
 from __future__ import annotations
 
-import base64
 import functools
 import html
 import io
-import itertools
 import re
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +22,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import image as mpl_image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,7 +33,6 @@ from cytofed.page import FIRST, GRID, INK, MUTED, PAPER, SECOND, THIRD
 
 MANY_LABS = 30
 MANY_ROUNDS = 60
-_PNG_URI = "data:image/png;base64,"
 MANY_SERIES = 6
 
 VARIABLES = {
@@ -847,24 +842,3 @@ def sums_figure(
     axes.set_ylabel("likeness")
     axes.grid(axis="y")
     return _legend_below(figure, axes)
-
-
-@_styled
-def pictures_figure(rows: Mapping[str, Sequence[str]]) -> Figure:
-    """Rows of small pictures, each a PNG as data URI; what is none stays empty."""
-    most = max(map(len, rows.values()))
-    figure = Figure(figsize=(3.0 + 0.9 * most, 0.95 * len(rows)))
-    grid = figure.subplots(len(rows), most, squeeze=False)
-    for axes_M, (name, pictures) in zip(grid, rows.items(), strict=True):
-        axes_M[0].set_ylabel(
-            textwrap.fill(name, 34), rotation=0, ha="right", va="center", color=INK, fontsize=8
-        )
-        for axes, uri in itertools.zip_longest(axes_M, pictures):
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            if uri is not None and uri.startswith(_PNG_URI):
-                png = io.BytesIO(base64.b64decode(uri[len(_PNG_URI) :]))
-                axes.imshow(mpl_image.imread(png), interpolation="nearest")
-    return figure

@@ -19,6 +19,7 @@ from cytofed.privacy.gradients import PatientOptimizer
 from cytofed.simulations import audit as examination
 from cytofed.simulations import planted
 from cytofed.simulations.audit import audit, refuse_violation, render_audit
+from cytofed.simulations.audit_report import PRIVATE_PAGE, without_pictures
 from cytofed.simulations.report import write_report
 from cytofed.simulations.simulate import Request
 
@@ -137,8 +138,7 @@ def test_every_control_is_caught_and_shown(private_run: Path) -> None:
     assert "membership inference, pseudo-patients | AUC" in lines(found)
     report = write_report(private_run).read_text()
     assert caught in report
-    assert report.count("data:image/png;base64,") >= 40
-    for name in ("membership", "inversion", "seat", "collusion"):
+    for name in ("membership", "sums", "collusion"):
         for ending in ("svg", "pdf"):
             assert (private_run / "figures" / f"{name}.{ending}").stat().st_size > 1000
 
@@ -176,3 +176,39 @@ def violated(found: dict[str, Any]) -> list[str]:
         for finding in (*found["checks"], *found["leaves"])
         if finding["verdict"] == "VIOLATION"
     ]
+
+
+@pytest.mark.faults  # twenty seconds, of attacks
+def test_no_picture_of_a_patient_is_in_what_would_be_published(private_run: Path) -> None:
+    """Images of the run, of the package and rebuilt ones: on a page of their own, for its owner."""
+    figures = private_run / "figures"
+    figures.mkdir(exist_ok=True)
+    (figures / "round.svg").write_text("of an older version")
+    found = audit(private_run, attacks=True)
+    assert f"{PRIVATE_PAGE}: of patients; private" in lines(found)
+    page = private_run / PRIVATE_PAGE
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert page.read_text().count("data:image/png;base64,") >= 40
+    assert "Do not publish it" in page.read_text()
+    report = write_report(private_run).read_text()
+    assert PRIVATE_PAGE in report
+    published = [path for path in private_run.rglob("*") if path.is_file() and path != page]
+    assert {"report.html", "audit.json", "summary.json"} <= {path.name for path in published}
+    for path in published:
+        if path.is_relative_to(private_run / "checkpoints"):
+            continue  # the simulation's own, and no part of what is published
+        raw = path.read_bytes()
+        assert b"data:image" not in raw, path
+        assert not (path.suffix in (".svg", ".pdf") and _has_raster(raw)), path
+    audit(private_run)
+    assert not page.exists()
+
+
+def _has_raster(raw: bytes) -> bool:
+    return b"<image" in raw or b"/Subtype /Image" in raw
+
+
+def test_pictures_are_taken_out_wherever_they_are() -> None:
+    uri = "data:image/png;base64,AAAA"
+    found = {"images": 3, "rows": [{"likeness": 0.5, "pictures": [uri], "far": {"near": uri}}, uri]}
+    assert without_pictures(found) == {"images": 3, "rows": [{"likeness": 0.5, "far": {}}]}
