@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cytofed.errors import CytofedError
 from cytofed.privacy.terms import Terms
 
 SIZE_PX = 48
@@ -332,3 +334,10 @@ def recognised(row: Json) -> str:
 def matches(row: Json) -> str:
     """The matching test of one row."""
     return f"matched to its lab {row['matched']:.0%}, to any in it {row['took_part']:.0%}"
+
+
+def why_missing(error: CytofedError) -> str:
+    """Why an attack was not made, for a report that others read: without names of files."""
+    if re.search(r"[/\\]|\.(png|jpe?g|tiff?|bmp|csv)\b", error.message, re.IGNORECASE):
+        return "the run's images are not there as they were, or can't be read"
+    return error.message

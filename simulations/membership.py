@@ -35,6 +35,7 @@ from scipy.stats import rankdata, t
 from cytofed.console import stderr
 from cytofed.errors import CytofedError, InputError
 from cytofed.simulations import shadows
+from cytofed.simulations.attacks import why_missing
 from cytofed.simulations.shadows import Recipe, Subjects
 from cytofed.whose import whose
 
@@ -82,7 +83,7 @@ def infer_members(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -
     try:
         subjects = shadows.subjects_of(run_dir)
     except InputError as error:
-        return {"missing": error.message}
+        return {"missing": why_missing(error)}
     _make_shadows(run_dir, tell)
     found = [shadows.read_scores(run_dir, number) for number in range(shadows.SHADOWS + 1)]
     released_N, *shadow_N = [scores for scores in found if scores is not None]

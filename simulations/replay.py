@@ -44,6 +44,7 @@ from cytofed.simulations.attacks import (
     likenesses,
     picture_of,
     pictures,
+    why_missing,
 )
 from cytofed.simulations.membership import CONFIDENCE, Area, area_of
 from cytofed.simulations.split import generator
@@ -141,7 +142,7 @@ def attack_round(run_dir: Path, terms: Terms) -> dict[str, Any]:
         done = replay(VirtualLabs.load(private), terms)
         rows = [_row(sent, shown_by(done.pictures_of(sent), sent)) for sent in done.sent]
     except InputError as error:
-        return {"missing": error.message}
+        return {"missing": why_missing(error)}
     return {
         "labs": done.labs,
         "images": done.images,

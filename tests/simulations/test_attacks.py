@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cytofed.errors import InputError
 from cytofed.plan import load_plan
 from cytofed.privacy.terms import terms_of
 from cytofed.simulations import attacks, seat
@@ -23,6 +24,7 @@ from cytofed.simulations.attacks import (
     lines,
     pictures,
     sample_images,
+    why_missing,
 )
 from cytofed.simulations.seat import sit
 
@@ -168,3 +170,10 @@ def test_each_attack_is_told_in_lines(seen: dict[str, Any], inversion: dict[str,
     text = "\n".join(told)
     assert "one image from a clipped and noised update | likeness 0." in text
     assert "round 1 replayed: no images" in text
+
+
+def test_why_an_attack_was_not_made_names_no_file() -> None:
+    for message in ("cannot read /home/a/smears/p0123.png", "the first is Miller_1950.PNG, odd"):
+        assert "p0123" not in why_missing(InputError(message))
+        assert "Miller" not in why_missing(InputError(message))
+    assert why_missing(InputError("no held-out image")) == "no held-out image"
