@@ -40,10 +40,13 @@ def tells(lie: Lie) -> Callable[..., Iterator[tuple[str, Message | None]]]:
 
 
 def one_lab_alone(victim: str) -> Lie:
-    """All labs but one are told of a weight bound beside which their own weights are nothing."""
+    """All labs but one are told of a weight bound beside which their own weights are nothing, in
+    the first round."""
 
     def lie(lab: str, order: Order) -> Order:
-        return order if lab == victim else replace(order, max_weight=2.0**60)
+        if lab == victim or order.round > 1:
+            return order
+        return replace(order, max_weight=2.0**60)
 
     return lie
 
@@ -69,7 +72,7 @@ def called_absent(lab: str, *, from_round: int) -> Lie:
     return lie
 
 
-LIES: dict[str, Callable[[str], Lie]] = {
-    "one-lab-alone": one_lab_alone,
-    "other-weights": other_weights,
-}
+def one_after_the_other(victim: str) -> Lie:
+    """In the first round other bounds, from the second on other weights."""
+    first, then = one_lab_alone(victim), other_weights(victim)
+    return lambda lab, order: first(lab, order) if order.round < 2 else then(lab, order)

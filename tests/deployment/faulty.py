@@ -6,6 +6,8 @@
     sleep:MODULE:NAME:SECONDS          every call of NAME takes so much longer
     skip:MODULE:NAME                   calls of NAME do nothing
     clock:SECONDS                      the clock that signs requests is off by so much
+    tell:LAB                           the coordinator tells LAB the truth, the others something else
+    claim:BITS                         a lab says that it weighs two to the power of BITS
     stumble:N                          the coordinator answers every Nth request with HTTP 500
     fail:MODULE:NAME:WHEN:ERROR        calls of NAME raise ERROR, an exception or a number of errno:
                                        the Nth, or all while the file WHEN is there
@@ -150,11 +152,25 @@ def lie(place: str, name: str) -> None:
     getattr(importlib.import_module(place), name)()
 
 
+def tell(victim: str) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tests.attacks.evil import one_after_the_other, tells
+
+    sent = tells(one_after_the_other(victim))
+    replace("cytofed.server.secure", "SecureRun._sent", lambda _original: sent)
+
+
+def claim(bits: str) -> None:
+    replace("cytofed.client.daemon", "public_bound", lambda _original: lambda _: 2.0 ** int(bits))
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     "kill": kill,
     "sleep": sleep,
     "skip": skip,
     "clock": clock,
+    "tell": tell,
+    "claim": claim,
     "stumble": stumble,
     "fail": fail,
     "shape": shape,
