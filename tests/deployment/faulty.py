@@ -6,7 +6,7 @@
     sleep:MODULE:NAME:SECONDS          every call of NAME takes so much longer
     skip:MODULE:NAME                   calls of NAME do nothing
     clock:SECONDS                      the clock that signs requests is off by so much
-    tell:LAB                           the coordinator tells LAB the truth, the others something else
+    tell:LAB                           the coordinator tells LAB the truth and the others not
     claim:BITS                         a lab says that it weighs two to the power of BITS
     stumble:N                          the coordinator answers every Nth request with HTTP 500
     fail:MODULE:NAME:WHEN:ERROR        calls of NAME raise ERROR, an exception or a number of errno:
