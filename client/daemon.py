@@ -52,6 +52,7 @@ from cytofed.client.opening import (
     open_lab,
     parameters_of,
 )
+from cytofed.client.origin import refuse_disguised
 from cytofed.client.outbox import Outbox, SameBytes
 from cytofed.client.policy import (
     BY_RULE,
@@ -92,7 +93,7 @@ from cytofed.sealed_message import (
     unpack_parcel,
 )
 from cytofed.secure_round import public_bound, weight_bounds
-from cytofed.start import take_start
+from cytofed.start import GIVEN_FILE, take_start
 from cytofed.words import one_line, without_markup
 
 MAX_OFFER_BYTES = 1 << 20
@@ -551,6 +552,12 @@ class Daemon:
         if given is None:
             raise VerificationError("a start model came for a plan that asks for none")
         take_start(given, folder, file_of(content), file_of(content, "card"))
+        if offer.plan.privacy.unit != "none":
+            try:
+                refuse_disguised(offer.plan, folder / GIVEN_FILE, self._plans.models())
+            except CytofedError:
+                (folder / GIVEN_FILE).unlink()
+                raise
         make_start(offer.plan, folder, parameters=entry.parameters)
         return self._received(offer, parcel, "query.start")
 

@@ -32,6 +32,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from cytofed.client.origin import Known, known_of, origin_told
 from cytofed.client.reader import NOBODY
 from cytofed.client.settings import Settings
 from cytofed.documents import Offer
@@ -201,14 +202,26 @@ def _guarantee(of: Guarantee) -> dict[str, Any]:
     }
 
 
-def price_of(offer: Offer, settings: Settings, book: Ledger, *, lab: str, parameters: int) -> Price:
+def price_of(
+    offer: Offer,
+    settings: Settings,
+    book: Ledger,
+    *,
+    lab: str,
+    parameters: int,
+    known: Known | None = None,
+) -> Price:
     """The price of an offer at this lab; ``parameters``: size P of one exchanged vector.
+
+    ``known``: the models that came here, one of which the plan may start from.
 
     Errors: RefusedError where the declared patients differ; InputError for a plan that does not
     hold together.
     """
     plan = offer.plan
     warnings = check_plan(plan)
+    if known is not None and plan.privacy.unit != "none" and (told := origin_told(plan, known)):
+        warnings.append(told)
     terms = terms_of(plan, patients_of(plan, len(offer.roster.members)))
     cost = cost_of(plan, settings, lab)
     if terms is not None and plan.privacy.unit == "image":
@@ -674,6 +687,11 @@ class PlanBook:
         file = self.folder / ".shown"
         return frozenset(file.read_text().split()) if file.is_file() else frozenset()
 
+    def models(self) -> Known:
+        """The results of approved plans, which lie beside this book."""
+        approved = (entry.offer for entry in self.entries() if entry.state == "approved")
+        return known_of(self.folder.parent / "models", approved)
+
     def known(self, offer: Offer) -> Entry | None:
         """What the lab decided about exactly this plan, run and roster."""
         path = self._path(offer)
@@ -720,7 +738,9 @@ class PlanBook:
             if len(approvals) < settings.approvals:
                 return self._write(replace(entry, state="waiting"))
             self._end_others(entry, book)
-            price = price_of(offer, settings, book, lab=lab, parameters=entry.parameters)
+            price = price_of(
+                offer, settings, book, lab=lab, parameters=entry.parameters, known=self.models()
+            )
             hold = book.hold(
                 federation=ledger_federation(offer.federation, lab),
                 plan_sha256=entry.plan_sha256,
@@ -860,7 +880,12 @@ class PlanBook:
                 refused = error.message
             try:
                 now = price_of(
-                    entry.offer, settings, book, lab=self.own.name, parameters=entry.parameters
+                    entry.offer,
+                    settings,
+                    book,
+                    lab=self.own.name,
+                    parameters=entry.parameters,
+                    known=self.models(),
                 )
                 price = now.to_json()
                 if now.unbounded is not None and now.limit is not None:

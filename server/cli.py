@@ -85,6 +85,7 @@ def run(
     It starts when all of them have decided, or the plan's cohort.approval_days are over, or with
     `start-run`.
     """
+    from cytofed.lineage import start_warnings
     from cytofed.plan import load_plan, to_dict
     from cytofed.server.app import wait_for
     from cytofed.server.control import send_command
@@ -94,6 +95,8 @@ def run(
 
     directory = ServerDirectory.open(folder)
     chosen = with_absolute_start(load_plan(plan, overrides))
+    for warning in start_warnings(chosen, deployed=True):
+        note(f"cytofed: warning: {warning}")
     named = [lab.strip() for lab in labs.split(",") if lab.strip()]
     queued = send_command(directory.socket, "run", plan=to_dict(chosen), labs=named)
     name = queued["run"]

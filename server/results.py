@@ -19,6 +19,7 @@ from cytofed.arrays import weights_sha256
 from cytofed.card import model_card
 from cytofed.documents import Offer
 from cytofed.files import write_atomically
+from cytofed.lineage import lineage_in, link_of
 from cytofed.metrics import Tally, summarise, summarise_labs
 from cytofed.model_file import write_model
 from cytofed.plan import Plan
@@ -80,7 +81,11 @@ def write_results(
     A run without a single applied round leaves no model. ``reason``: why it ended before its end;
     it is then not completed.
     """
+    line = lineage_in(start.info).then(
+        link_of(run.plan, run=offer.run, federation=offer.federation)
+    )
     summary = _summary(run, offer, progress, scores, start)
+    summary["lineage"] = line.summary(deployed=True)
     if reason:
         unfinished = "incomplete" if summary["status"] == "completed" else summary["status"]
         summary = {**summary, "status": unfinished, "reason": reason}
@@ -88,7 +93,7 @@ def write_results(
         write_model(
             folder.root / "model.safetensors",
             start.with_weights(final_weights(run, progress)),
-            replace(start.info, plan_sha256=run.plan.sha256),
+            replace(start.info, plan_sha256=run.plan.sha256, lineage=line.to_text()),
         )
         write_atomically(folder.root / "model_card.md", model_card(summary, run.plan))
     write_atomically(folder.root / "summary.json", json.dumps(summary, indent=1) + "\n")

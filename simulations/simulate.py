@@ -39,6 +39,7 @@ from cytofed.encoder import refuse_seen, seen
 from cytofed.errors import CytofedError, InputError
 from cytofed.files import write_atomically
 from cytofed.labels import LabelMap, Scheme, load_map, load_scheme
+from cytofed.lineage import Lineage, lineage_in, link_of, start_warnings
 from cytofed.metrics import Tally, absent_recall, gap, spread, summarise, summarise_labs
 from cytofed.model_file import write_model
 from cytofed.plan import Plan, dump_plan, load_plan, to_dict, with_overrides
@@ -108,7 +109,7 @@ def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
         with _open_grid(request, private, progress) as backend:
             cells = _read(request, progress)
             labs = _cut(request, partition, cells, private)
-            for warning in _large_steps(labs):
+            for warning in (*_large_steps(labs), *start_warnings(labs.plan, deployed=False)):
                 progress.warn(warning)
             start = backend.start()
             world = World(
@@ -140,6 +141,11 @@ class World:
     @property
     def scheme(self) -> Scheme:
         return load_scheme(self.plan.labels.scheme)
+
+    @property
+    def line(self) -> Lineage:
+        """What the model is trained from, this run among it."""
+        return lineage_in(self.start.info).then(link_of(self.plan, run=self.plan.name))
 
     def run(self, cohort: Mapping[str, int]) -> Run:
         """The federation itself."""
@@ -528,7 +534,7 @@ def _finish(world: World, results: Results, wall_s: float) -> dict[str, Any]:
     write_model(
         out / "model.safetensors",
         world.start.with_weights(weights_P),
-        replace(world.start.info, plan_sha256=plan.sha256),
+        replace(world.start.info, plan_sha256=plan.sha256, lineage=world.line.to_text()),
     )
     write_atomically(out / "model_card.md", model_card(summary, plan))
     # Says that the run is finished. The report reads it; where a kill comes between the two,
@@ -579,6 +585,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
             for record in records
         ],
         "privacy": _privacy(world, run, records),
+        "lineage": world.line.summary(deployed=False, pseudo=_pseudo(labs)),
         "wire": {
             "up_bytes_per_lab_round": sum(r["up_bytes"] for r in records) // max(updates, 1),
             "down_bytes_per_lab_round": sum(r["down_bytes"] for r in records) // max(orders, 1),
@@ -789,6 +796,7 @@ def _warnings(world: World, scores: Scores) -> list[str]:
                 "A deployment of this plan tells no scores, so it holds nobody out and trains on "
                 "all patients; this simulation kept some to score."
             )
+    found += start_warnings(world.plan, deployed=False)
     if scores.failed:
         found.append(f"The final model was not evaluated: {scores.failed}.")
     if _pseudo(world.labs):

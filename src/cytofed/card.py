@@ -137,12 +137,14 @@ def _training(summary: Mapping[str, Any], plan: Plan) -> str:
         "declared": "classes its label map declares absent",
         "none": "no class",
     }[train.mask_absent]
+    line = (summary.get("lineage") or {}).get("described")
+    before = f"\n- Trained from: {_text(line)}" if line else ""
     return (
         "## Training\n\n"
         f"- {summary.get('rounds', 0)} of {train.rounds} rounds, {per_round}, "
         f"{batch}, {train.optimizer}, {rate}, seed {seed}\n"
         f"- Start: {start}; trained part: {plan.model.trainable}\n"
-        f"- Class imbalance: {train.balance}; left out of a lab's loss: {absent}"
+        f"- Class imbalance: {train.balance}; left out of a lab's loss: {absent}{before}"
     )
 
 
@@ -244,8 +246,7 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
         "## Privacy",
         "",
         f"**Differentially private: epsilon {_epsilon(whole)} at delta "
-        f"{delta_told(summary)}, per {who}, add-or-remove.** It holds against whoever "
-        "sees a lab's updates or this model: the coordinator, other labs, users of the model. It "
+        f"{delta_told(summary)}, per {who}, add-or-remove.** {_holds_against(summary, who)} It "
         "bounds how much better they can tell whether one "
         f"{who} was in the training data; it does not hide what holds for many.",
         "",
@@ -270,6 +271,19 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
     if pseudo:
         lines.append("- Pseudo-patients are made-up groups of images: no real person is protected")
     return "\n".join([*lines, "", anonymous])
+
+
+def _holds_against(summary: Mapping[str, Any], who: str) -> str:
+    """Against whom the run's guarantee holds, which depends on what the model was trained from."""
+    updates = "It holds against whoever sees a lab's updates"
+    line = summary.get("lineage") or {"sole": True}
+    if line["sole"]:
+        return f"{updates} or this model: the coordinator, other labs, users of the model."
+    return (
+        f"{updates} of this run: the coordinator, other labs. **The model was trained before: "
+        f"against its users, for a {who} of all its trainings: "
+        f"{_text(line['whole']['statement'])}.**"
+    )
 
 
 def delta_told(summary: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ class ModelInfo:
 
     ``codes``: the classes in the order of the outputs. ``encoder``: architecture of the encoder
     where ``arch`` is ``encoder+head``, else empty. ``views``: forms of an image that predictions
-    are means over.
+    are means over. ``lineage``: what it was trained from (``cytofed.lineage``), empty in files that
+    do not say.
     """
 
     arch: str
@@ -40,6 +41,7 @@ class ModelInfo:
     plan_sha256: str = ""
     encoder: str = ""
     views: int = 1
+    lineage: str = ""
 
     def to_metadata(self) -> dict[str, str]:
         """As text values, which is all that safetensors keeps."""
@@ -54,6 +56,7 @@ class ModelInfo:
             "field_um": repr(self.field_um),
             "plan_sha256": self.plan_sha256,
             "views": str(self.views),
+            **({"lineage": self.lineage} if self.lineage else {}),
         }
 
     @staticmethod
@@ -79,6 +82,7 @@ class ModelInfo:
                 plan_sha256=metadata["plan_sha256"],
                 encoder=metadata["encoder"],
                 views=views,
+                lineage=metadata.get("lineage", ""),
             )
         except (KeyError, ValueError) as error:
             raise InputError(f"{source}: its metadata is damaged: {error!r}") from None

@@ -13,6 +13,7 @@ from typing import Any
 from cytofed.encoder import Given, card_of, check_start, start_file
 from cytofed.errors import InputError
 from cytofed.labels import load_scheme
+from cytofed.lineage import start_warnings
 from cytofed.plan import Plan
 from cytofed.privacy.accounting import Guarantee, shown
 from cytofed.privacy.secagg import check_rules
@@ -152,6 +153,7 @@ def _check_private(plan: Plan) -> list[str]:
         warnings.append(
             f"model.start {start} has no card: nobody can tell which patients it has seen already"
         )
+    warnings += start_warnings(plan, deployed=True)
     if plan.privacy.unit == "image":
         warnings.append("privacy.unit is image: the guarantee is for one image; a patient has many")
     if plan.privacy.declared_patients is None:

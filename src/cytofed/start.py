@@ -20,6 +20,7 @@ from cytofed.encoder import Given, card_of, is_shipped
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.files import write_atomically
 from cytofed.labels import load_scheme
+from cytofed.lineage import lineage_of_start
 from cytofed.model_file import ModelInfo, read_model, write_model
 from cytofed.plan import Model, Plan, load_plan
 from cytofed.seeds import derive
@@ -159,6 +160,7 @@ def write_start(plan: Plan, folder: Path) -> None:
     model = model_of(plan, folder)
     net = models.build(model, len(scheme.codes), seed=derive(plan.train.seed, "start"))
     arch, encoder, width = models.describe(model)
+    before = lineage_of_start(model.start)
     info = ModelInfo(
         arch=arch,
         width=width,
@@ -169,6 +171,7 @@ def write_start(plan: Plan, folder: Path) -> None:
         plan_sha256=plan.sha256,
         encoder=encoder,
         views=net.views,
+        lineage=before.to_text(),
     )
     manifest = models.manifest(net, plan.model.trainable)
     write_model(folder / START_FILE, models.tensors_of(net), info)

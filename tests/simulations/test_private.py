@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from cytofed.client.split import hold_out_alone
 from cytofed.errors import InputError
+from cytofed.lineage import lineage_of
 from cytofed.plan import load_plan
 from cytofed.privacy.accounting import epsilon_for
 from cytofed.privacy.ledger import Ledger
@@ -110,7 +112,7 @@ def test_nothing_that_a_run_over_pseudo_patients_says_is_of_patients(
     request = small(*PRIVATE, "evaluation.sigma=4")
     summary = directly(request, report=True)
     told = statements(summary)
-    assert len(told) == 7, "training, scores, total and the federation"
+    assert len(told) == 9, "training, scores, total, the federation and the model's line"
     assert all("pseudo-patient" in text for text in told)
     assert Run(request.out).privacy["per"] == "pseudo-patient"
     assert "per pseudo-patient" in Run(request.out)._repr_html_()
@@ -214,3 +216,27 @@ def test_a_simulation_of_the_head_alone_trains_in_closed_form(
     summary = directly(small(*PRIVATE, "model.trainable=head"))
     assert summary["status"] == "completed"
     assert summary["wire"]["up_bytes_per_lab_round"] < 20_000
+
+
+def test_the_line_of_a_model_is_in_its_file_its_summary_and_its_card(
+    small: Small, directly: Simulate, tmp_path: Path
+) -> None:
+    public = small("simulation.labs=2", "train.rounds=1", out=tmp_path / "public")
+    assert directly(public)["lineage"]["sole"]
+    alone = small(*PRIVATE, "train.rounds=1", out=tmp_path / "alone")
+    own = directly(alone)["lineage"]["whole"]
+    assert "users of the model" in (alone.out / "model_card.md").read_text()
+    for first, bounded in ((public, False), (alone, True)):
+        start = f"model.start={first.out / 'model.safetensors'}"
+        second = small(*PRIVATE, "train.rounds=1", start, out=tmp_path / f"from-{first.out.name}")
+        summary, card = directly(second), second.out / "model_card.md"
+        whole = summary["lineage"]["whole"]
+        assert len(summary["lineage"]["links"]) == 2
+        assert lineage_of(second.out / "model.safetensors").links[0].run == "small"
+        assert any("was trained before" in warning for warning in summary["warnings"])
+        if bounded:
+            assert own["epsilon"] < whole["epsilon"] < math.inf
+        else:
+            assert whole["epsilon"] is None
+            assert "unbounded: run small trained without differential privacy" in card.read_text()
+        assert "users of the model." not in card.read_text()
