@@ -145,7 +145,9 @@ class World:
     @property
     def line(self) -> Lineage:
         """What the model is trained from, this run among it."""
-        return lineage_in(self.start.info).then(link_of(self.plan, run=self.plan.name))
+        return lineage_in(self.start.info).then(
+            link_of(self.plan, run=self.plan.name, pseudo=_pseudo(self.labs))
+        )
 
     def run(self, cohort: Mapping[str, int]) -> Run:
         """The federation itself."""
@@ -585,7 +587,7 @@ def _summary(world: World, run: Run, results: Results, wall_s: float) -> dict[st
             for record in records
         ],
         "privacy": _privacy(world, run, records),
-        "lineage": world.line.summary(deployed=False, pseudo=_pseudo(labs)),
+        "lineage": world.line.summary(deployed=False),
         "wire": {
             "up_bytes_per_lab_round": sum(r["up_bytes"] for r in records) // max(updates, 1),
             "down_bytes_per_lab_round": sum(r["down_bytes"] for r in records) // max(orders, 1),

@@ -49,6 +49,8 @@ class Link:
     unit: str
     delta: float
     events: tuple[Event, ...]
+    pseudo: bool = False
+    """its patients are made up by a simulation"""
 
     @property
     def seeded(self) -> bool:
@@ -58,7 +60,7 @@ class Link:
     @property
     def guarantee(self) -> Guarantee:
         """Of this run alone."""
-        return price(self.events, self.delta)
+        return replace(price(self.events, self.delta), pseudo=self.pseudo)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +69,7 @@ class Link:
             "plan_sha256": self.plan_sha256,
             "unit": self.unit,
             "delta": self.delta,
+            "pseudo": self.pseudo,
             "events": [event_to_dict(event) for event in self.events],
         }
 
@@ -79,6 +82,7 @@ class Link:
             unit=str(tree["unit"]),
             delta=float(tree["delta"]),
             events=tuple(event_from_dict(event) for event in tree["events"]),
+            pseudo=bool(tree["pseudo"]),
         )
 
 
@@ -114,7 +118,7 @@ class Lineage:
             found.append("its runs protect different units")
         return tuple(found)
 
-    def whole(self, *, deployed: bool = True, pseudo: bool = False) -> Guarantee:
+    def whole(self, *, deployed: bool = True) -> Guarantee:
         """What holds for one who was in every run of the line; epsilon infinite where none does.
 
         Errors: InputError for a line without a run.
@@ -126,7 +130,7 @@ class Lineage:
         if self.unbounded(deployed=deployed):
             events = (NonPrivate(),)
         unit = last.events[0].unit if last.events else "none"
-        return replace(price(events, last.delta), unit=unit, pseudo=pseudo)
+        return replace(price(events, last.delta), unit=unit, pseudo=last.pseudo)
 
     @property
     def sole(self) -> bool:
@@ -161,11 +165,11 @@ class Lineage:
         except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{source}: its lineage cannot be read: {error}") from None
 
-    def summary(self, *, deployed: bool, pseudo: bool = False) -> dict[str, Any]:
+    def summary(self, *, deployed: bool) -> dict[str, Any]:
         """``lineage`` of ``summary.json``: the line in full, and what it comes to."""
         reasons, found = self.unbounded(deployed=deployed), None
         if not reasons:
-            found = self.whole(deployed=deployed, pseudo=pseudo)
+            found = self.whole(deployed=deployed)
         return {
             "begins": self.begins,
             "encoder": self.encoder or None,
@@ -183,7 +187,7 @@ class Lineage:
         }
 
 
-def link_of(plan: Plan, *, run: str, federation: str = "") -> Link:
+def link_of(plan: Plan, *, run: str, federation: str = "", pseudo: bool = False) -> Link:
     """A run of a plan as a link: at its full price, whatever rounds it came to."""
     terms = terms_of(plan)
     events: tuple[Event, ...] = (NonPrivate(),)
@@ -191,7 +195,7 @@ def link_of(plan: Plan, *, run: str, federation: str = "") -> Link:
         events = (times(terms.training, terms.rounds),)
         if terms.evaluation is not None:
             events = (*events, times(terms.evaluation, terms.evaluations))
-    return Link(run, federation, plan.sha256, plan.privacy.unit, delta_of(plan), events)
+    return Link(run, federation, plan.sha256, plan.privacy.unit, delta_of(plan), events, pseudo)
 
 
 def lineage_of(file: Path) -> Lineage:
