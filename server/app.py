@@ -335,7 +335,7 @@ class Coordinator:
         waiting = self._runs("approval")
         for folder in waiting:
             self._of_this_run(folder, partial(self._approvals.ask, folder))
-        self._approvals.collect()
+        self._approvals.collect(waiting)
         for folder in waiting:
             self._of_this_run(folder, partial(self._start_if_due, folder))
         for folder in self._runs("rounds"):

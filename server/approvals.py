@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -78,8 +78,14 @@ class Approvals:
             [number] = self._grid.push_messages([message])
             self._out[number] = _Question(folder, offer, lab, time.monotonic() + _ANSWER_S)
 
-    def collect(self) -> None:
-        """Note the decisions that came. Errors: Stopped."""
+    def collect(self, waiting: Collection[RunFolder]) -> None:
+        """Note the decisions that came; withdraw questions about runs that wait no more.
+
+        Errors: Stopped.
+        """
+        for number in [n for n, asked in self._out.items() if asked.folder not in waiting]:
+            del self._out[number]
+            self._grid.withdraw(number)
         for reply in self._grid.pull_messages(list(self._out)) if self._out else ():
             question = self._out.pop(reply.metadata.reply_to_message_id, None)
             if question is not None:

@@ -10,6 +10,7 @@ strangers; each has its own few connections.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -51,6 +52,9 @@ LAB_CONNECTIONS = 16
 
 _TLS_BYTES, _MOST_TLS_BYTES, _LEAST_TLS_BYTES = 1 << 19, 1 << 16, 1 << 14
 """that all connections together read at a time, and each one at most and at least"""
+
+_AT_ONCE = 64
+"""connections that are accepted in one turn of the event loop"""
 
 _MOST_FILES = 1 << 16
 
@@ -167,15 +171,23 @@ class _Listening(socket.socket):
 
     def __init__(self, door: Door, family: int) -> None:
         super().__init__(family, socket.SOCK_STREAM)
-        self._door = door
+        self._door, self._accepted = door, 0
         self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # as asyncio does: the other family has a socket of its own
             self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
     def accept(self) -> tuple[socket.socket, Any]:
+        if self._accepted >= _AT_ONCE:
+            raise BlockingIOError  # the rest once those that had to go are closed
         link, peer = super().accept()
+        if not self._accepted:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._accepted += 1
         self._door.come(link, peer)
         return link, peer
+
+    def _next_turn(self) -> None:
+        self._accepted = 0
 
 
 class Connection(H11Protocol):

@@ -871,10 +871,10 @@ class FleetGrid(Grid):
                 break
             self._link.wake.wait(0.1)
         for reply in replies:
-            self._drop(reply.metadata.reply_to_message_id)
+            self.withdraw(reply.metadata.reply_to_message_id)
         for number in list(self._waiting):  # nobody asks for what is past its deadline
             if time.monotonic() > self._waiting[number].deadline + 1:
-                self._drop(number)
+                self.withdraw(number)
         return replies
 
     def send_and_receive(
@@ -885,9 +885,10 @@ class FleetGrid(Grid):
     def close(self) -> None:
         """Withdraw whatever is still on its way."""
         for number in list(self._waiting):
-            self._drop(number)
+            self.withdraw(number)
 
-    def _drop(self, number: str) -> None:
+    def withdraw(self, number: str) -> None:
+        """Drop a message and its reply; a lab gets, and may send, no more of them."""
         waiting = self._waiting.pop(number, None)
         if waiting is not None and waiting.sent:
             self._link.forget(waiting.sent)

@@ -311,7 +311,11 @@ def test_another_labs_objects_and_replies_are_out_of_reach(port: Port) -> None:
     finally:
         federation.run("coordinator", "server", "stop-run", federation.coordinator, run)
         assert federation.summary(run)["status"] == "failed"
-    assert one.post("pull-object", own.SerializeToString()).status_code == 403  # withdrawn
+
+    def withdrawn() -> bool:
+        return one.post("pull-object", own.SerializeToString()).status_code == 403
+
+    federation.until(withdrawn, "the offer is withdrawn")
 
 
 def chain(depth: int, *, closed: bool = False) -> ObjectTree:
@@ -469,8 +473,8 @@ def test_failed_enrolments_of_one_address_do_not_stop_those_of_another(
 def test_idle_connections_lock_no_lab_out(port: Port) -> None:
     [coordinator] = port.federation.running.values()
     before = resource.prlimit(coordinator.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(coordinator.pid, resource.RLIMIT_NOFILE, (200, before[1]))
-    links = [socket.create_connection(("127.0.0.1", port.federation.port)) for _ in range(400)]
+    resource.prlimit(coordinator.pid, resource.RLIMIT_NOFILE, (300, before[1]))
+    links = [socket.create_connection(("127.0.0.1", port.federation.port)) for _ in range(600)]
     try:
         assert port.caller("lab-1").activate()
         assert port.healthy()
