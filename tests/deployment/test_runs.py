@@ -218,7 +218,9 @@ def test_words_of_either_side_are_words_at_the_other(federation: Federation) -> 
     federation.start("coordinator", "words:cytofed.server.results:model_card")
     for lab in ("lab-1", "lab-2"):
         federation.start(lab)
-    federation.start("lab-3", "words:cytofed.client.daemon:public_reason")
+    # A liar's own gate, which lets no such reason out, is no gate.
+    gate = "skip:cytofed.client.egress:_check_reason"
+    federation.start("lab-3", "words:cytofed.client.daemon:public_reason", gate)
     federation.run("lab-3", "client", "pause", federation.root / "lab-3")
     run = queue(federation, "words")
     approve(federation, run, *LABS)
