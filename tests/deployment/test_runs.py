@@ -229,9 +229,13 @@ def test_words_of_either_side_are_words_at_the_other(federation: Federation) -> 
     assert reason.startswith("refused:")
     assert "gone  2026-01-01 INFO forged" in reason
     assert reason.isprintable()
-    federation.wait_for_model("lab-1")
 
-    [card] = (federation.root / "lab-1" / "models").glob(f"*{run}*/model_card.md")
+    def kept() -> list[Path]:
+        found = (federation.root / "lab-1" / "models").glob("*/result.json")
+        return [file.parent for file in found if json.loads(file.read_text())["run"] == run]
+
+    [home] = federation.until(kept, "lab-1 has the result")
+    card = home / "model_card.md"
     told = federation.run("coordinator", "server", "status", federation.coordinator)
     pages = [told, card.read_text()]
     pages += [log.read_text() for log in federation.root.glob("*.log")]
