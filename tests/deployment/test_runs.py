@@ -237,10 +237,10 @@ def test_words_of_either_side_are_words_at_the_other(federation: Federation) -> 
     [home] = federation.until(kept, "lab-1 has the result")
     card = home / "model_card.md"
     told = federation.run("coordinator", "server", "status", federation.coordinator)
-    pages = [told, card.read_text()]
-    pages += [log.read_text() for log in federation.root.glob("*.log")]
-    for page in pages:
+    lines = [told, *(log.read_text() for log in federation.root.glob("*.log"))]
+    for page in (card.read_text(), *lines):
         assert all(char.isprintable() or char == "\n" for char in page)
+    for page in lines:
         assert not any(line.startswith("2026-01-01") for line in page.splitlines())
     assert "![x](" not in card.read_text().replace("\\", "")
     assert "<img" not in card.read_text().replace("\\<", "")
