@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cytofed import figures
-from cytofed.card import delta_told
+from cytofed.card import delta_told, holds_against
 from cytofed.errors import InputError
 from cytofed.files import write_atomically
 from cytofed.labels import Scheme, load_scheme
@@ -680,8 +680,7 @@ def _privacy(run: Run) -> str:
     how = (
         f"Noise of {number(privacy.get('sigma'))} times the clipping norm is added at each lab, "
         f"{number(privacy.get('steps'))} steps, sampling rate "
-        f"{number(privacy.get('sampling_rate'))}. It holds against whoever sees what a lab sends "
-        "or the model: the coordinator, other labs, users of the model."
+        f"{number(privacy.get('sampling_rate'))}. {holds_against(run.summary)}"
     )
     together = (
         "A patient may be known to several labs: the epsilons of these labs add up."

@@ -246,7 +246,7 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
         "## Privacy",
         "",
         f"**Differentially private: epsilon {_epsilon(whole)} at delta "
-        f"{delta_told(summary)}, per {who}, add-or-remove.** {_holds_against(summary, who)} It "
+        f"{delta_told(summary)}, per {who}, add-or-remove.** {_text(holds_against(summary))} It "
         "bounds how much better they can tell whether one "
         f"{who} was in the training data; it does not hide what holds for many.",
         "",
@@ -273,16 +273,16 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
     return "\n".join([*lines, "", anonymous])
 
 
-def _holds_against(summary: Mapping[str, Any], who: str) -> str:
+def holds_against(summary: Mapping[str, Any]) -> str:
     """Against whom the run's guarantee holds, which depends on what the model was trained from."""
     updates = "It holds against whoever sees a lab's updates"
     line = summary.get("lineage") or {"sole": True}
     if line["sole"]:
         return f"{updates} or this model: the coordinator, other labs, users of the model."
     return (
-        f"{updates} of this run: the coordinator, other labs. **The model was trained before: "
-        f"against its users, for a {who} of all its trainings: "
-        f"{_text(line['whole']['statement'])}.**"
+        f"{updates} of this run: the coordinator, other labs. The model was trained before: "
+        f"against its users, for a {whose_of(summary)} of all its trainings: "
+        f"{line['whole']['statement']}."
     )
 
 
