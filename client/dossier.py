@@ -287,7 +287,7 @@ def _approved(facts: Facts) -> str:
                 escape(_state(entry)),
                 decided,
                 _persons(facts, entry),
-                escape(str(privacy.get("statement", "–"))),
+                _price(entry, str(privacy.get("statement", "–"))),
                 _bytes(int(out["total"])) if out else "–",
                 str(len(entry.offer.roster.members)),
                 changes + (f"<br>and {more} more" if more > 0 else "") or "–",
@@ -312,6 +312,13 @@ def _approved(facts: Facts) -> str:
         + "</p>"
         + _table(head, rows),
     )
+
+
+def _price(entry: Entry, statement: str) -> str:
+    """What was promised as the plan was approved, and what that is not the whole of: before all
+    what the model that it starts from was trained on."""
+    warnings = (entry.price or {}).get("warnings") or []
+    return "<br>".join(escape(text) for text in (statement, *map(str, warnings)))
 
 
 def _how_many(settings: Settings) -> str:

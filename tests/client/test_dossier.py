@@ -223,3 +223,12 @@ def test_the_file_is_for_its_owner(facts: Facts, tmp_path: Path) -> None:
     write_dossier(tmp_path / "dossier.html", facts)
     assert (tmp_path / "dossier.html").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "dossier.html").read_text() == render(facts)
+
+
+def test_a_price_comes_with_what_it_is_not_the_whole_of(facts: Facts) -> None:
+    told = "model.start is the model of run run-0, in which this lab took part: unbounded <b>"
+    entry = facts.plans[0]
+    assert entry.price is not None
+    priced = replace(entry, price={**entry.price, "warnings": [told]})
+    html = render(replace(facts, plans=(priced,)))
+    assert "in which this lab took part: unbounded &lt;b&gt;" in html
