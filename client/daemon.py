@@ -467,7 +467,7 @@ class Daemon:
         RefusedError where it breaks a limit of client.yaml as it is now."""
         self._follow_settings()
         refuse(entry.offer, self._settings, own=self._identity.public, parameters=entry.parameters)
-        cohort = (self._directory.run_folder(entry.offer) / "start").read_text().split("\n")
+        cohort = json.loads((self._directory.run_folder(entry.offer) / "start").read_text())
         refuse_cohort(entry.offer, cohort, self._settings)
         record, now = Record(self._directory.run_folder(entry.offer)), datetime.now(UTC)
         approved = Approved.of(entry, self._settings.limits)

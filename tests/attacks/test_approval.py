@@ -185,6 +185,28 @@ def test_a_limit_written_down_stops_the_next_round_of_a_running_run(
     assert stage.left() == [("update", 1)]
 
 
+def test_limits_on_the_cohort_that_it_keeps_let_a_run_go_on(stage: Boundary) -> None:
+    trusted = stage.identities["lab-2"].public.fingerprint
+    offer = stage.approved(plan_of(train=TWO_ROUNDS, cohort={"min_labs": 3}))
+    write_limit(
+        stage,
+        f"limits: {{min_cohort: 3, min_trusted_peers: 1, trusted_peers: {{lab-2: {trusted}}}}}",
+    )
+    stage.train(offer, 1)
+    stage.restart()
+    stage.train(offer, 2)
+    assert stage.left() == [("update", 1), ("update", 2)]
+
+
+def test_a_peer_that_is_trusted_no_more_stops_the_next_round(stage: Boundary) -> None:
+    offer = stage.approved(plan_of(train=TWO_ROUNDS))
+    stage.train(offer, 1)
+    write_limit(stage, f"limits: {{trusted_peers: {{lab-2: {'ab' * 32}}}}}")
+    with pytest.raises(BadMessage, match="trusted_peers"):
+        stage.train(offer, 2)
+    assert stage.left() == [("update", 1)]
+
+
 def test_a_limit_that_is_taken_back_lets_the_run_go_on(stage: Boundary) -> None:
     offer = stage.approved(plan_of(train=TWO_ROUNDS, privacy=PRIVATE))
     before = (stage.lab.root / "client.yaml").read_text()
