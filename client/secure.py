@@ -64,6 +64,7 @@ class SecureLab:
             "open": secagg_lab.open_dealt,
             "agree": secagg_lab.agree,
             "reveal": secagg_lab.reveal,
+            "convict": secagg_lab.convict,
         }
         if request.step not in steps:
             raise BadMessage(f"unknown step {request.step!r} of secure aggregation")

@@ -16,7 +16,12 @@ with
   out;
 * **one survivor set for a model**, whatever the slots and rounds: a lab that helped to open a sum
   helps with no other sum of the same work over other labs. The difference of two would be the
-  update of the few labs in which they differ.
+  update of the few labs in which they differ;
+* **proof of fraud**: a lab that dealt shares of another secret than it committed to spoils a sum of
+  which shares were released. Its signed keys, the signed hashes of its shares and shares that fit
+  them prove it to anyone. From then on labs help with the sum of the same work over the same labs
+  without it: should it be in league with the coordinator, the difference of the two is its own
+  update, and nobody else's.
 
 This module has what both halves share: the cohort, the errors, labels, statements, key derivation.
 The halves are :mod:`~cytofed.privacy.secagg_lab` and :mod:`~cytofed.privacy.secagg_coordinator`;
@@ -32,6 +37,7 @@ both are pure: values in, values out. The coordinator asks, labs answer::
     call_survivors   -> survivors        agree       signs the survivor set, once a slot
     call_reveal      -> survivors        reveal      one kind of secret of each peer, once
     unmask
+    call_convict     -> all others       convict     on proof that a dealer has lied
 
 A *view* is what all members must have in common: every key list, and who is a member.
 
@@ -79,7 +85,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cytofed.canonical import digest
 from cytofed.errors import InputError, VerificationError
-from cytofed.privacy import wire
+from cytofed.privacy import shares, wire
 from cytofed.privacy.encoding import MAX_COHORT
 from cytofed.privacy.identity import PublicIdentity, SignatureError, verify
 from cytofed.privacy.masks import Mask
@@ -100,6 +106,7 @@ LABEL_BEGIN = "cytofed/1/secagg/begin"
 LABEL_KEYS = "cytofed/1/secagg/keys"
 LABEL_ANNOUNCE = "cytofed/1/secagg/announce"
 LABEL_SHARES = "cytofed/1/secagg/shares"
+LABEL_DEALT = "cytofed/1/secagg/dealt"
 LABEL_DELIVER = "cytofed/1/secagg/deliver"
 LABEL_READY = "cytofed/1/secagg/ready"
 LABEL_COMPLAINT = "cytofed/1/secagg/complaint"
@@ -109,6 +116,8 @@ LABEL_SURVIVORS = "cytofed/1/secagg/survivors"
 LABEL_AGREED = "cytofed/1/secagg/agreed"
 LABEL_REVEAL = "cytofed/1/secagg/reveal"
 LABEL_REVEALED = "cytofed/1/secagg/revealed"
+LABEL_CONVICT = "cytofed/1/secagg/convict"
+LABEL_CONVICTED = "cytofed/1/secagg/convicted"
 
 _PAIR_MASK = "cytofed/1/secagg/pair-mask"
 _SELF_MASK = "cytofed/1/secagg/self-mask"
@@ -435,11 +444,6 @@ def statement_digest(statement: bytes) -> bytes:
     return digest("cytofed/1/secagg/statement", statement)
 
 
-def set_digest(survivors: Sequence[str]) -> bytes:
-    """The hash of a survivor set, as a lab remembers it for a work."""
-    return digest("cytofed/1/secagg/survivors", list(survivors))
-
-
 def seed_commitment(opening: bytes, lab: str, slot: int, seed: bytes) -> bytes:
     """Hiding because the seed has 256 bits of entropy; binding because SHA-256 is."""
     return digest("cytofed/1/secagg/seed", opening, lab, slot, seed)
@@ -506,6 +510,90 @@ def read_share_manifest(manifest: bytes, slots: int, dealer: str) -> tuple[bytes
     hashes = fields.raw("hashes", slots * 2 * HASH_BYTES)
     fields.end()
     return transcript, hashes
+
+
+def read_dealt(
+    cohort: Cohort, transcript: bytes, dealer: str, document: bytes
+) -> Mapping[str, bytes]:
+    """The hashes of all shares of a dealer, its own too, by holder.
+
+    Raises WrongShares, Equivocation.
+    """
+    try:
+        body = verify(document, label=LABEL_DEALT, signer=cohort.lab(dealer))
+    except SignatureError as error:
+        raise WrongShares(  # guard: dealt-signature
+            f"hashes of the shares of {dealer} are not signed by it: {error.message}", lab=dealer
+        ) from error
+    fields = wire.Fields.of(body, f"share hashes of {dealer}")
+    dealt_for, hashes = fields.raw("transcript", HASH_BYTES), fields.blobs("hashes")
+    fields.end()
+    if dealt_for != transcript:  # guard: dealt-transcript
+        raise Equivocation(f"{dealer} dealt its shares for other key lists", lab=dealer)
+    return hashes
+
+
+@dataclass(frozen=True)
+class Fraud:
+    """What proves that a dealer signed shares of another seed than the one it committed to."""
+
+    opening: bytes
+    lists: Mapping[str, bytes]
+    """every signed key list of the set-up: who holds which share, and the commitment"""
+    first_slot: int
+    slots: int
+    dealt: bytes
+    """the hashes of its shares, signed by the dealer"""
+    slot: int
+    shares: Mapping[str, bytes]
+    """of the seed, by holder: a threshold of them"""
+
+    def to_bytes(self) -> bytes:
+        return wire.encode(self.__dict__)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Fraud:
+        fields = wire.Fields.of(data, "proof of fraud")
+        fraud = cls(
+            opening=fields.raw("opening", HASH_BYTES),
+            lists=fields.blobs("lists"),
+            first_slot=fields.uint("first_slot"),
+            slots=fields.uint("slots"),
+            dealt=fields.raw("dealt"),
+            slot=fields.uint("slot"),
+            shares=fields.blobs("shares"),
+        )
+        fields.end()
+        return fraud
+
+
+def check_fraud(cohort: Cohort, dealer: str, fraud: Fraud) -> None:
+    """Raise unless the dealer has lied, whoever says so. No honest dealer can be convicted.
+
+    It signed the hashes of the shares for exactly these key lists, which say who holds which, and
+    its own has the commitment; whoever deals honestly signs shares of what it committed to, and any
+    threshold of those give it. Errors: WrongKeys, WrongShares, Equivocation, NotEnoughShares.
+    """
+    order, row = sorted(fraud.lists), fraud.slot - fraud.first_slot
+    if dealer not in order or not 0 <= row < fraud.slots <= MAX_SLOTS:
+        raise WrongShares(f"proof against {dealer} is of no slot that it dealt for")
+    _, commitments = check_key_list(cohort, fraud.opening, fraud.slots, dealer, fraud.lists[dealer])
+    transcript = transcript_digest(fraud.opening, dict(fraud.lists))
+    hashes = read_dealt(cohort, transcript, dealer, fraud.dealt)
+    for holder, share in fraud.shares.items():
+        signed = cut(hashes.get(holder, b""), HASH_BYTES, 2 * row + 1)
+        found = share_digest(transcript, dealer, holder, fraud.slot, "seed", share)
+        if (
+            holder not in order or found != signed or len(share) != SHARE_BYTES
+        ):  # guard: fraud-share
+            raise WrongShares(f"proof against {dealer} has a share that {dealer} did not deal")
+    if len(fraud.shares) < cohort.threshold:
+        raise NotEnoughShares("proof of fraud", have=len(fraud.shares), need=cohort.threshold)
+    held = {order.index(holder) + 1: [share] for holder, share in fraud.shares.items()}
+    [seed] = shares.combine(held, threshold=cohort.threshold)
+    committed = cut(commitments, HASH_BYTES, row)
+    if seed_commitment(fraud.opening, dealer, fraud.slot, seed) == committed:  # guard: fraud-seed
+        raise WrongShares(f"the shares of {dealer} are those of the seed that it committed to")
 
 
 def check_complaint(cohort: Cohort, transcript: bytes, lab: str, document: bytes) -> frozenset[str]:

@@ -28,6 +28,8 @@ from cytofed.privacy.secagg import (
     LABEL_ANNOUNCE,
     LABEL_BEGIN,
     LABEL_COMPLAINT,
+    LABEL_CONVICT,
+    LABEL_CONVICTED,
     LABEL_DELIVER,
     LABEL_OPEN,
     LABEL_OPENED,
@@ -42,6 +44,7 @@ from cytofed.privacy.secagg import (
     BadAgreement,
     Cohort,
     Equivocation,
+    Fraud,
     Kind,
     NotEnoughShares,
     Place,
@@ -51,10 +54,12 @@ from cytofed.privacy.secagg import (
     check_agreements,
     check_complaint,
     check_distinct,
+    check_fraud,
     check_key_list,
     cut,
     opening_digest,
     public_key,
+    read_dealt,
     read_share_manifest,
     seed_commitment,
     share_digest,
@@ -85,6 +90,7 @@ class Announcement:
     order: tuple[str, ...]  # labs by share index, from 1
     publics: Mapping[str, bytes] = field(repr=False)
     commitments: Mapping[str, bytes] = field(repr=False)
+    lists: Mapping[str, bytes] = field(repr=False)
     transcript: bytes = field(repr=False)
     request: bytes = field(repr=False)
 
@@ -95,6 +101,9 @@ class Dealt:
 
     bundles: Mapping[str, bytes] = field(repr=False)
     hashes: Mapping[str, bytes] = field(repr=False)
+    """of the shares that it keeps itself too"""
+    signed: bytes = field(repr=False)
+    """the same, signed by the dealer"""
 
 
 Opened = Mapping[str, bytes]
@@ -178,6 +187,7 @@ def announce(opening: Opening, identity: Identity, lists: Mapping[str, bytes]) -
         order,
         publics,
         commitments,
+        dict(lists),
         transcript_digest(opening.digest, dict(lists)),
         sign(identity, LABEL_ANNOUNCE, body),
     )
@@ -192,14 +202,12 @@ def check_shares(announcement: Announcement, lab: str, reply: bytes) -> Dealt:
     cohort = opening.cohort
     with _blaming(lab):
         fields = _reply(cohort, lab, LABEL_SHARES, reply)
-        dealt_for = fields.raw("transcript", HASH_BYTES)
-        bundles = fields.blobs("bundles")
+        bundles, signed = fields.blobs("bundles"), fields.raw("dealt")
         fields.end()
-    if dealt_for != announcement.transcript:  # guard: dealt-transcript
-        raise Equivocation(f"{lab} dealt its shares for other key lists", lab=lab)
-    if set(bundles) != set(announcement.order) - {lab}:  # guard: dealt-complete
+        hashes = read_dealt(cohort, announcement.transcript, lab, signed)
+    everyone = set(announcement.order)
+    if set(bundles) != everyone - {lab} or set(hashes) != everyone:  # guard: dealt-complete
         raise WrongShares(f"{lab} did not deal shares to every peer", lab=lab)
-    hashes = {}
     for peer, bundle in bundles.items():
         try:
             manifest = check_seal(
@@ -208,14 +216,16 @@ def check_shares(announcement: Announcement, lab: str, reply: bytes) -> Dealt:
                 sender=cohort.lab(lab),
                 receiver=cohort.lab(peer),
             )
-            transcript, hashes[peer] = read_share_manifest(manifest, opening.slots, lab)
+            transcript, told = read_share_manifest(manifest, opening.slots, lab)
         except (SealError, wire.MalformedMessage) as error:
             raise WrongShares(  # guard: dealt-seal
                 f"shares of {lab} for {peer}: {error.message}", lab=lab
             ) from error
         if transcript != announcement.transcript:  # guard: dealt-manifest
             raise Equivocation(f"{lab} dealt {peer} shares for other key lists", lab=lab)
-    return Dealt(bundles, hashes)
+        if told != hashes[peer]:  # guard: dealt-hashes
+            raise Equivocation(f"{lab} signed two hashes of one share for {peer}", lab=lab)
+    return Dealt(bundles, hashes, signed)
 
 
 def deliver(announcement: Announcement, identity: Identity, dealt: Mapping[str, Dealt]) -> Setup:
@@ -400,8 +410,6 @@ def check_revealed(poll: Poll, lab: str, reply: bytes) -> Mapping[str, bytes]:
     for dealer, held in released.items():
         if len(held) != SHARE_BYTES:  # guard: share-size
             raise WrongShares(f"{lab} revealed a share of {len(held)} bytes", lab=lab)
-        if dealer == lab:
-            continue  # a lab signs no hash of the shares that it deals to itself
         kind: Kind = "seed" if dealer in statement.survivors else "key"
         signed = cut(setup.dealt[dealer].hashes[lab], HASH_BYTES, 2 * row + (kind == "seed"))
         found = share_digest(setup.announcement.transcript, dealer, lab, statement.slot, kind, held)
@@ -464,6 +472,43 @@ def unmask(
                 public = cut(announcement.publics[peer], KEY_BYTES, row)
                 masks.append(place.pair_mask(secret, public, index[dealer], index[peer]))
     add_masks(total_W, masks)
+
+
+def prove(poll: Poll, revealed: Mapping[str, Mapping[str, bytes]], dealer: str) -> bytes:
+    """What shows every lab that a dealer lied, where ``unmask`` named it; empty for a dropped lab:
+    the survivors are the same without it, and labs need no proof for that."""
+    setup, statement = poll.setup, poll.statement
+    if dealer not in statement.survivors:
+        return b""
+    announcement, slots = setup.announcement, setup.slots
+    index = {lab: position for position, lab in enumerate(announcement.order)}
+    holders = sorted(revealed, key=index.__getitem__)[: setup.cohort.threshold]
+    fraud = Fraud(
+        opening=announcement.opening.digest,
+        lists=announcement.lists,
+        first_slot=slots.start,
+        slots=len(slots),
+        dealt=setup.dealt[dealer].signed,
+        slot=statement.slot,
+        shares={lab: revealed[lab][dealer] for lab in holders},
+    )
+    check_fraud(setup.cohort, dealer, fraud)
+    return fraud.to_bytes()
+
+
+def call_convict(identity: Identity, frauds: Mapping[str, bytes]) -> bytes:
+    """The request to take these labs for liars, each on its proof; send it to all others."""
+    return sign(identity, LABEL_CONVICT, wire.encode({"frauds": frauds}))
+
+
+def check_convicted(cohort: Cohort, frauds: Iterable[str], lab: str, reply: bytes) -> None:
+    """Raise Unreadable unless this lab takes them for liars."""
+    with _blaming(lab):
+        fields = _reply(cohort, lab, LABEL_CONVICTED, reply)
+        liars = fields.names("liars")
+        fields.end()
+    if not set(frauds) <= set(liars):
+        raise Unreadable(f"{lab} takes {list(liars)} for liars, not {sorted(frauds)}", lab=lab)
 
 
 def _taken_off(mask: Mask) -> Mask:

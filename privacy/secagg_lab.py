@@ -29,6 +29,9 @@ from cytofed.privacy.secagg import (
     LABEL_ANNOUNCE,
     LABEL_BEGIN,
     LABEL_COMPLAINT,
+    LABEL_CONVICT,
+    LABEL_CONVICTED,
+    LABEL_DEALT,
     LABEL_DELIVER,
     LABEL_KEYS,
     LABEL_OPEN,
@@ -44,6 +47,7 @@ from cytofed.privacy.secagg import (
     AlreadyAnswered,
     Cohort,
     Equivocation,
+    Fraud,
     OutOfTurn,
     Place,
     Refused,
@@ -59,6 +63,7 @@ from cytofed.privacy.secagg import (
     check_agreements,
     check_complaint,
     check_distinct,
+    check_fraud,
     check_key_list,
     cut,
     exchange,
@@ -66,14 +71,14 @@ from cytofed.privacy.secagg import (
     public_key,
     read_share_manifest,
     seed_commitment,
-    set_digest,
     share_hashes,
     statement_digest,
     transcript_digest,
     view_digest,
 )
 
-_VERSION = 2
+_VERSION = 3
+_SET_BYTES = 8  # a survivor set: one bit for each lab of the cohort, at most 40
 
 
 class Phase(StrEnum):
@@ -122,7 +127,8 @@ class LabState:
     slot: int | None = None  # of the vector that was masked last
     agreed: bytes = b""  # the statement that was signed for this slot
     revealed: bool = False  # whether shares of this slot were released
-    opened: bytes = b""  # rows: a work and the hash of the survivors whose sum was opened for it
+    opened: bytes = b""  # rows: a work and the survivors whose sum was opened for it, as bits
+    liars: tuple[str, ...] = ()  # who was proven to have dealt shares of another secret
     # Repeats
     answered: tuple[bytes, ...] = ()  # SHA-256 of every request answered in this set-up
     reply: bytes = b""  # the answer to the last of them
@@ -149,6 +155,7 @@ class LabState:
                 "first_slot": self.first_slot,
                 "keys": self.keys,
                 "lab": self.lab,
+                "liars": list(self.liars),
                 "members": list(self.members),
                 "next_slot": self.next_slot,
                 "opening": self.opening,
@@ -207,6 +214,7 @@ class LabState:
             agreed=fields.raw("agreed"),
             revealed=bool(fields.uint("revealed")),
             opened=fields.raw("opened"),
+            liars=fields.names("liars"),
             answered=tuple(fields.items("answered")),
             reply=fields.raw("reply"),
         )
@@ -264,7 +272,8 @@ def agree(state: LabState, identity: Identity, request: bytes) -> tuple[LabState
     """Answer ``call_survivors``: sign the survivor set, one a slot.
 
     Raises Equivocation, CohortTooSmall, NotEnoughShares; RoundClosed for another set than that
-    whose sum this lab has helped to open for the same work, in this round or an earlier one.
+    whose sum this lab has helped to open for the same work, in this round or an earlier one, less
+    the labs that were proven to lie.
     """
     return _answer(state, request, LABEL_SURVIVORS, lambda body: _agree(state, identity, body))
 
@@ -276,6 +285,15 @@ def reveal(state: LabState, identity: Identity, request: bytes) -> tuple[LabStat
     Raises Equivocation, BadAgreement, NotEnoughShares.
     """
     return _answer(state, request, LABEL_REVEAL, lambda body: _reveal(state, identity, body))
+
+
+def convict(state: LabState, identity: Identity, request: bytes) -> tuple[LabState, bytes]:
+    """Answer ``call_convict``: see for itself that these labs dealt shares of other secrets than
+    they committed to, and help from now on with the sums of those who are left.
+
+    Raises WrongKeys, WrongShares, Equivocation, NotEnoughShares, Unreadable for what is no proof.
+    """
+    return _answer(state, request, LABEL_CONVICT, lambda body: _convict(state, identity, body))
 
 
 def mask(
@@ -433,6 +451,7 @@ def _advertise(
         order_sha256=state.order_sha256,
         work_sha256=state.work_sha256,
         opened=state.opened,
+        liars=state.liars,
     )
     return new, own_list
 
@@ -503,8 +522,12 @@ def _deal(
     for name in order:
         if name != state.lab:
             bundles[name] = seal_shares(state, identity, name, transcript, rows[name])
-    body = wire.encode({"bundles": bundles, "transcript": transcript})
-    return rows, sign(identity, LABEL_SHARES, body)
+    hashes: dict[str, wire.Value] = {
+        name: share_hashes(transcript, state.lab, name, state.first_slot, held)
+        for name, held in rows.items()
+    }
+    listed = sign(identity, LABEL_DEALT, wire.encode({"hashes": hashes, "transcript": transcript}))
+    return rows, sign(identity, LABEL_SHARES, wire.encode({"bundles": bundles, "dealt": listed}))
 
 
 def seal_shares(
@@ -644,7 +667,7 @@ def _agree(state: LabState, identity: Identity, body: bytes) -> tuple[LabState, 
             f"{list(statement.survivors)}"
         )
     before = _opened_for(state)
-    if before and set_digest(statement.survivors) != before:  # guard: one-set-a-model
+    if before and set(statement.survivors) != before - set(state.liars):  # guard: one-set-a-model
         raise RoundClosed(
             f"a sum of this model over other labs than {list(statement.survivors)} was opened: "
             "a second one would show the difference, which is the update of few labs",
@@ -682,18 +705,33 @@ def _reveal(state: LabState, identity: Identity, body: bytes) -> tuple[LabState,
     return new, sign(identity, LABEL_REVEALED, reply)
 
 
-def _opened_for(state: LabState) -> bytes:
-    """The hash of the survivors whose sum of the current work was opened; empty without one."""
-    work, size = bytes.fromhex(state.work_sha256), 2 * HASH_BYTES
+def _convict(state: LabState, identity: Identity, body: bytes) -> tuple[LabState, bytes]:
+    fields = wire.Fields.of(body, "convict")
+    frauds = fields.blobs("frauds")
+    fields.end()
+    for dealer, proof in frauds.items():
+        check_fraud(state.cohort, dealer, Fraud.from_bytes(proof))  # guard: fraud
+    liars = sorted({*state.liars, *frauds})
+    reply = sign(identity, LABEL_CONVICTED, wire.encode({"liars": liars}))
+    return replace(state, liars=tuple(liars)), reply
+
+
+def _opened_for(state: LabState) -> frozenset[str]:
+    """The survivors whose sum of the current work was opened; none without one."""
+    work, size = bytes.fromhex(state.work_sha256), HASH_BYTES + _SET_BYTES
     for row in range(len(state.opened) // size):
         found = cut(state.opened, size, row)
         if found.startswith(work):
-            return found[HASH_BYTES:]
-    return b""
+            bits = int.from_bytes(found[HASH_BYTES:], "big")
+            labs = enumerate(state.cohort.labs)
+            return frozenset(lab.name for index, lab in labs if bits >> index & 1)
+    return frozenset()
 
 
 def _row(state: LabState, survivors: tuple[str, ...]) -> bytes:
-    return bytes.fromhex(state.work_sha256) + set_digest(survivors)
+    labs = enumerate(state.cohort.labs)
+    bits = sum(1 << index for index, lab in labs if lab.name in survivors)
+    return bytes.fromhex(state.work_sha256) + bits.to_bytes(_SET_BYTES, "big")
 
 
 def _erase(rows: bytes, upto: int) -> bytes:

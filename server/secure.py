@@ -100,8 +100,8 @@ class Absent:
 
 @dataclass
 class SecureRun:
-    """Secure aggregation of one run. ``counter_file`` keeps the set-up's number and the next slot:
-    both only rise, also over crashes."""
+    """Secure aggregation of one run. ``counter_file`` keeps the set-up's number and the next slot,
+    which only rise, and who has lied: also over crashes."""
 
     cohort: Cohort
     identity: Identity
@@ -113,8 +113,9 @@ class SecureRun:
     counter_file: Path
     _setup: Setup | None = None
     _next_slot: int = 0
-    _liars: set[str] = field(default_factory=set)
-    """dealers of shares that they did not sign: left out of every set-up from then on"""
+    _liars: dict[str, bytes] = field(default_factory=dict)
+    """dealers of shares that they did not sign, or of other secrets than they committed to: left
+    out of every set-up from then on; and the proof of the latter, for the labs"""
 
     @property
     def encoding(self) -> Encoding:
@@ -171,13 +172,16 @@ class SecureRun:
 
         Where too few vectors came, but more labs answered, all are asked once more in the next
         slot: a lab that died with its mask made may not use that again, and has its update still.
+        So they are where a dealer's shares gave another secret than it committed to, without it.
         """
-        for attempt in range(_ATTEMPTS):
+        left = _ATTEMPTS
+        while True:
+            left -= 1
             setup = self._ready(grid, absent)
             slot = self._take_slot()
             order = self._order(wanted, slot)
             replies = self._sent(grid, setup, order)
-            order_sha256 = order.sha256  # while the labs work
+            _ = order.sha256  # found once, while the labs work
             total_W = np.empty(wanted.encoding.words, wanted.encoding.dtype)
             total_W.fill(0)  # which takes the memory now, while nobody waits
             survivors, failed, silent = [], dict[str, str](), 0
@@ -193,19 +197,36 @@ class SecureRun:
                 received(masked, content_bytes(content_of(message).content))
                 del masked, message  # before the next is opened: there is memory for one
             possible = len(setup.members) - silent >= wanted.need
-            if len(survivors) >= wanted.need or not possible or attempt + 1 == _ATTEMPTS:
-                break
-        for lab, reason in failed.items():
-            absent.add(lab, reason)
-        if len(survivors) < wanted.need:  # a sum that is of no use is not opened
-            raise CohortTooSmall("labs answered", have=len(survivors), need=wanted.need)
+            if len(survivors) < wanted.need and possible and left > 0:
+                continue
+            for lab, reason in failed.items():
+                absent.add(lab, reason)
+            if len(survivors) < wanted.need:  # a sum that is of no use is not opened
+                raise CohortTooSmall("labs answered", have=len(survivors), need=wanted.need)
+            if self._opened(grid, wanted, setup, order, survivors, total_W, absent):
+                return total_W, tuple(sorted(survivors))
+
+    def _opened(
+        self,
+        grid: Grid,
+        wanted: _Collection,
+        setup: Setup,
+        order: Order,
+        survivors: list[str],
+        total_W: Words,
+        absent: Absent,
+    ) -> bool:
+        """Take the masks off the sum, in place; False where a dealer has lied, which is out then.
+
+        Errors: SecaggError for too few labs.
+        """
         number = wanted.number
         poll = protocol.call_survivors(
             setup,
             self.identity,
             round=wanted.protocol_round,
-            slot=slot,
-            order_sha256=order_sha256,
+            slot=order.slot,
+            order_sha256=order.sha256,
             survivors=survivors,
         )
         agreed = self._ask(
@@ -220,12 +241,15 @@ class SecureRun:
         try:
             protocol.unmask(poll, total_W, revealed)
         except SecaggError as lie:
-            if lie.lab:  # it dealt shares of another secret than it committed to
-                absent.add(lie.lab, lie.message)
-                self._liars.add(lie.lab)
-                self._setup = None
-            raise
-        return total_W, tuple(sorted(survivors))
+            if not lie.lab:
+                raise
+            # It dealt shares of another secret than it committed to.
+            absent.add(lie.lab, lie.message)
+            self._liars[lie.lab] = protocol.prove(poll, revealed, lie.lab)
+            self._setup = None
+            self._save_counter(self._load_counter()["setup"], self._next_slot)
+            return False
+        return True
 
     def _order(self, wanted: _Collection, slot: int) -> Order:
         return Order(
@@ -260,10 +284,11 @@ class SecureRun:
         first = max(self._next_slot, kept["next_slot"])
         # Before anything is sent: a lab takes a number that it has seen for a lie.
         self._save_counter(kept["setup"] + 1, first + SLOTS)
+        everyone = [lab.name for lab in self.cohort.labs if lab.name not in self._liars]
+        self._convict(grid, everyone, absent)
         opening = protocol.begin(
             self.cohort, self.identity, setup=kept["setup"] + 1, first_slot=first, slots=SLOTS
         )
-        everyone = [lab.name for lab in self.cohort.labs if lab.name not in self._liars]
         lists = self._ask(
             grid, "advertise", dict.fromkeys(everyone, opening.request), 0, absent,
             lambda lab, reply: _key_list(opening, lab, reply),
@@ -307,7 +332,7 @@ class SecureRun:
             grid, "open", requests, 0, absent,
             lambda dealer, reply: protocol.check_opened(setup, dealer, accusers[dealer], reply),
         )  # fmt: skip
-        self._liars |= set(requests) - set(opened)
+        self._liars |= dict.fromkeys(set(requests) - set(opened), b"")
         if len(opened) < len(requests):
             return False
         again = self._ask(
@@ -317,6 +342,16 @@ class SecureRun:
         for lab in (lab for lab, against in again.items() if against):
             absent.add(lab, "accept: complains of shares that are those that were signed")
         return True
+
+    def _convict(self, grid: Grid, labs: list[str], absent: Absent) -> None:
+        """Show the labs who has lied: without proof they open no second sum of the same work."""
+        frauds = {lab: proof for lab, proof in self._liars.items() if proof}
+        if frauds:
+            request = protocol.call_convict(self.identity, frauds)
+            self._ask(
+                grid, "convict", dict.fromkeys(labs, request), 0, absent,
+                partial(protocol.check_convicted, self.cohort, frauds),
+            )  # fmt: skip
 
     def _take_slot(self) -> int:
         slot = self._next_slot
@@ -352,15 +387,19 @@ class SecureRun:
         return ask_each(grid, contents, "query.secagg", number, timeout_s=timeout_s)
 
     def _load_counter(self) -> dict[str, int]:
+        """The numbers; who has lied is taken over."""
         if not self.counter_file.is_file():
             return {"setup": 0, "next_slot": 0}
         kept = json.loads(self.counter_file.read_text())
         if not all(isinstance(kept.get(key), int) for key in ("setup", "next_slot")):
             raise InputError(f"{self.counter_file} is damaged", hint="start a new run")
+        liars = {lab: bytes.fromhex(proof) for lab, proof in kept.get("liars", {}).items()}
+        self._liars = {**liars, **self._liars}
         return {"setup": kept["setup"], "next_slot": kept["next_slot"]}
 
     def _save_counter(self, setup: int, next_slot: int) -> None:
-        text = json.dumps({"setup": setup, "next_slot": next_slot})
+        liars = {lab: proof.hex() for lab, proof in self._liars.items()}
+        text = json.dumps({"liars": liars, "next_slot": next_slot, "setup": setup})
         write_atomically(self.counter_file, text, mode=0o600)
 
 

@@ -24,7 +24,7 @@ from cytofed.privacy.masks import Words
 from cytofed.privacy.terms import declared_of
 from cytofed.strategies.strategy import Strategy
 
-STEPS = ("advertise", "share", "accept", "open", "agree", "reveal")
+STEPS = ("advertise", "share", "accept", "open", "agree", "reveal", "convict")
 """names of the protocol's requests, in their order"""
 
 _LIMB = 1 << 20

@@ -22,6 +22,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -390,12 +391,28 @@ def _requests() -> tuple[tuple[Any, Any, bytes], ...]:
     assert dealt.setup is not None
     assert polled.poll is not None
     reveal = secagg_coordinator.call_reveal(polled.poll, stages.CHIEF, agreed.agreements)
+    liar = stages.names(4)[3]
+    other = replace(announced.states[liar], seeds=bytes(len(announced.states[liar].seeds)))
+    cheated = stages.accepted(stages.dealt(announced.with_state(liar, other)))
+    spoiled = stages.revealed(stages.agreed(stages.polled(stages.masked(cheated))))
+    poll = spoiled.poll
+    assert poll is not None
+    released = {
+        name: secagg_coordinator.check_revealed(poll, name, reply)
+        for name, reply in spoiled.replies.items()
+    }
+    proof = {liar: secagg_coordinator.prove(poll, released, liar)}
     return (
         (fresh.states[lab], secagg_lab.advertise, advertised.opening.request),
         (announced.states[lab], secagg_lab.share, announced.announcement.request),
         (dealt.states[lab], secagg_lab.accept, dealt.setup.requests[lab]),
         (polled.states[lab], secagg_lab.agree, polled.poll.request),
         (agreed.states[lab], secagg_lab.reveal, reveal),
+        (
+            spoiled.states[lab],
+            secagg_lab.convict,
+            secagg_coordinator.call_convict(stages.CHIEF, proof),
+        ),
     )
 
 

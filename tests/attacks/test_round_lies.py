@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from cytofed.privacy.identity import Identity, sign
 from cytofed.privacy.masks import add_words
 from cytofed.privacy.secagg import (
     LABEL_AGREED,
+    LABEL_DEALT,
     LABEL_REVEAL,
     LABEL_REVEALED,
     LABEL_SURVIVORS,
@@ -23,14 +25,18 @@ from cytofed.privacy.secagg import (
     BadAgreement,
     CohortTooSmall,
     Equivocation,
+    Fraud,
     NotEnoughShares,
     OutOfTurn,
     Replayed,
     RoundClosed,
+    SecaggError,
     Statement,
     Stopped,
     Unreadable,
     WrongShares,
+    share_hashes,
+    transcript_digest,
 )
 from tests.attacks.stage import (
     CHIEF,
@@ -56,6 +62,7 @@ from tests.attacks.stage import (
     refuses,
     revealed,
     stops,
+    true_sum,
     unmasked,
     words_of,
 )
@@ -470,6 +477,146 @@ def test_forged_key_names_its_dealer() -> None:
     with pytest.raises(WrongShares, match="the key of lab-04 is not the one") as caught:
         unmasked(stage)
     assert caught.value.lab == D
+
+
+# ---- proof that a dealer lied
+
+
+def spoiled(dealer: Stage | None = None) -> tuple[Stage, dict[str, Any]]:
+    """A sum of all five labs that could not be unmasked, and every share that was released."""
+    stage = revealed(agreed(polled(masked(hostile_dealer(1) if dealer is None else dealer))))
+    assert stage.poll is not None
+    return stage, {
+        name: coordinator.check_revealed(stage.poll, name, reply)
+        for name, reply in stage.replies.items()
+    }
+
+
+def proof(stage: Stage, released: Mapping[str, Any], dealer: str) -> Fraud:
+    """What the coordinator would show of a dealer, true or not."""
+    assert stage.poll is not None
+    announcement = stage.poll.setup.announcement
+    return Fraud(
+        announcement.opening.digest, announcement.lists, 0, 2,
+        stage.poll.setup.dealt[dealer].signed, 0,
+        {name: shares[dealer] for name, shares in released.items()},
+    )  # fmt: skip
+
+
+def accusation(dealer: str, fraud: Fraud) -> bytes:
+    """The request that shows it to labs."""
+    return coordinator.call_convict(CHIEF, {dealer: fraud.to_bytes()})
+
+
+def set_up_again(stage: Stage, by: Iterable[str]) -> Stage:
+    """Another set-up, and the same model masked by these labs only."""
+    alive = replace(stage, states={name: stage.states[name] for name in by}, setup=None)
+    begun = advertised(alive, setup=2, first_slot=2)
+    return masked(accepted(dealt(announced(begun))), by, slot=2)
+
+
+def test_after_proof_of_fraud_the_same_model_is_summed_without_the_liar() -> None:
+    stage, released = spoiled()
+    poll, others = stage.poll, [name for name in names(5) if name != D]
+    assert poll is not None
+    with pytest.raises(WrongShares):
+        unmasked(stage)
+    request = coordinator.call_convict(CHIEF, {D: coordinator.prove(poll, released, D)})
+    told, replies = answers(stage, lab.convict, dict.fromkeys(others, request))
+    for name, reply in replies.items():
+        coordinator.check_convicted(stage.cohort, [D], name, reply)
+    assert all(state.liars == (D,) for name, state in told.states.items() if name != D)
+    again = set_up_again(told, others)
+    again = revealed(agreed(polled(again, slot=2)))
+    assert np.array_equal(unmasked(again), true_sum(again))
+
+
+@guarded_by("one-set-a-model")
+def test_without_proof_of_fraud_no_second_sum_is_opened() -> None:
+    stage, _ = spoiled()
+    again = polled(set_up_again(stage, [A, B, C, "lab-05"]), slot=2)
+    assert again.poll is not None
+    for name in (A, B, C):
+        refuses(again, name, lab.agree, again.poll.request, RoundClosed, "would show the diff")
+
+
+@guarded_by("one-set-a-model")
+def test_proof_of_fraud_of_one_lab_leaves_out_no_other() -> None:
+    stage, released = spoiled()
+    assert stage.poll is not None
+    request = coordinator.call_convict(CHIEF, {D: coordinator.prove(stage.poll, released, D)})
+    stage, _ = answers(stage, lab.convict, dict.fromkeys([A, B, C, "lab-05"], request))
+    again = polled(set_up_again(stage, [A, B, C]), slot=2)
+    assert again.poll is not None
+    refuses(again, A, lab.agree, again.poll.request, RoundClosed, "would show the difference")
+
+
+@guarded_by("fraud", "fraud-seed")
+def test_dealer_whose_shares_give_what_it_committed_to_is_convicted_by_nobody() -> None:
+    stage, released = spoiled(ready(5, 2, 3))
+    for shown in (released, {name: released[name] for name in (B, C, D)}):
+        request = accusation(B, proof(stage, shown, B))
+        stops(stage, A, lab.convict, request, WrongShares, "are those of the seed that it commit")
+
+
+@guarded_by("fraud-share")
+def test_invented_share_convicts_nobody() -> None:
+    stage, released = spoiled(ready(5, 2, 3))
+    lied = {**released, C: {**released[C], B: bytes(32)}}
+    request = accusation(B, proof(stage, lied, B))
+    stops(stage, A, lab.convict, request, WrongShares, "has a share that lab-02 did not deal")
+
+
+@guarded_by("dealt-signature", "signature")
+def test_shares_dealt_in_another_labs_name_convict_nobody() -> None:
+    """The coordinator deals shares of a seed of its own and signs their hashes."""
+    stage, released = spoiled(ready(5, 2, 3))
+    true = proof(stage, released, B)
+    transcript = transcript_digest(true.opening, dict(true.lists))
+    dealt_by_it = {name: bytes([at]) * 32 for at, name in enumerate(names(5))}
+    hashes = {
+        name: share_hashes(transcript, B, name, 0, (bytes(32) + share) * 2)
+        for name, share in dealt_by_it.items()
+    }
+    body = wire.encode({"hashes": hashes, "transcript": transcript})
+    signed = sign(Identity.generate(B), LABEL_DEALT, body)
+    request = accusation(B, replace(true, dealt=signed, shares=dealt_by_it))
+    stops(stage, A, lab.convict, request, WrongShares, "shares of lab-02 are not signed by it")
+
+
+@guarded_by("dealt-transcript")
+def test_shares_counted_in_another_order_convict_nobody() -> None:
+    """True shares at wrong places give a wrong seed: who holds which is what the dealer saw."""
+    stage, released = spoiled(ready(5, 2, 3))
+    true = proof(stage, released, B)
+    without = {name: document for name, document in true.lists.items() if name != A}
+    shares = {name: share for name, share in true.shares.items() if name != A}
+    request = accusation(B, replace(true, lists=without, shares=shares))
+    stops(stage, A, lab.convict, request, Equivocation, "lab-02 dealt its shares for other key")
+
+
+def test_proof_with_too_few_shares_or_of_another_slot_convicts_nobody() -> None:
+    stage, released = spoiled()
+    few = {name: released[name] for name in (A, B)}
+    request = accusation(D, proof(stage, few, D))
+    stops(stage, A, lab.convict, request, NotEnoughShares, "proof of fraud: 2 labs, need 3")
+    true = proof(stage, released, D)
+    for slot, why in ((1, "has a share that lab-04 did not deal"), (2, "is of no slot")):
+        request = accusation(D, replace(true, slot=slot))
+        stops(stage, A, lab.convict, request, WrongShares, why)
+    request = accusation(D, replace(true, dealt=b"rubbish"))
+    with pytest.raises(SecaggError):
+        lab.convict(stage.states[A], identity(A), request)
+
+
+def test_dealer_that_reveals_another_share_of_its_own_is_named_before_anything_is_unmasked() -> (
+    None
+):
+    stage, _ = spoiled(ready(5, 2, 3))
+    stage = lies(stage, B, shares={**shares_of(stage, B), B: bytes(32)})
+    with pytest.raises(WrongShares, match="lab-02 revealed a share of lab-02") as caught:
+        unmasked(stage)
+    assert caught.value.lab == B
 
 
 # ---- what the sum itself shows

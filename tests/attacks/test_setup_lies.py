@@ -18,6 +18,7 @@ from cytofed.privacy.secagg import (
     LABEL_ANNOUNCE,
     LABEL_BEGIN,
     LABEL_COMPLAINT,
+    LABEL_DEALT,
     LABEL_DELIVER,
     LABEL_KEYS,
     LABEL_OPEN,
@@ -585,8 +586,23 @@ def shares_of(stage: Stage, name: str) -> tuple[Stage, bytes]:
 def test_lab_that_dealt_for_other_keys_is_named() -> None:
     stage, reply = shares_of(announced(advertised(fresh())), A)
     assert stage.announcement is not None
-    reply = forged(reply, LABEL_SHARES, identity(A), transcript=bytes(32))
+    signed = body_of(reply, LABEL_SHARES, identity(A))["dealt"]
+    other = forged(signed, LABEL_DEALT, identity(A), transcript=bytes(32))
+    reply = forged(reply, LABEL_SHARES, identity(A), dealt=other)
     with pytest.raises(Equivocation, match="lab-01 dealt its shares for other key lists"):
+        coordinator.check_shares(stage.announcement, A, reply)
+
+
+@guarded_by("dealt-hashes")
+def test_lab_that_signs_two_hashes_of_one_share_is_named() -> None:
+    """Its peer took the share for the one; by the other, that peer would seem the liar."""
+    stage, reply = shares_of(announced(advertised(fresh())), A)
+    assert stage.announcement is not None
+    signed = body_of(reply, LABEL_SHARES, identity(A))["dealt"]
+    hashes = body_of(signed, LABEL_DEALT, identity(A))["hashes"]
+    other = forged(signed, LABEL_DEALT, identity(A), hashes={**hashes, B: bytes(128)})
+    reply = forged(reply, LABEL_SHARES, identity(A), dealt=other)
+    with pytest.raises(Equivocation, match="lab-01 signed two hashes of one share for lab-02"):
         coordinator.check_shares(stage.announcement, A, reply)
 
 

@@ -25,6 +25,7 @@ from cytofed.client.enforcement import (
 from cytofed.errors import RefusedError, VerificationError
 from cytofed.plan import from_dict
 from cytofed.privacy.ledger import AlreadyAnswered
+from cytofed.secure_round import STEPS
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 PRIVATE = {"unit": "patient", "sigma": 2.0, "declared_patients": 100}
@@ -109,7 +110,7 @@ def test_steps_and_slots_are_for_secure_aggregation_and_not_without_end() -> Non
         Asked("query.secagg", 0, 0),
     )
     assert permit(Asked("train", 1, 7), plan, so_far, now=NOW).round == 1
-    for _ in range(TRIES * 5 * 8):  # five steps for each of five rounds and three scores
+    for _ in range(TRIES * len(STEPS) * 8):  # each step for each of five rounds and three scores
         so_far = permit(step, plan, so_far, now=NOW)
     with pytest.raises(RefusedError, match="steps of secure aggregation"):
         permit(step, plan, so_far, now=NOW)

@@ -16,6 +16,8 @@ from cytofed.errors import InputError, RefusedError
 from cytofed.messages import Order
 from cytofed.model_file import read_model
 from cytofed.privacy import sealing, secagg_lab
+from cytofed.privacy import secagg_coordinator as protocol
+from cytofed.privacy.secagg import WrongShares
 from cytofed.secure_round import at_most_half
 from cytofed.server.secure import SecureRun
 from cytofed.simulations.simulate import Request
@@ -249,6 +251,62 @@ def test_a_dealer_of_bad_shares_is_named_and_left_out_and_the_run_goes_on(
     first = summary["participation"][0]["absent"]
     assert list(first) == ["lab-2"]
     assert "other shares than those that it signed" in first["lab-2"]
+
+
+def deals_another_secret(monkeypatch: pytest.MonkeyPatch, *liars: str) -> None:
+    """These labs deal well-signed shares of seeds that they did not commit to."""
+    deal = secagg_lab._deal
+
+    def dealt(state: secagg_lab.LabState, *arguments: Any) -> Any:
+        seeds = bytes(len(state.seeds)) if state.lab in liars else state.seeds
+        return deal(replace(state, seeds=seeds), *arguments)
+
+    monkeypatch.setattr(secagg_lab, "_deal", dealt)
+
+
+def test_a_dealer_of_another_secret_is_proven_to_lie_and_the_same_round_goes_on_without_it(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deals_another_secret(monkeypatch, "lab-2")
+    summary = directly(small(*SECURE, "train.rounds=2", "cohort.min_labs=3"))
+    assert summary["status"] == "incomplete"  # one lab never contributed
+    for told in summary["participation"]:
+        assert told["received"] == ["lab-1", "lab-3", "lab-4"]
+    first = summary["participation"][0]["absent"]
+    assert list(first) == ["lab-2"]
+    assert "the seed of lab-2 is not the one it committed to" in first["lab-2"]
+
+
+def test_two_dealers_of_other_secrets_are_left_out_one_after_the_other(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deals_another_secret(monkeypatch, "lab-2", "lab-5")
+    labs = ("secure_aggregation.enabled=true", "simulation.labs=5")
+    rules = ("secure_aggregation.threshold=3", "cohort.min_labs=3", "train.rounds=1")
+    [told] = directly(small(*labs, *rules))["participation"]
+    assert told["received"] == ["lab-1", "lab-3", "lab-4"]
+    assert set(told["absent"]) == {"lab-2", "lab-5"}
+
+
+def test_a_coordinator_that_accuses_an_honest_lab_is_believed_by_nobody(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a proof of its own making it would open the same sum without that lab."""
+    unmask = protocol.unmask
+
+    def accusing(poll: Any, total_W: Any, revealed: Any) -> None:
+        unmask(poll, total_W, revealed)
+        raise WrongShares("lab-4 is said to lie", lab="lab-4")
+
+    monkeypatch.setattr(protocol, "unmask", accusing)
+    monkeypatch.setattr("cytofed.privacy.secagg_coordinator.check_fraud", lambda *_: None)
+    summary = directly(small(*SECURE, "train.rounds=1", "cohort.min_labs=3"))
+    assert summary["status"] == "failed"
+    [told] = summary["participation"]
+    for lab in ("lab-1", "lab-2", "lab-3"):
+        assert (
+            "the shares of lab-4 are those of the seed that it committed to" in told["absent"][lab]
+        )
 
 
 def test_nobody_weighs_more_than_all_others_together() -> None:
