@@ -301,10 +301,10 @@ class Daemon:
         document = record.get("document") if isinstance(record, ConfigRecord) else None
         if not isinstance(document, bytes):
             raise BadMessage("an offer without a document")
-        if len(document) > MAX_OFFER_BYTES:
+        if len(document) > MAX_OFFER_BYTES:  # guard: offer-size
             raise RefusedError(f"an offer of {len(document)} bytes, more than {MAX_OFFER_BYTES}")
         offer = Offer.verified(document, self._coordinator)
-        if offer.federation != self._membership.federation:
+        if offer.federation != self._membership.federation:  # guard: offer-federation
             raise VerificationError(f"offer of federation {offer.federation}")
         self._follow_settings()
         if offer.plan.privacy.unit != "none":
@@ -420,7 +420,7 @@ class Daemon:
 
     def _check_start(self, offer: Offer, parcel: Parcel) -> Start:
         start = Start.verified(parcel.papers, self._coordinator, offer)
-        if self._membership.lab not in start.decisions:
+        if self._membership.lab not in start.decisions:  # guard: lab-in-cohort
             raise VerificationError("this lab is not in the cohort")
         pinned = self._directory.run_folder(offer) / "start"
         cohort = json.dumps(start.labs)
@@ -428,7 +428,7 @@ class Daemon:
             refuse_cohort(offer, start.labs, self._settings)
             pinned.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(pinned, cohort, mode=0o600)
-        elif pinned.read_text() != cohort:
+        elif pinned.read_text() != cohort:  # guard: start-pinned
             raise VerificationError("the run has another cohort than when it started")
         return start
 
@@ -446,7 +446,7 @@ class Daemon:
         place = (order.run, order.round, order.slot, order.plan_sha256)
         if kind not in ("train", "evaluate") or place != (
             offer.run, parcel.round, parcel.slot, offer.plan.sha256,
-        ):  # fmt: skip
+        ):  # fmt: skip  # guard: order-place
             raise VerificationError(f"the order says {place}, its seal another place")
         mine = ledger_order(order, self._ledger_name(offer))
         kept = self._outbox(offer).take(mine)
@@ -483,7 +483,7 @@ class Daemon:
 
     def _refuse_paused(self) -> None:
         if self._directory.paused:
-            raise RefusedError("paused by this lab")
+            raise RefusedError("paused by this lab")  # guard: paused
 
     def _ask_app(self, message: Message) -> RecordDict:
         """Errors: RefusedError with the lab half's reason, or where it was paused meanwhile."""

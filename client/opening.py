@@ -221,7 +221,7 @@ def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
     Errors: InputError for data that cannot be used, with what to do.
     """
     private = plan.privacy.unit != "none"
-    if private and settings.labels is None:
+    if private and settings.labels is None:  # guard: declared-labels
         raise InputError(
             "labels is empty in client.yaml: under differential privacy the label map is declared, "
             "or one patient's folders would choose the map, and the scale, of all others",
@@ -237,7 +237,7 @@ def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
         cache_dir=settings.cache or default_cache_dir(),
         alone=private,
     )
-    if plan.privacy.unit == "patient" and cells.patients_N is None:
+    if plan.privacy.unit == "patient" and cells.patients_N is None:  # guard: whose-images
         raise InputError(
             "the plan protects patients, and the data does not say which image is whose",
             hint=_patients_to_set(settings.data),

@@ -127,7 +127,7 @@ class SecureLab:
         kept = self.states.load(self.cohort.run)
         name = self.identity.name
         before = LabState(self.cohort, name) if kept is None else LabState.from_bytes(kept)
-        if before.cohort != self.cohort:
+        if before.cohort != self.cohort:  # guard: kept-cohort
             raise VerificationError("the kept state is of another cohort than this run's")
         try:
             return step(before)
@@ -149,5 +149,5 @@ class SecureLab:
             )
 
     def _check_run(self, run: str) -> None:
-        if run != self.cohort.run:
+        if run != self.cohort.run:  # guard: run-approved
             raise RefusedError(f"run {run!r} is not the approved one, {self.cohort.run!r}")

@@ -180,9 +180,9 @@ class _Reply:
             name = hashlib.sha256(content).hexdigest()
             self._in_memory -= len(content)
         self._room -= len(content)
-        if self._room < 0 or self._in_memory < 0:
+        if self._room < 0 or self._in_memory < 0:  # guard: reply-room
             raise BadMessage("the reply is larger than any that was asked for")
-        if name != number:
+        if name != number:  # guard: reply-object
             raise BadMessage("not the object of that name")
         if isinstance(content, Spooled):
             place = self._folder / secrets.token_hex(16)
@@ -312,7 +312,7 @@ class _Link(InMemoryLinkState):
                 raise BadMessage("nobody waits for this reply, or another one came first")
             if delivery.reply is None:
                 delivery.reply = _Reply(message, tree, room=delivery.room, folder=self.spool)
-            elif delivery.reply.tree != tree:
+            elif delivery.reply.tree != tree:  # guard: reply-tree
                 raise BadMessage("the reply hangs together in another way than before")
             self.uploads[session_id] = _Upload(delivery.node, number)
             # A reason is in the head; and nobody waits any more for what comes after it.
@@ -573,7 +573,7 @@ class _Calls:
             sent = delivery.sent if delivery.node == node and delivery.delivered else None
             if sent is not None and number in sent:
                 return sent
-        raise HTTPException(403, "not yours")
+        raise HTTPException(403, "not yours")  # guard: node-object
 
     def _check(self, call: str, node: int, asked: Any) -> None:
         """Raise 403 for what is not this node's, 413 for more than its reply may have.
@@ -591,20 +591,22 @@ class _Calls:
                 or not delivery.delivered
                 or metadata.src_node_id != node
                 or metadata.message_id != tree.object_id
-            ):
+            ):  # guard: node-reply
                 raise HTTPException(403, "not yours")
             delivery.pushes += 1
-            if delivery.pushes > _PUSHES or asked.messages_list[0].content.items:
+            if (
+                delivery.pushes > _PUSHES or asked.messages_list[0].content.items
+            ):  # guard: reply-uploads
                 raise HTTPException(413, "too many uploads, or a content in the announcement")
         elif call == "pull-object":
             self._sent(node, asked.object_id)
         elif call == "push-object":
             upload = self._link.uploads.get(asked.session_id) if asked.session_id else None
-            if upload is None or upload.node != node:
+            if upload is None or upload.node != node:  # guard: node-upload
                 raise HTTPException(403, "not yours")
         elif call == "confirm-message-received":
             own = self._link.deliveries.get(asked.message_object_id)
-            if own is None or own.node != node:
+            if own is None or own.node != node:  # guard: node-confirm
                 raise HTTPException(403, "not yours")
 
 

@@ -220,7 +220,7 @@ class SealedGrid(Grid):
         if document := attached_head(reply):
             self._note_head(document, place.lab)
         kind = parcel.content
-        if kind not in (place.kind, REFUSAL):
+        if kind not in (place.kind, REFUSAL):  # guard: answer-kind
             raise BadMessage(f"answers a {place.kind} order with {kind!r:.40}")
         opened = unseal(
             parcel.sealed,
@@ -237,7 +237,7 @@ class SealedGrid(Grid):
 
     def _note_head(self, document: bytes, lab: str) -> None:
         roster = self._sealed.roster
-        LedgerHead.verified(
+        LedgerHead.verified(  # guard: ledger-head
             document, roster.member(lab).identity, federation=roster.federation, lab=lab
         )
         self._heads.note_head(lab, document)

@@ -409,7 +409,7 @@ def _masked(lab: str, order: Order, encoding: Encoding, message: Message | None)
     )
     claimed = (masked.lab, masked.run, masked.round, masked.slot)
     expected = (lab, order.run, order.round, order.slot)
-    if claimed != expected:
+    if claimed != expected:  # guard: masked-place
         raise BadMessage(f"answers as {claimed}, expected {expected}")
     return masked
 

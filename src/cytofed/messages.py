@@ -222,14 +222,14 @@ def unpack_update(message: Message, *, parts: tuple[str, ...], size: int) -> Upd
     Errors: BadMessage naming what is wrong: parts, shape, NaN, size, weight.
     """
     header, found = read_parts(message, np.float32)
-    if tuple(found) != parts:
+    if tuple(found) != parts:  # guard: update-parts
         raise BadMessage(f"expected parts {', '.join(parts)}, found {', '.join(found) or 'none'}")
     for name, values_P in found.items():
-        if values_P.shape != (size,):
+        if values_P.shape != (size,):  # guard: update-shape
             raise BadMessage(f"{name} has shape {values_P.shape}, expected ({size},)")
         _check_sane(name, values_P)
     weight = _number(header, "weight")
-    if not 1 <= weight <= MAX_WEIGHT:
+    if not 1 <= weight <= MAX_WEIGHT:  # guard: update-weight
         raise BadMessage(f"weight is {weight:g}, expected 1 <= weight <= {MAX_WEIGHT:g}")
     return Update(
         lab=_text(header, "lab"),
@@ -256,7 +256,9 @@ def pack_masked(masked: Masked) -> RecordDict:
 def unpack_masked(message: Message, *, words: int, dtype: np.dtype[Any]) -> Masked:
     """The masked vector that a message carries. Errors: BadMessage for its shape or type."""
     header, found = read_parts(message, dtype.type)
-    if {name: values.shape for name, values in found.items()} != {"words": (words,)}:
+    if {name: values.shape for name, values in found.items()} != {
+        "words": (words,)
+    }:  # guard: masked-words
         raise BadMessage(f"expected {words} words, found {sorted(found)}")
     return Masked(
         lab=_text(header, "lab"),
@@ -310,7 +312,7 @@ def unpack_evaluation(message: Message, *, classes: int, noised: bool = False) -
     if {name: values.shape for name, values in found.items()} != expected:
         raise BadMessage(f"expected arrays {expected}, found {sorted(found)}")
     lowest = min(int(values.min(initial=0)) for values in found.values())
-    if lowest < 0 and not noised:
+    if lowest < 0 and not noised:  # guard: tally-negative
         raise BadMessage("negative counts in the evaluation")
     if max(-lowest, *(int(values.max(initial=0)) for values in found.values())) > MAX_COUNT:
         raise BadMessage("absurd counts in the evaluation")
@@ -397,7 +399,7 @@ def read_parts(
     if not message.has_content():
         raise BadMessage("the message has no content")
     content = message.content
-    if set(content) != {"header", "parts"}:
+    if set(content) != {"header", "parts"}:  # guard: content-layout
         raise BadMessage(f"expected header and parts, found {', '.join(map(str, content))}")
     header, record = content["header"], content["parts"]
     if not isinstance(header, ConfigRecord) or not isinstance(record, ArrayRecord):
@@ -413,7 +415,7 @@ def read_parts(
 def _check_array(name: str, array: Array, dtype: np.dtype[Any]) -> None:
     """All that numpy would stumble over. Errors: BadMessage."""
     shape = tuple(array.shape)
-    if array.stype != RAW or array.dtype != dtype.name:
+    if array.stype != RAW or array.dtype != dtype.name:  # guard: array-kind
         raise BadMessage(f"{name!r:.80} is {array.stype!r:.40} {array.dtype!r:.40}")
     if not is_shape(shape, dtype):
         raise BadMessage(f"{name!r:.80} has an absurd shape of {len(shape)} axes")
@@ -426,9 +428,9 @@ def _check_sane(name: str, values_P: Float32) -> None:
         return float(values_P[share].min()), float(values_P[share].max())
 
     for low, high in in_shares(bounds, len(values_P)):
-        if math.isnan(low) or math.isnan(high):
+        if math.isnan(low) or math.isnan(high):  # guard: update-nan
             raise BadMessage(f"{name} contains NaN")
-        if max(-low, high) > MAX_UPDATE:
+        if max(-low, high) > MAX_UPDATE:  # guard: update-sane
             raise BadMessage(f"{name} reaches {max(-low, high):g}, above {MAX_UPDATE:g}")
 
 

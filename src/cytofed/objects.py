@@ -350,12 +350,12 @@ def read_tree(announced: ObjectTree) -> Tree:
     while waiting:
         node, depth = waiting.pop()
         count += len(node.children)
-        if count > MOST_OBJECTS or depth > len(_LEVELS):
+        if count > MOST_OBJECTS or depth > len(_LEVELS):  # guard: objects-bounded
             raise BadMessage(f"more than {MOST_OBJECTS} objects, or deeper than a message is")
         name, own = node.object_id, tuple(child.object_id for child in node.children)
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name):  # guard: objects-named
             raise BadMessage(f"{name!r:.80} is no name of an object")
-        if children.setdefault(name, own) != own:
+        if children.setdefault(name, own) != own:  # guard: objects-acyclic
             raise BadMessage(f"object {name:.16} has other children in another place")
         waiting += ((child, depth + 1) for child in node.children)
     return Tree(announced.object_id, children)
@@ -440,7 +440,7 @@ def _join(
         if len(names) != len(places):
             raise ValueError("a piece that is none of its own")
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size > room or len(names) > 1 + room // PIECE_BYTES:
+    if size > room or len(names) > 1 + room // PIECE_BYTES:  # guard: objects-room
         raise BadMessage(f"arrays of more than {room} bytes, or in too many pieces")
     try:
         joined, at = np.empty(size, np.uint8).data, 0
@@ -458,7 +458,7 @@ def _join(
         else:
             place[:] = memoryview(piece)[start:]
         at += length
-    if at != size:
+    if at != size:  # guard: objects-whole
         raise BadMessage(f"an array of {at} bytes whose shape takes {size}")
     return array_of(dtype, shape, RAW, joined), size
 

@@ -2,8 +2,9 @@
 
 Guards are marked in the source by a trailing comment ``# guard: NAME`` on an ``if``, a ``raise`` or
 a call. For each, this script loads the modules with that one guard taken out (the ``if`` never
-true, the ``raise`` or call gone) and runs every attack test that names it: each must fail. Run it
-as ``python tests/attacks/mutate.py``; ``make test-faults`` does so too.
+true, the ``raise`` or call gone) and runs every attack test that names it: each must fail, and at
+the edges (``ALONE``) because the attack went through. Run it as ``python tests/attacks/mutate.py``;
+``make test-faults`` does so too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,17 @@ MODULES = (
     "cytofed.client.orders",
     "cytofed.client.secure",
 )
+ALONE = {
+    "cytofed.messages": ("tests.attacks.test_content_lies",),
+    "cytofed.objects": ("tests.attacks.test_object_lies",),
+    "cytofed.server.fleet": ("tests.attacks.test_fleet_lies",),
+    "cytofed.server.secure": ("tests.attacks.test_answer_lies",),
+    "cytofed.server.sealed_grid": ("tests.attacks.boundary", "tests.attacks.test_answer_lies"),
+    "cytofed.client.opening": ("tests.attacks.test_lab_lies",),
+    "cytofed.client.daemon": ("tests.attacks.boundary", "tests.attacks.test_lab_lies"),
+}
+"""Modules at the edges, each loaded anew by itself, and who is loaded after it: its tests last."""
+
 STAGE = "tests.attacks.stage"
 TESTS = (
     "tests.attacks.test_setup_lies",
@@ -130,20 +142,60 @@ def _install(name: str, module: ModuleType | None) -> None:
 
 
 def attacks_in(modules: list[ModuleType]) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
+    """The tests of ``modules`` and the guards that each names."""
+    tests = {*TESTS, *(names[-1] for names in ALONE.values())}
     for module in modules:
         for name, test in sorted(vars(module).items()):
-            if name.startswith("test_") and module.__name__ in TESTS:
+            if name.startswith("test_") and module.__name__ in tests:
                 yield test, getattr(test, "guards", ())
 
 
-def fails(test: Callable[[], None]) -> bool:
+def fails(test: Callable[[], None]) -> str:
+    """Why; empty where the test passes."""
     try:
         test()
     except KeyboardInterrupt:
         raise
-    except BaseException:  # pytest.fail is no Exception
-        return True
-    return False
+    except BaseException as error:  # pytest.fail is no Exception
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def succeeds(failure: str) -> bool:
+    """Whether a test failed because nothing was refused, and not over something else."""
+    other_refusal = "pattern did not match" in failure
+    asserted = failure.startswith("AssertionError") and not other_refusal
+    return asserted or "DID NOT RAISE" in failure
+
+
+def survivors_alone() -> tuple[list[str], int, int]:
+    """As ``survivors``, of the modules at the edges: there the attack itself must go through."""
+    wrong, guards, tried = [], set(), 0
+    for name, after in ALONE.items():
+        importlib.import_module(name)
+        marked = guards_of(name)
+        codes = {each: compiled(each) for each in (name, *after)}
+        with loaded(codes) as modules:
+            tests = list(attacks_in(modules))
+            mine = [test for test, wanted in tests if set(wanted) & set(marked)]
+            wrong += [
+                f"{test.__name__} fails as it is: {why}" for test in mine if (why := fails(test))
+            ]
+        named = {guard for _, wanted in tests for guard in wanted}
+        wrong += [f"guard {guard} has no attack test" for guard in sorted(set(marked) - named)]
+        for guard, line in marked.items():
+            if guard in guards:
+                raise SystemExit(f"guard {guard} is marked twice")
+            guards.add(guard)
+            with loaded({**codes, name: compiled(name, line)}) as modules:
+                for test, wanted in attacks_in(modules):
+                    if guard in wanted:
+                        tried += 1
+                        why = fails(test)
+                        if not succeeds(why):
+                            told = why or "it passes"
+                            wrong.append(f"{test.__name__} without the guard {guard}: {told}")
+    return wrong, len(guards), tried
 
 
 def survivors() -> tuple[list[str], int, int]:
@@ -178,7 +230,8 @@ def survivors() -> tuple[list[str], int, int]:
 
 def main() -> int:
     sys.path.insert(0, str(REPO))
-    wrong, guards, tried = survivors()
+    edges, core = survivors_alone(), survivors()
+    wrong, guards, tried = edges[0] + core[0], edges[1] + core[1], edges[2] + core[2]
     print("\n".join(wrong) or f"{guards} guards removed one by one, {tried} attack tests failed")
     return 1 if wrong else 0
 

@@ -185,3 +185,19 @@ def test_bound_that_does_not_follow_from_the_labs_decisions_is_refused() -> None
 def test_order_for_a_cohort_of_another_size_is_refused() -> None:
     with pytest.raises(RefusedError, match="order for a cohort of 3 labs, 4 were approved"):
         masks(secure_lab(), labs=3)
+
+
+@guarded_by("kept-cohort")
+def test_state_of_another_cohort_is_not_gone_on_with() -> None:
+    """Keys of an old cohort, or of a run of the same name, would stay in use."""
+    lab = secure_lab()
+    other = replace(ready(4).states[A], cohort=replace(lab.cohort, plan_sha256="ab" * 32))
+    lab.states.save("run-1", other.to_bytes())
+    with pytest.raises(VerificationError, match="of another cohort than this run's"):
+        masks(lab)
+
+
+@guarded_by("run-approved")
+def test_order_of_another_run_is_not_masked() -> None:
+    with pytest.raises(RefusedError, match="run 'run-2' is not the approved one, 'run-1'"):
+        masks(secure_lab(), run="run-2")
