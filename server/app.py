@@ -407,7 +407,7 @@ class Coordinator:
             try:
                 folder.write_summary({"status": "failed", "reason": reason})
                 folder.end("failed", reason=reason)
-            except OSError as again:
+            except Exception as again:
                 self._set_aside(folder, f"{reason}; {reason_of(again)}")
         self._wake()
 

@@ -112,7 +112,7 @@ class RunFolder:
         Those whose state cannot be read come first.
         """
         names = [entry.name for entry in os.scandir(runs) if entry.name not in but]
-        found = [RunFolder(runs / name) for name in names if (runs / name / _STATE).is_file()]
+        found = [RunFolder(runs / name) for name in names if _is_run(runs / name)]
         return sorted(found, key=lambda folder: (folder._queued_at(), folder.name))
 
     def _queued_at(self) -> str:
@@ -149,9 +149,13 @@ class RunFolder:
         write_atomically(self.private / "stop", why)
 
     def stop_reason(self) -> str:
-        """Why the run was asked to stop, or nothing."""
-        file = self.private / "stop"
-        return file.read_text() if file.is_file() else ""
+        """Why the run was asked to stop, or nothing. It is asked to where the words are damaged."""
+        try:
+            return (self.private / "stop").read_text(errors="replace") or "asked to stop"
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            return f"asked to stop, why cannot be read: {reason_of(error)}"
 
     def ask_to_start(self) -> None:
         """Have it start with the labs that have approved it, without waiting for others."""
@@ -249,6 +253,14 @@ class RunFolder:
 
     def tell(self, lab: str) -> None:
         write_atomically(self.private / "told" / lab, now())
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it has a state, be it one that cannot be read."""
+    try:
+        return (folder / _STATE).is_file()
+    except OSError:
+        return True
 
 
 def now() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -88,6 +89,40 @@ def test_ended_runs_are_read_once_and_not_again_while_nobody_can_be_told(
     assert read == []
     status = coordinator._answer(Command("status", {}))
     assert [run["status"] for run in status["runs"]] == ["completed"] * 5
+
+
+@pytest.mark.parametrize("damage", ["stop", "state"])
+def test_no_file_of_one_run_ends_a_thread_of_the_coordinator(damage: str, tmp_path: Path) -> None:
+    directory = ServerDirectory.create(tmp_path / "c", name="fed", address="localhost:4567")
+    chief = directory.identity()
+    bad, good = (RunFolder.create(directory.runs, Plan(), ROSTER, chief) for _ in range(2))
+    started(bad, chief)
+    (bad.private / "stop").write_bytes(b"\xff\xfe stopped")
+    if damage == "state":
+        (bad.root / "state.json").write_bytes(b"\xff")
+    coordinator = Coordinator(directory)
+    coordinator._approve_some()
+    coordinator._carry_out_next()
+    coordinator._give_results()
+    status = coordinator._answer(Command("status", {}))
+    assert {run["run"] for run in status["runs"]} == {bad.name, good.name}
+    assert bad.state().phase == "failed"
+    assert "0 labs approved" in good.state().reason  # as without the other
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be nobody for a while takes root")
+def test_run_that_this_user_may_not_read_is_damaged_and_hides_no_other(tmp_path: Path) -> None:
+    shut, good = queued(tmp_path), queued(tmp_path)
+    shut.root.chmod(0o000)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2], good.root):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        assert set(RunFolder.all(tmp_path)) == {shut, good}
+        with pytest.raises(DamagedRun, match="cannot be read"):
+            shut.state()
+    finally:
+        os.seteuid(0)
 
 
 def started(folder: RunFolder, chief: Identity) -> None:
