@@ -48,16 +48,17 @@ from cytofed.client.memory import SealedMemory
 from cytofed.client.opening import (
     LimitedBudget,
     make_start,
+    numbers_of,
     open_images,
     open_lab,
     parameters_of,
 )
 from cytofed.client.origin import refuse_disguised
 from cytofed.client.outbox import Outbox, SameBytes
+from cytofed.client.pace import Pace
 from cytofed.client.policy import (
     BY_RULE,
     Entry,
-    TooManyOffers,
     ledger_federation,
     open_ledger,
     refuse,
@@ -76,7 +77,7 @@ from cytofed.messages import (
     new_message,
     unpack_order,
 )
-from cytofed.privacy import ledger
+from cytofed.privacy import ledger, wire
 from cytofed.privacy.noise import Randomness
 from cytofed.privacy.sealing import Context as Place
 from cytofed.privacy.sealing import Direction, Sealed, seal, unseal
@@ -94,15 +95,18 @@ from cytofed.sealed_message import (
 )
 from cytofed.secure_round import public_bound, weight_bounds
 from cytofed.start import GIVEN_FILE, take_start
+from cytofed.strategies import make_strategy
 from cytofed.words import one_line, without_markup
 
 MAX_OFFER_BYTES = 1 << 20
 """of an offer's document: a plan, and the keys of some hundred labs"""
 
-_SILENT_S = 60.0
-"""after an offer was refused because too many wait, the next are not even answered"""
+_SPARE_BYTES = wire.MAX_MESSAGE_BYTES
+"""of a message beyond the arrays of its plan: keys and shares of a cohort, a model's card"""
 
-_MAX_PAYLOAD_BYTES = 1 << 31
+_UNPLANNED, _UNPLANNED_EVERY_S = 200, 5.0
+"""answers that no approved plan asks for, at once and in the long run: each is a record in the
+lab's log, for ever"""
 
 _log = logging.getLogger("cytofed.lab")
 
@@ -130,7 +134,7 @@ class Daemon:
         self._said = ""
         self._at = ("", 0)
         self._open: _OpenRun | None = None
-        self._silent_until = -math.inf
+        self._pace = Pace(_UNPLANNED, _UNPLANNED_EVERY_S)
         self._check = _Check(directory.root / "noise.seen")
         self._app = lab_app(
             self._lab,
@@ -171,7 +175,7 @@ class Daemon:
     def _worked(self, link: FleetLink) -> bool:
         """Answer until told to end; False where a full disk or the like has to be mended first."""
         try:
-            link.work(self.respond, idle=self._idle)
+            link.work(self.respond, idle=self._idle, room=self._room)
             return True
         except (InputError, RefusedError, VerificationError):
             raise  # these need a person
@@ -266,9 +270,21 @@ class Daemon:
 
     # --- answers
 
+    def _room(self) -> int:
+        """Most bytes that the arrays of a message may have: what approved plans come to."""
+        approved = [entry for entry in self._plans.entries() if entry.state == "approved"]
+        return max(map(_room_of, approved), default=MAX_OFFER_BYTES)
+
     def respond(self, message: Message) -> Answer | None:
-        """Answer what the coordinator asks; never an error. None: it asks without end, and each
-        answer is a record in this lab's log, for ever."""
+        """Answer what the coordinator asks; never an error. None: it asks without end."""
+        if not self._pace.room:
+            return None
+        answer = self._answer(message)
+        if answer.outgoing.type in ("status", "decision", "refusal"):
+            self._pace.take()
+        return answer
+
+    def _answer(self, message: Message) -> Answer:
         kind = message.metadata.message_type
         try:
             if kind == "query.offer":
@@ -276,12 +292,6 @@ class Daemon:
             if kind == "query.end":
                 return self._to_end(message)
             return self._to_order(message, kind)
-        except TooManyOffers as error:
-            if time.monotonic() < self._silent_until:
-                return None
-            self._silent_until = time.monotonic() + _SILENT_S
-            _log.warning("%s: %s", kind, error.message)
-            return self._unsealed_refusal(error)
         except CytofedError as error:
             _log.warning("%s: %s", kind, error.message)
             return self._unsealed_refusal(error)
@@ -397,7 +407,7 @@ class Daemon:
             self._place(offer, parcel, kind, to_lab=True),
             sender=self._coordinator,
             receiver=self._identity,
-            max_bytes=_MAX_PAYLOAD_BYTES,
+            max_bytes=_room_of(entry),
             in_place=not parcel.sealed.body.readonly,
         )
         content = unpack_content(opened.manifest, opened.payload)
@@ -769,6 +779,13 @@ class _Check:
             )
         finally:
             self._done.set()
+
+
+def _room_of(entry: Entry) -> int:
+    """Most bytes of an order of an approved plan, of its start model, or of its result."""
+    plan = entry.offer.plan
+    order = len(make_strategy(plan.strategy).down) * entry.parameters
+    return 4 * max(order, numbers_of(plan)) + _SPARE_BYTES
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,6 @@ RENEW_DAYS = 30.0
 
 _RENEW_EVERY_S = 3600.0
 _FIRST_PAUSE_S = 0.5
-_MAX_BYTES = 1 << 31
-"""of the arrays of one message"""
-
 _LIE = (
     "the coordinator tells of an entry of this lab's privacy ledger that this lab never signed: "
     "ignored, nothing is charged"
@@ -157,9 +154,16 @@ class FleetLink:
         self._stop.set()
 
     def work(
-        self, respond: Callable[[Message], Answer | None], *, idle: Callable[[], None]
+        self,
+        respond: Callable[[Message], Answer | None],
+        *,
+        idle: Callable[[], None],
+        room: Callable[[], int],
     ) -> None:
-        """Answer messages until ``stop``; ``idle`` is called between two of them."""
+        """Answer messages until ``stop``; ``idle`` is called between two of them.
+
+        ``room``: most bytes that the arrays of a message may have now.
+        """
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
         try:
             while not self._stop.is_set():
@@ -168,16 +172,17 @@ class FleetLink:
                     while not self._stop.is_set():
                         idle()
                         self._renew_in_time()
-                        self._one(respond)
+                        self._one(respond, room)
                 except _Again:
                     self._node = None
+                    self._stop.wait(_FIRST_PAUSE_S)
         finally:
             self._stop.set()
             self._deactivate()
 
     # --- one message
 
-    def _one(self, respond: Callable[[Message], Answer | None]) -> None:
+    def _one(self, respond: Callable[[Message], Answer | None], room: Callable[[], int]) -> None:
         started = time.monotonic()
         found = self._call("pull_messages", PullMessagesRequest(node=self._node))
         if not found.messages_list:
@@ -185,11 +190,13 @@ class FleetLink:
                 self._stop.wait(self._times.poll_s)
             return
         try:
-            message = self._fetch(found)
+            message = self._fetch(found, room)
             if message is not None:
                 self._check_ledger(message)
                 answer = respond(message)
-                if answer is not None:
+                if answer is None:
+                    self._stop.wait(_FIRST_PAUSE_S)
+                else:
                     self._push(message, answer)
         except _Withdrawn:
             self._stop.wait(_FIRST_PAUSE_S)  # a coordinator that is never content gets no more
@@ -236,7 +243,7 @@ class FleetLink:
                 self._push(message, Answer(outgoing, reason=reason))
             raise
 
-    def _fetch(self, found: Any) -> Message | None:
+    def _fetch(self, found: Any, room: Callable[[], int]) -> Message | None:
         """The message that was found; None, once the coordinator knows, where it cannot be read."""
         if len(found.messages_list) != 1 or len(found.message_object_trees) != 1:
             raise _Withdrawn
@@ -255,7 +262,7 @@ class FleetLink:
 
         message = None
         try:  # each piece goes to its place in an array as it comes
-            message = inflate(read_tree(announced), fetched, max_bytes=_MAX_BYTES)
+            message = inflate(read_tree(announced), fetched, max_bytes=room())
         except BadMessage as error:
             self._say(f"a message could not be read: {error.message}", True)
             self._stop.wait(_FIRST_PAUSE_S)  # the next may be no better
@@ -285,7 +292,7 @@ class FleetLink:
         self._gate.announce(sizes)
         try:
             session = self._call("push_messages", request)
-            for number in session.objects_to_push:
+            for number in dict.fromkeys(session.objects_to_push):  # each leaves once
                 if self._directory.paused:  # small answers, such as a refusal, are out already
                     raise _Withdrawn
                 if number in objects:

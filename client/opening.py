@@ -279,6 +279,18 @@ def parameters_of(plan: Plan) -> int:
     return _size_of(plan.model, len(load_scheme(plan.labels.scheme).codes))
 
 
+def numbers_of(plan: Plan) -> int:
+    """How many numbers a model file of the plan's net has. Errors: as ``parameters_of``."""
+    return _numbers_of(plan.model, len(load_scheme(plan.labels.scheme).codes))
+
+
+@lru_cache(64)
+def _numbers_of(model: Model, classes: int) -> int:
+    from cytofed import models
+
+    return models.numbers(model, classes)
+
+
 @lru_cache(64)
 def _size_of(model: Model, classes: int) -> int:
     from cytofed import models

@@ -182,6 +182,22 @@ def test_array_larger_than_allowed_is_refused() -> None:
         inflate(tree, contents.__getitem__, max_bytes=1000)
 
 
+def test_records_beside_the_arrays_do_not_add_up() -> None:
+    message = message_of(b"x")
+    for number in range(50):
+        message.content[f"more-{number}"] = ConfigRecord({"data": bytes([number]) * 200_000})
+    tree, contents = objects_of(message)
+    read: list[int] = []
+
+    def reading(name: str) -> bytes:
+        read.append(len(contents[name]))
+        return contents[name]
+
+    with pytest.raises(BadMessage, match="beside the arrays"):
+        inflate(tree, reading, max_bytes=ROOM)
+    assert sum(read) < 5 << 20
+
+
 def test_one_piece_named_many_times_takes_no_memory() -> None:
     tree, contents = objects_of(message_of(b"x" * 1000))
     for name, content in contents.items():

@@ -101,6 +101,21 @@ def shapes(model: Model, classes: int) -> Manifest:
     the header of an encoder that ships. Errors: as ``build``, as far as names tell; InputError for
     more than ``MOST_PARAMETERS`` weights, frozen ones included.
     """
+    net = _without_weights(model, classes)
+    if model.arch == "encoder+head":
+        net.freeze_encoder()
+    return manifest(net, model.trainable)
+
+
+def numbers(model: Model, classes: int) -> int:
+    """How many numbers a model file of a plan's net has, trained or not. As ``shapes``, and its
+    errors."""
+    net = _without_weights(model, classes)
+    return sum(values.numel() for values in net.state_dict().values())
+
+
+def _without_weights(model: Model, classes: int) -> Classifier:
+    """A plan's net, with shapes only. Errors: those of ``shapes``."""
     check_start(model.start, arch=model.arch, width=model.width)
     arch, width = str(model.arch), model.width
     if arch == "encoder+head":
@@ -123,9 +138,7 @@ def shapes(model: Model, classes: int) -> Manifest:
             f"{MOST_PARAMETERS}",
             hint="ask for a plan with a smaller model.width",
         )
-    if model.arch == "encoder+head":
-        net.freeze_encoder()
-    return manifest(net, model.trainable)
+    return net
 
 
 def images_of(pixels_BHW3: Tensor) -> Tensor:

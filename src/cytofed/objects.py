@@ -79,6 +79,9 @@ MOST_OBJECTS = 4096
 _MOST_BYTES = 1 << 20
 """of an object that is no piece of an array"""
 
+_MOST_SMALL_BYTES = 1 << 22
+"""of all those of one message"""
+
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 _DTYPES = frozenset(
@@ -365,14 +368,14 @@ def inflate(tree: Tree, read: Callable[[str], Content], *, max_bytes: int) -> Me
     """The message of that tree; ``read`` gives each object's bytes.
 
     Each object is read once, and only those of the tree. Errors: BadMessage for what is no message,
-    has other children than announced, or arrays of more than ``max_bytes`` altogether; and what
-    ``read`` raises.
+    has other children than announced, arrays of more than ``max_bytes`` altogether, or more than
+    ``_MOST_SMALL_BYTES`` beside them; and what ``read`` raises.
     """
     known: dict[str, Any] = {}
-    room = max_bytes
+    room, small = max_bytes, _MOST_SMALL_BYTES
 
     def build(name: str, level: int) -> Any:
-        nonlocal room
+        nonlocal room, small
         if name in known:
             return known[name]
         found = read(name)
@@ -380,6 +383,9 @@ def inflate(tree: Tree, read: Callable[[str], Content], *, max_bytes: int) -> Me
             raise BadMessage(
                 f"object {name:.16} has {len(found)} bytes and is no piece of an array"
             )
+        small -= len(found)
+        if small < 0:
+            raise BadMessage(f"more than {_MOST_SMALL_BYTES} bytes beside the arrays")
         content, children = bytes(found[:]), tree.children[name]
         with _reading(name):
             kind, said, _ = get_object_head_values_from_object_content(content)

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, RecordDict
 
+from cytofed.client.pace import Pace
 from cytofed.client.policy import MAX_WAITING, open_ledger
-from cytofed.documents import LABEL_OFFER, Offer, secure_cohort
+from cytofed.documents import LABEL_OFFER, Ended, Offer, secure_cohort
 from cytofed.documents import Start as RunStart
-from cytofed.messages import BadMessage
+from cytofed.messages import BadMessage, new_message
 from cytofed.plan import Plan
 from cytofed.privacy import secagg_coordinator as protocol
 from cytofed.privacy.identity import sign
@@ -42,7 +44,7 @@ def reject(stage: Boundary, offer: Offer) -> None:
 
 def of_seed(seed: int) -> Plan:
     """Plans of one size that differ in the weights that nobody trains."""
-    train = {"rounds": 1, "steps_per_round": 1, "batch": 8, "seed": seed}
+    train = {"rounds": 2, "steps_per_round": 1, "batch": 8, "seed": seed}
     return plan_of(train=train, model={"width": 8, "trainable": "head"})
 
 
@@ -68,7 +70,9 @@ def test_a_second_approved_offer_of_a_run_has_nothing_of_the_first(stage: Bounda
     first = stage.approved(of_seed(1))
     stage.train(first, 1)
     second = stage.approved(of_seed(2))
-    stage.train(second, 1)
+    with pytest.raises(BadMessage, match="not approved"):  # of the run it was the first's
+        stage.train(second, 1)
+    stage.train(second, 2)
     tensors = [read_start(stage.lab.run_folder(offer)) for offer in (first, second)]
     assert tensors[0] is not None
     assert tensors[1] is not None
@@ -145,6 +149,46 @@ def test_an_offer_of_a_megabyte_is_refused_unread(stage: Boundary) -> None:
     assert answer is not None
     assert "bytes" in answer.reason
     assert not stage.lab.plans().entries()
+
+
+@pytest.mark.parametrize("asked", ["a known offer", "an order that is none", "the end of a run"])
+def test_what_is_asked_without_end_is_answered_at_a_pace_and_the_log_does_not_grow(
+    stage: Boundary, asked: str
+) -> None:
+    offer = stage.offer(plan_of())
+    document = {
+        "a known offer": ("query.offer", "offer", offer.signed(stage.coordinator)),
+        "an order that is none": ("train", "order", b"none"),
+        "the end of a run": (
+            "query.end",
+            "end",
+            Ended(offer.federation, offer.run, offer.sha256, "over").signed(stage.coordinator),
+        ),
+    }
+    kind, record, data = document[asked]
+    content = RecordDict({record: ConfigRecord({"document": data})})
+    message = new_message(content, kind=kind, node=1, group="0", ttl_s=1.0)
+    answers = [stage.tell(message) for _ in range(1000)]
+    assert all(answer is not None for answer in answers[:100])
+    assert answers[-1] is None
+    assert stage.lab.egress.stat().st_size < 1 << 20
+    stage.daemon._pace = Pace(1, 60.0)  # a while later
+    answer = stage.tell(message)
+    assert answer is not None
+    assert answer.outgoing.type == ("refusal" if kind == "train" else "status")
+
+
+def test_a_message_has_room_for_what_its_plan_needs_and_not_for_much_more(
+    stage: Boundary, tmp_path: Path
+) -> None:
+    assert stage.daemon._room() <= 1 << 20, "offers are all that there may be"
+    offer = stage.approved(of_seed(1))
+    write_start(offer.plan, tmp_path)
+    largest = max(file.stat().st_size for file in tmp_path.iterdir() if file.is_file())
+    assert largest < stage.daemon._room() < largest + (32 << 20)
+    stage.train(offer, 1)
+    stage.finish(offer)
+    assert stage.left() == [("update", 1)]
 
 
 def flood(stage: Boundary, count: int) -> None:

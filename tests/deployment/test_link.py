@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -104,10 +105,12 @@ class Line:
         client._base_url = "http://testserver"
         self.errors: list[BaseException] = []
 
-    def work(self, respond: Callable[[Message], Answer]) -> threading.Thread:
+    def work(
+        self, respond: Callable[[Message], Answer], *, room: int = 1 << 25
+    ) -> threading.Thread:
         def run() -> None:
             try:
-                self.link.work(respond, idle=lambda: None)
+                self.link.work(respond, idle=lambda: None, room=lambda: room)
             except BaseException as error:  # for the test's own thread
                 self.errors.append(error)
 
@@ -185,6 +188,59 @@ def test_only_large_pieces_take_requests_of_their_own(line: Line, size: int, req
     line.link.stop()
     [record] = verify(line.egress.path, line.lab.identity().public).messages
     assert sum(record.body["objects"].values()) > size, "what came along is in the log too"
+
+
+def test_message_larger_than_any_approved_plan_has_is_not_fetched(line: Line) -> None:
+    asked: list[str] = []
+    line.http.event_hooks = {"request": [lambda request: asked.append(request.url.path)]}
+    line.work(lambda _message: Answer(LOGGED, content_of(b"y")), room=LARGE // 2)
+    grid, node = line.grid(), line.fleet.nodes["leeds"]
+    content = content_of(bytes(LARGE))
+    [number] = grid.push_messages([grid.create_message(content, "train", node, "1", 60.0)])
+    until = time.monotonic() + 30
+    while not any(path.endswith("/confirm-message-received") for path in asked):
+        assert time.monotonic() < until
+        grid.pull_messages([number])
+    assert any("could not be read" in said for said in line.said)
+    assert not any(path.endswith("/pull-object") for path in asked)
+
+
+def test_object_that_is_asked_for_many_times_leaves_once(line: Line) -> None:
+    link: Any = line.fleet._link
+    asked = list[str]()
+    take = link.store_message_and_object_tree
+
+    def greedy(*told: Any) -> tuple[bool, list[str]]:
+        stored, missing = take(*told)
+        return stored, missing * 50
+
+    link.store_message_and_object_tree = greedy
+    line.http.event_hooks = {"request": [lambda request: asked.append(request.url.path)]}
+    line.work(lambda _message: Answer(LOGGED, content_of(bytes(100_000))))
+    assert bytes_of(line.ask(content_of(b"x"))) == bytes(100_000)
+    assert sum(path.endswith("/push-object") for path in asked) == 1
+
+
+def test_lab_whose_session_is_never_known_takes_its_time(line: Line) -> None:
+    asked, waited = list[str](), list[float]()
+
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited.append(timeout or 0.0)
+            return self.is_set()
+
+    def refused(response: httpx.Response) -> None:
+        asked.append(response.request.url.path)
+        if asked[-1].endswith("/pull-messages"):
+            response.status_code = 401
+        if len(asked) > 6:
+            line.link.stop()
+
+    line.link._stop = Waits()
+    line.link._beat = lambda: None  # type: ignore[method-assign]
+    line.http.event_hooks = {"response": [refused]}
+    line.work(lambda _message: Answer(LOGGED, content_of(b"y"))).join(60)
+    assert len(waited) >= sum(path.endswith("/pull-messages") for path in asked) > 2
 
 
 def test_message_is_not_given_to_a_connection_whose_lab_asks_on_another(line: Line) -> None:
