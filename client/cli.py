@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cytofed.console import note, say
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.words import log_to_stderr
+
+if TYPE_CHECKING:
+    from cytofed.client.policy import Entry
 
 _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -122,6 +126,10 @@ def status(folder: Path, as_json: bool) -> int:
     if said:
         at = f", round {said['round']} of run {said['run']}" if said["run"] else ""
         say(f"since {said['at']}, cytofed {said['version']}{at}")
+    if directory.paused and not directory.left:
+        say(f"paused: no order is carried out until `cytofed client resume {folder}`")
+    if directory.left:
+        say(f"this lab has left {membership.federation}")
     say(f"coordinator {membership.fingerprint}")
     say(f"this lab    {directory.identity().public.fingerprint}")
     return 0
@@ -147,7 +155,7 @@ def plans(folder: Path, as_json: bool) -> int:
     if not listing["plans"]:
         say("no plan was offered yet")
     for item in listing["plans"]:
-        for line in summary_lines(item):
+        for line in summary_lines(item, folder):
             say(line)
     return 0
 
@@ -190,10 +198,10 @@ def plan_show(folder: Path, offer: str, as_json: bool) -> int:
 @client.command()
 @_folder
 @click.argument("offer", metavar="OFFER")
-@click.option("--by", default="", help="Who approves; client.yaml can ask for several persons.")
+@click.option("--by", default=None, help="Who approves; client.yaml can ask for several persons.")
 @click.option("--note", default="", help="For this lab's own record.")
 @_json
-def approve(folder: Path, offer: str, by: str, note: str, as_json: bool) -> int:
+def approve(folder: Path, offer: str, by: str | None, note: str, as_json: bool) -> int:
     """Approve an offer: its price is set aside, and its labs' keys are pinned.
 
     OFFER: its id, as `plans` prints it; or its plan's hash, where only one offer of the plan waits
@@ -205,8 +213,12 @@ def approve(folder: Path, offer: str, by: str, note: str, as_json: bool) -> int:
 
     directory = ClientDirectory.open(folder)
     settings, book_of_plans = directory.settings(), directory.plans()
+    if by is not None and not by.strip():
+        raise InputError("--by has no name", hint="name the person who approves, or leave it out")
     with open_ledger(settings) as book:
-        entry = book_of_plans.approve(offer, settings, book, by=by, note=note)
+        before = book_of_plans.entries()
+        entry = book_of_plans.approve(offer, settings, book, by=by or "", note=note)
+        ended = [e for e in book_of_plans.entries() if e.ended and not _of(before, e).ended]
         listed = book_of_plans.listed(entry, settings, book)
     if as_json:
         _print_json({key: listed[key] for key in _DECIDED})
@@ -214,12 +226,23 @@ def approve(folder: Path, offer: str, by: str, note: str, as_json: bool) -> int:
     for line in plan_in_words(entry, listed, settings):
         say(line)
     given, needed = len(entry.approvals), settings.approvals
-    if entry.state == "approved":
+    if _of(before, entry).state == "approved":
+        say(f"offer {entry.sha256} was approved before: nothing is changed")
+        if by or note:
+            say("the name and the note given now are not kept; to decide anew, reject it first")
+    elif entry.state == "approved":
+        for other in ended:
+            say(f"run {other.run} is over for this lab: one approval pays for one run of a plan")
         say(f"approved offer {entry.sha256}, plan {entry.plan_sha256}, for run {entry.run}")
     else:
         say(f"{given} of {needed} approved; it waits for another person:")
         say(f"cytofed client approve {folder} {entry.sha256} --by NAME")
     return 0
+
+
+def _of(entries: Iterable[Entry], entry: Entry) -> Entry:
+    """The same offer as it stood before."""
+    return next((known for known in entries if known.sha256 == entry.sha256), entry)
 
 
 _DECIDED = (
@@ -365,6 +388,12 @@ def budget(folder: Path, restore_charge: bool, as_json: bool) -> int:
             f"{key:6} epsilon {shown(value['epsilon'])} at delta {value['delta']:g}, per "
             f"{found['unit']}, by {value['accountant']}"
         )
+    limits = [
+        f"epsilon {found['limit'][key]:g}{of}"
+        for key, of in (("epsilon", ""), ("epsilon_per_year", " in a year"))
+        if found["limit"][key] is not None
+    ]
+    say(f"limit  {', '.join(limits) or 'none is set in client.yaml'}")
     return 0
 
 
@@ -391,13 +420,20 @@ def egress(folder: Path, check: bool, as_json: bool) -> int:
     for record in report.messages:
         body = record.body
         say(f"{record.at:%Y-%m-%d %H:%M:%S}  {body['type']:10}  {body['nbytes']:>10,} bytes  "
-            f"{body['run']} round {body['round']}  {body['sha256'][:16]}")  # fmt: skip
+            f"{_where(body)}{body['sha256'][:16]}")  # fmt: skip
     for kind, sizes in sorted(report.routine.items()):
         total = sum(size * count for size, count in sizes.items())
         say(f"routine              {kind:10}  {total:>10,} bytes  {sum(sizes.values())} requests")
     if check:
         say(f"verified: {len(report.messages)} messages, head {report.head[:16]}")
     return 0
+
+
+def _where(body: Mapping[str, Any]) -> str:
+    """Run and round of a message, where it is of one."""
+    if not body["run"]:
+        return ""
+    return f"{body['run']} round {body['round']}  " if body["round"] else f"{body['run']}  "
 
 
 @client.command()

@@ -7,7 +7,9 @@ counts: hashes and fingerprints are whole.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cytofed.client.policy import Entry, flat
@@ -39,14 +41,13 @@ def plan_in_words(entry: Entry, listed: Mapping[str, Any], settings: Settings) -
         yield _line("warning", one_line(warning, most=400))
     if listed["refused"]:
         yield _line("refused", one_line(listed["refused"], most=400))
-    for number, approval in enumerate(listed["approvals"], start=1):
-        yield _line("approved by", _approval(number, approval, listed["approvals_needed"]))
+    yield from _decisions(listed)
     yield "every key of the plan:"
     for key, value in flat(plan).items():
         yield f"  {key}: {one_line(json.dumps(value, ensure_ascii=False), most=400)}"
 
 
-def summary_lines(listed: Mapping[str, Any]) -> Iterator[str]:
+def summary_lines(listed: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """The same offer in a list of all: what tells it from others, and its price."""
     price = listed["price"]
     yield f"offer {listed['offer']}  {_state(listed)}"
@@ -60,12 +61,13 @@ def summary_lines(listed: Mapping[str, Any]) -> Iterator[str]:
             yield _line("lab", f"{one_line(lab, most=64)} {fingerprint}")
     for change in listed["changes"]:
         yield _line("change", one_line(change, most=400))
-    for number, approval in enumerate(listed["approvals"], start=1):
-        yield _line("approved by", _approval(number, approval, listed["approvals_needed"]))
+    for warning in (price or {}).get("warnings", ()):
+        yield _line("warning", one_line(warning, most=400))
+    yield from _decisions(listed)
     if listed["refused"]:
         yield _line("refused", one_line(listed["refused"], most=400))
     if listed["state"] == "waiting":
-        yield _line("look", f"cytofed client plan show DIR {listed['offer']}")
+        yield _line("look", f"cytofed client plan show {folder} {listed['offer']}")
 
 
 def _line(name: str, text: str) -> str:
@@ -87,10 +89,18 @@ def _state(listed: Mapping[str, Any]) -> str:
     return told
 
 
-def _approval(number: int, approval: Mapping[str, str], needed: int) -> str:
-    note = f": {approval['note']}" if approval["note"] else ""
-    who = approval["by"] or "a person who gave no name"
-    return f"{number} of {max(number, needed)} by {who}, {approval['at'][:16]} UTC{note}"
+def _decisions(listed: Mapping[str, Any]) -> Iterator[str]:
+    """Who approved, and which other runs here an approval ends."""
+    for other in listed["ends"]:
+        yield _line("ends", f"run {one_line(other['run'], most=64)}, offer {other['offer']}: one "
+                            "approval pays for one run of a plan")  # fmt: skip
+    given = len(listed["approvals"])
+    needed = listed["approvals_needed"] if listed["state"] == "waiting" else given
+    for number, approval in enumerate(listed["approvals"], start=1):
+        note = f": {approval['note']}" if approval["note"] else ""
+        who = approval["by"] or "a person who gave no name"
+        yield _line("approved by", f"{number} of {max(given, needed)} by {who}, "
+                                   f"{approval['at'][:16]} UTC{note}")  # fmt: skip
 
 
 def _work(plan: Plan, price: Mapping[str, Any] | None) -> Iterator[str]:
@@ -125,7 +135,8 @@ def _price(price: Mapping[str, Any] | None) -> Iterator[str]:
     if privacy["limit"] is None:
         yield _line("limit", "none is set in client.yaml")
     else:
-        yield _line("limit", f"epsilon {privacy['limit']:g}, {shown(privacy['left'])} left before "
+        left = math.floor(privacy["left"] * 100) / 100  # never more than there is
+        yield _line("limit", f"epsilon {privacy['limit']:g}, {left:.2f} left before "
                              f"it; {privacy['fitting_rounds']} rounds would fit")  # fmt: skip
     out = price["bytes_out"]
     yield _line("bytes out", f"{out['per_round']:,} a round, {out['total']:,} in all")
@@ -143,9 +154,11 @@ def _secure(plan: Plan) -> Iterator[str]:
     if not secure.enabled:
         yield _line("secure sum", "OFF: the coordinator sees this lab's update by itself")
         return
-    threshold = "two thirds of the labs" if secure.threshold is None else f"{secure.threshold} labs"
+    threshold = "more than two thirds of the labs"
+    if secure.threshold is not None:
+        threshold = f"{secure.threshold} labs or more"
     yield _line("secure sum", f"on: the coordinator sees sums of {secure.min_cohort} labs or more; "
-                              f"opened by {threshold} and more")  # fmt: skip
+                              f"{threshold} have to open one")  # fmt: skip
 
 
 def _labs(entry: Entry, settings: Settings) -> Iterator[str]:

@@ -627,7 +627,13 @@ class PlanBook:
         entries, wanted = self.entries(), reference.strip().lower()
         by_id = tuple(e for e in entries if e.sha256.startswith(wanted))
         found = by_id or tuple(e for e in entries if e.plan_sha256.startswith(wanted))
-        if len(wanted) < 8 or not found:
+        if found and len(wanted) < 8:
+            names = dict.fromkeys(e.sha256 if by_id else e.plan_sha256 for e in found)
+            raise InputError(
+                f"{wanted!r} is too short: offers and plans are named by 8 digits or more",
+                hint=f"it begins: {', '.join(names)}",
+            )
+        if not found:
             known = [e.sha256 for e in entries if not e.over]
             plans = [e.plan_sha256 for e in entries if not e.over]
             raise InputError(
@@ -772,16 +778,24 @@ class PlanBook:
             )
         return Approval(by, one_line(note, most=MOST_NOTE_CHARS), self._clock())
 
+    def in_place_of(self, entry: Entry) -> tuple[Entry, ...]:
+        """The approved offers, not over, that approving this one ends: of its plan, or its run."""
+        return tuple(
+            other
+            for other in self.entries()
+            if (other.plan_sha256 == entry.plan_sha256 or other.run == entry.run)
+            and other.state == "approved"
+            and not other.ended
+            and other.sha256 != entry.sha256
+        )
+
     def _end_others(self, entry: Entry, book: Ledger) -> None:
         """End earlier runs of the same plan, and other offers of the same run: what was set aside
         for them pays for no other."""
         federation = ledger_federation(entry.offer.federation, self.own.name)
         why = f"offer {entry.sha256[:12]} was approved in its place"
-        for other in self.entries():
-            same = other.plan_sha256 == entry.plan_sha256 or other.run == entry.run
-            running = other.state == "approved" and not other.ended
-            if same and running and other.sha256 != entry.sha256:
-                self._close(other, "ended", why, book)
+        for other in self.in_place_of(entry):
+            self._close(other, "ended", why, book)
         bound = [
             hold
             for hold in book.holds()
@@ -908,6 +922,10 @@ class PlanBook:
             "expires_at": entry.expires_at.isoformat(),
             "decided_at": decided,
             "replaced_by": entry.replaced_by or None,
+            "ends": [
+                {"offer": other.sha256, "run": other.run}
+                for other in (self.in_place_of(entry) if entry.state == "waiting" else ())
+            ],
             "approvals": [approval.to_json() for approval in entry.approvals],
             "approvals_needed": settings.approvals,
             "reason": entry.reason,

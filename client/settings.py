@@ -273,7 +273,7 @@ def _refuse_null(tree: Mapping[str, Any], source: str) -> None:
         if nulls:
             raise InputError(
                 f"{source}: {nulls[0]} is null",
-                hint="write a value, or take the line out: then its default is",
+                hint="write a value, or take the line out, and its default holds",
             )
 
 

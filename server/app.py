@@ -235,7 +235,10 @@ class Coordinator:
         if len(roster.members) < plan.cohort.min_labs:
             found = "are chosen" if labs else "are enrolled"
             raise InputError(
-                f"the plan asks for {plan.cohort.min_labs} labs, {len(roster.members)} {found}"
+                f"the plan asks for {plan.cohort.min_labs} labs, {len(roster.members)} {found}",
+                hint="name more with --labs"
+                if labs
+                else "cytofed server invite DIR LAB --out FILE",
             )
         if patients := patients_of(plan, len(roster.members)):
             plan = with_delta(plan, patients)

@@ -137,10 +137,9 @@ def status(folder: Path, as_json: bool) -> int:
             lab["lab"],
             "online" if lab["online"] else "away",
             lab["last_seen"] or "never seen",
-            "-" if lab["round"] is None else f"round {lab['round']}",
-            f"version {lab['version'] or '-'}",
+            "in no round yet" if lab["round"] is None else f"round {lab['round']}",
+            f"version {lab['version'] or 'unknown'}",
             f"clock {lab['clock_s']:+.1f} s",
-            lab["decision"] or "-",
             f"certificate {lab['certificate_days']} days"
             + (": its daemon renews it" if lab["certificate_days"] < WARN_DAYS else ""),
         ]
@@ -164,8 +163,13 @@ def _told(run: Mapping[str, Any]) -> str:
     if run["reason"]:
         return one_line(run["reason"])
     if run["status"] == "approval":
-        silent = [lab for lab, verdict in run["decisions"].items() if verdict is None]
-        return f"waits for {', '.join(silent)}" if silent else ""
+        told: dict[str, list[str]] = {}
+        for lab, verdict in run["decisions"].items():
+            told.setdefault(verdict or "waits for", []).append(lab)
+        words = {"approved": "approved by", "rejected": "rejected by"}
+        return "; ".join(
+            f"{words.get(what, what)} {', '.join(labs)}" for what, labs in told.items()
+        )
     if run["status"] == "rounds" and not run["at_work"]:
         return "waits for its turn"
     return ""

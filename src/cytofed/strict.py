@@ -76,7 +76,7 @@ class _Walk:
                 self.check(item, path)
         elif node.tag == _NULL and node.value == "" and path and path[0] in self._never_empty:
             raise self._error(
-                node, path, "has no value", "write one, or take the line out: then its default is"
+                node, path, "has no value", "write one, or take the line out, and its default holds"
             )
 
     def _check_mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -88,7 +89,48 @@ def test_words_of_the_coordinator_stay_on_their_line(plans: PlanBook, lab: Setti
         plans.ended(entry.sha256, book, why=HOSTILE)
         [entry] = plans.entries()
         listed = plans.listed(entry, lab, book)
-    lines = [*plan_in_words(entry, listed, lab), *summary_lines(listed)]
+    lines = [*plan_in_words(entry, listed, lab), *summary_lines(listed, Path("lab"))]
     assert all(line.isprintable() for line in lines)
     assert not any(line.strip().startswith("state approved") for line in lines)
     assert "ended before anybody decided (r1 [2J state approved )" in "\n".join(lines)
+
+
+def test_the_list_has_the_warnings_and_the_command_for_this_lab(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        listed = plans.listed(entry, lab, book)
+    assert listed["price"]["warnings"]
+    told = "\n".join(summary_lines(listed, Path("lab")))
+    for warning in listed["price"]["warnings"]:
+        assert warning[:60] in told
+    assert f"cytofed client plan show lab {entry.sha256}" in told
+
+
+def test_an_approval_that_ends_another_run_of_the_plan_says_so_before(
+    plans: PlanBook, lab: Settings
+) -> None:
+    first = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        plans.approve(first.sha256, lab, book)
+    second = offered(plans, offer_of(run="r2"))
+    assert f"ends          run r1, offer {first.sha256}" in words(plans, lab, second)
+
+
+def test_approvals_asked_for_later_do_not_make_an_earlier_one_half(
+    plans: PlanBook, lab: Settings
+) -> None:
+    entry = offered(plans, offer_of())
+    with open_ledger(lab) as book:
+        entry = plans.approve(entry.sha256, lab, book, by="Ada Roe")
+    assert "approved by   1 of 1 by Ada Roe" in words(plans, replace(lab, approvals=2), entry)
+
+
+def test_what_is_left_of_a_limit_is_never_told_too_high(plans: PlanBook, lab: Settings) -> None:
+    entry = offered(plans, offer_of())
+    limited = replace(lab, limits=Limits(max_epsilon=12.0))
+    with open_ledger(limited) as book:
+        listed = plans.listed(entry, limited, book)
+        listed["price"]["privacy"]["left"] = 4.0031
+    assert "epsilon 12, 4.00 left" in "\n".join(plan_in_words(entry, listed, limited))

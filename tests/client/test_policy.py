@@ -494,7 +494,7 @@ def test_find_asks_for_enough_digits(plans: PlanBook) -> None:
         plans.find("ab" * 32)
     assert "client start" in caught.value.hint
     entry = offered(plans, offer_of())
-    with pytest.raises(InputError, match="no plan") as caught:
+    with pytest.raises(InputError, match="too short: offers and plans") as caught:
         plans.find(entry.plan_sha256[:4])
     assert entry.plan_sha256 in caught.value.hint
 

@@ -33,6 +33,15 @@ def test_pool_named_at_join_is_whose_budget_is_shown(federation: Federation) -> 
     assert json.loads(client(federation, "budget", "--json"))["pool"] == "leeds"
 
 
+def test_pause_and_limit_are_told_where_a_person_looks(federation: Federation) -> None:
+    assert "paused" not in client(federation, "status")
+    client(federation, "pause")
+    assert "paused: no order is carried out until" in client(federation, "status")
+    client(federation, "resume")
+    assert "paused" not in client(federation, "status")
+    assert "limit  none is set in client.yaml" in client(federation, "budget")
+
+
 def test_dossier_is_one_page_that_loads_nothing(federation: Federation) -> None:
     page = federation.root / "leeds.html"
     client(federation, "dossier", "--out", page)
