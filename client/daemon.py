@@ -140,6 +140,7 @@ class Daemon:
             self._lab,
             on_step=lambda _order, _step: self._refuse_paused(),
             check=self._refuse_unchecked,
+            mods=[_told_by_kind],
         )
 
     def run(self) -> None:
@@ -786,6 +787,17 @@ def _room_of(entry: Entry) -> int:
     plan = entry.offer.plan
     order = len(make_strategy(plan.strategy).down) * entry.parameters
     return 4 * max(order, numbers_of(plan)) + _SPARE_BYTES
+
+
+def _told_by_kind(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """An error about settings or data, which may count or name patients, leaves by its kind."""
+    try:
+        return call_next(message, context)
+    except InputError as error:
+        _log.warning("order refused: %s", error)
+        raise RefusedError(public_reason(error)) from error
 
 
 @dataclass(frozen=True)

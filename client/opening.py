@@ -29,7 +29,7 @@ from cytofed.client.settings import Settings
 from cytofed.client.split import Bools, hold_out, hold_out_alone, image_keys, test_split, units
 from cytofed.documents import Offer
 from cytofed.encoder import Given, is_shipped, refuse_seen, shipped
-from cytofed.errors import InputError, RefusedError, VerificationError
+from cytofed.errors import InputError, VerificationError
 from cytofed.labels import Scheme, load_map, load_scheme
 from cytofed.messages import Order, Update
 from cytofed.plan import Model, Plan
@@ -68,7 +68,7 @@ class LimitedBudget(LedgerBudget):
     def check_images(self, plan_sha256: str, images: Images) -> None:
         """That no patient has more images than the price of a plan counts on.
 
-        Errors: RefusedError.
+        Errors: InputError, of which the coordinator is told the kind alone: not how many they are.
         """
         with self._open() as book:
             holds = [
@@ -80,7 +80,7 @@ class LimitedBudget(LedgerBudget):
         found = images.largest_patient
         for most in [hold.cost.images_per_patient for hold in holds]:
             if most is not None and (found is None or found > most):
-                raise RefusedError(
+                raise InputError(
                     f"a patient here has {found or 'nobody knows how many'} images, the price of "
                     f"plan {plan_sha256[:12]} counts on images_per_patient={most} at most",
                     hint="correct images_per_patient in client.yaml, reject the plan and approve "

@@ -109,7 +109,8 @@ def simulate(request: Request, progress: RunProgress) -> dict[str, Any]:
         with _open_grid(request, private, progress) as backend:
             cells = _read(request, progress)
             labs = _cut(request, partition, cells, private)
-            for warning in (*_large_steps(labs), *start_warnings(labs.plan, deployed=False)):
+            earlier = start_warnings(labs.plan, deployed=False, pseudo=_pseudo(labs))
+            for warning in (*_large_steps(labs), *earlier):
                 progress.warn(warning)
             start = backend.start()
             world = World(
@@ -798,7 +799,7 @@ def _warnings(world: World, scores: Scores) -> list[str]:
                 "A deployment of this plan tells no scores, so it holds nobody out and trains on "
                 "all patients; this simulation kept some to score."
             )
-    found += start_warnings(world.plan, deployed=False)
+    found += start_warnings(world.plan, deployed=False, pseudo=_pseudo(world.labs))
     if scores.failed:
         found.append(f"The final model was not evaluated: {scores.failed}.")
     if _pseudo(world.labs):

@@ -75,6 +75,16 @@ def test_one_link_that_promises_nothing_unbounds_the_line(line: Lineage, why: st
     assert told["statement"].startswith("unbounded")
 
 
+def test_made_up_patients_and_real_ones_are_no_unit_of_one_line() -> None:
+    """A real patient has images of many pseudo-patients: the first run bounds nothing for it."""
+    made_up = Lineage("random").then(link_of(plan_of(), run="a", pseudo=True))
+    line = made_up.then(link_of(plan_of(), run="b"))
+    assert math.isinf(line.whole(deployed=False).epsilon)
+    assert "different units" in line.summary(deployed=False)["whole"]["statement"]
+    again = made_up.then(link_of(plan_of(), run="b", pseudo=True))
+    assert math.isfinite(again.whole(deployed=False).epsilon)
+
+
 def test_in_a_simulation_seeded_noise_stands_for_that_of_a_deployment() -> None:
     line = Lineage("random").then(link_of(plan_of(), run="a")).then(link_of(plan_of(), run="b"))
     assert math.isfinite(line.whole(deployed=False).epsilon)

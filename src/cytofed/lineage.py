@@ -114,7 +114,8 @@ class Lineage:
                 found.append(f"run {link.run} trained without differential privacy")
             elif deployed and link.seeded:
                 found.append(f"run {link.run} is a simulation, whose noise is seeded")
-        if len({link.unit for link in self.links} - {"none"}) > 1:
+        private = [link for link in self.links if link.unit != "none"]
+        if len({(link.unit, link.pseudo) for link in private}) > 1:
             found.append("its runs protect different units")
         return tuple(found)
 
@@ -226,15 +227,19 @@ def lineage_of_start(start: str) -> Lineage:
     return lineage_of(start_file(start))
 
 
-def start_warnings(plan: Plan, *, deployed: bool) -> list[str]:
-    """What a private plan's epsilon does not cover of the model that it starts from."""
+def start_warnings(plan: Plan, *, deployed: bool, pseudo: bool = False) -> list[str]:
+    """What a private plan's epsilon does not cover of the model that it starts from.
+
+    ``pseudo``: the plan's patients are made up by a simulation.
+    """
     start = plan.model.start
     if plan.privacy.unit == "none" or Given.named(start) is not None:
         return []  # what a file is that has not come yet, its lab tells by hash
     before = lineage_of_start(start)
     if before.begins != "unknown" and not before.links:
         return []
-    line = before.then(link_of(plan, run="of this plan", federation="" if not deployed else "-"))
+    where = "-" if deployed else ""
+    line = before.then(link_of(plan, run="of this plan", federation=where, pseudo=pseudo))
     if reasons := line.unbounded(deployed=deployed):
         whole = _unbounded(reasons)
     else:

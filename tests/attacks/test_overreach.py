@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+import cytofed.client.app
 from cytofed.client.enforcement import Record
 from cytofed.documents import Offer
+from cytofed.errors import InputError
 from cytofed.messages import BadMessage
 from tests.attacks.boundary import Boundary, boundary, plan_of
 
@@ -64,6 +66,22 @@ def test_one_approval_gives_each_round_and_each_due_score_once(
                      ("evaluation", 4)]  # fmt: skip
     stage.finish(offer)
     refused(stage, lambda: stage.train(offer, 4), "approved")
+
+
+@pytest.mark.parametrize("plan", [ROUNDS, PRIVATE], ids=["plain", "private"])
+def test_what_is_wrong_with_the_images_is_told_by_its_kind(
+    stage: Boundary, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words about data count patients and name them: they stay in the lab's own log."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("412 images, but 411 patient identifiers")
+
+    offer = stage.approved(plan_of(**plan))
+    monkeypatch.setattr(cytofed.client.app, "_train", fail)
+    with pytest.raises(BadMessage, match="InputError at the lab") as found:
+        stage.train(offer, 1)
+    assert "41" not in str(found.value)
 
 
 def test_the_same_order_gives_the_same_bytes_and_another_slot_nothing(stage: Boundary) -> None:

@@ -18,10 +18,11 @@ from PIL import Image
 
 from cytofed import models
 from cytofed.client import private
+from cytofed.client.egress import public_reason
 from cytofed.client.opening import Images, LimitedBudget, absent_classes, open_images
 from cytofed.client.settings import Settings
 from cytofed.client.split import hold_out_alone
-from cytofed.errors import InputError, RefusedError
+from cytofed.errors import InputError
 from cytofed.labels import load_scheme
 from cytofed.plan import Augment, Plan, from_dict
 from cytofed.privacy.accounting import Guarantee, PlanCost, SubsampledGaussian
@@ -333,8 +334,9 @@ def test_no_patient_has_more_images_than_the_price_of_a_plan_for_images_counts_o
     with Ledger.open(ledger) as book:
         fewer = replace(cost, images_per_patient=most - 1)
         book.hold(federation="f/lab", plan_sha256=plan.sha256, cost=fewer)
-    with pytest.raises(RefusedError, match=f"a patient here has {most} images"):
+    with pytest.raises(InputError, match=f"a patient here has {most} images") as found:
         budget.check_images(plan.sha256, images)
+    assert f" {most} " not in public_reason(found.value)  # what the coordinator is told
     nobody = open_images(plan, settings_of(lab.data, "none"), tmp_path)
-    with pytest.raises(RefusedError, match="nobody knows"):
+    with pytest.raises(InputError, match="nobody knows"):
         budget.check_images(plan.sha256, nobody)

@@ -243,7 +243,7 @@ def test_max_rounds_is_the_last_number_that_fits() -> None:
     assert max_rounds(cost.with_rounds(2), epsilon=100.0, delta=1e-4) == 2
 
 
-@pytest.mark.parametrize("delta", [1e-11, 1e-14, 1e-20])
+@pytest.mark.parametrize("delta", [1e-9, 1e-11, 1e-14, 1e-20])
 def test_a_delta_in_the_rounding_of_sums_is_priced_from_above(delta: float) -> None:
     """Against the closed form of the Gaussian mechanism, in logarithms."""
     cost = price([Gaussian("patient", 10.0, 50)], delta)
@@ -252,6 +252,15 @@ def test_a_delta_in_the_rounding_of_sums_is_priced_from_above(delta: float) -> N
     outside = cost.epsilon + float(log_ndtr(-mu / 2 - cost.epsilon / mu))
     assert inside + math.log1p(-math.exp(outside - inside)) <= math.log(delta)
     assert cost.accountant == ("PRV" if delta >= accounting.PRV_SMALLEST_DELTA else "RDP")
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-10, 1e-12])
+def test_many_steps_at_a_small_delta_are_priced_from_above(delta: float) -> None:
+    """A thousand steps: PRV gave 11.9920 at delta 1e-12, where 11.9921 is exact."""
+    cost, mu = price([Gaussian("patient", 20.0, 1000)], delta), math.sqrt(1000) / 20
+    inside = float(log_ndtr(mu / 2 - cost.epsilon / mu))
+    outside = cost.epsilon + float(log_ndtr(-mu / 2 - cost.epsilon / mu))
+    assert inside + math.log1p(-math.exp(outside - inside)) <= math.log(delta)
 
 
 # --- what is spent over plans
