@@ -1,4 +1,4 @@
-"""A coordinator that lies: the real one, of which one function is another.
+"""A coordinator that lies, or a lab: the real one, of which one function is another.
 
 It is used in one process with its labs, and in a process of its own (tests/deployment/faulty.py).
 """
@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import Message
 
 from cytofed.messages import Order, pack_order
+from cytofed.privacy.secagg_lab import LabState
 from cytofed.server import secure
 from cytofed.server.asking import ask_each
 
@@ -76,3 +77,12 @@ def one_after_the_other(victim: str) -> Lie:
     """In the first round other bounds, from the second on other weights."""
     first, then = one_lab_alone(victim), other_weights(victim)
     return lambda lab, order: first(lab, order) if order.round < 2 else then(lab, order)
+
+
+def of_another_seed(deal: Callable[..., Any]) -> Callable[..., Any]:
+    """A lab deals well-signed shares of seeds that it did not commit to."""
+
+    def dealt(state: LabState, *arguments: Any) -> Any:
+        return deal(replace(state, seeds=bytes(len(state.seeds))), *arguments)
+
+    return dealt

@@ -8,6 +8,7 @@
     clock:SECONDS                      the clock that signs requests is off by so much
     tell:LAB                           the coordinator tells LAB the truth and the others not
     claim:BITS                         a lab says that it weighs two to the power of BITS
+    deal                               a lab deals shares of other seeds than it committed to
     stumble:N                          the coordinator answers every Nth request with HTTP 500
     fail:MODULE:NAME:WHEN:ERROR        calls of NAME raise ERROR, an exception or a number of errno:
                                        the Nth, or all while the file WHEN is there
@@ -164,6 +165,13 @@ def claim(bits: str) -> None:
     replace("cytofed.client.daemon", "public_bound", lambda _original: lambda _: 2.0 ** int(bits))
 
 
+def deal() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tests.attacks.evil import of_another_seed
+
+    replace("cytofed.privacy.secagg_lab", "_deal", of_another_seed)
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     "kill": kill,
     "sleep": sleep,
@@ -171,6 +179,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "clock": clock,
     "tell": tell,
     "claim": claim,
+    "deal": deal,
     "stumble": stumble,
     "fail": fail,
     "shape": shape,

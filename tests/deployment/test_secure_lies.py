@@ -54,3 +54,25 @@ def test_lab_that_would_own_the_model_is_left_out_by_name(tmp_path: Path, sample
         assert "approved with a weight of 1152921504606846976" in why
     finally:
         federation.kill_all()
+
+
+@pytest.mark.faults  # with the other long runs of processes
+@pytest.mark.timeout(1800)
+def test_lab_that_deals_another_secret_is_proven_to_lie_and_no_round_is_lost(
+    tmp_path: Path, sample: Path
+) -> None:
+    labs = ("lab-1", "lab-2", "lab-3", "lab-4")
+    deal(sample, tmp_path, labs)
+    federation = Federation(tmp_path, labs, free_port())
+    try:
+        federation.found()
+        for lab in labs:
+            federation.start(lab, *(("deal",) if lab == "lab-2" else ()))
+        run, plan_sha256 = federation.queue(SECURE)
+        federation.approve(plan_sha256)
+        first, second = federation.summary(run)["participation"]
+        assert list(first["absent"]) == ["lab-2"]
+        assert "the seed of lab-2 is not the one it committed to" in first["absent"]["lab-2"]
+        assert first["received"] == second["received"] == ["lab-1", "lab-3", "lab-4"]
+    finally:
+        federation.kill_all()

@@ -254,12 +254,11 @@ def test_a_dealer_of_bad_shares_is_named_and_left_out_and_the_run_goes_on(
 
 
 def deals_another_secret(monkeypatch: pytest.MonkeyPatch, *liars: str) -> None:
-    """These labs deal well-signed shares of seeds that they did not commit to."""
     deal = secagg_lab._deal
+    lie = evil.of_another_seed(deal)
 
     def dealt(state: secagg_lab.LabState, *arguments: Any) -> Any:
-        seeds = bytes(len(state.seeds)) if state.lab in liars else state.seeds
-        return deal(replace(state, seeds=seeds), *arguments)
+        return (lie if state.lab in liars else deal)(state, *arguments)
 
     monkeypatch.setattr(secagg_lab, "_deal", dealt)
 
@@ -275,6 +274,22 @@ def test_a_dealer_of_another_secret_is_proven_to_lie_and_the_same_round_goes_on_
     first = summary["participation"][0]["absent"]
     assert list(first) == ["lab-2"]
     assert "the seed of lab-2 is not the one it committed to" in first["lab-2"]
+
+
+def test_who_was_proven_to_lie_is_out_after_a_restart_of_the_coordinator_too(
+    small: Small, directly: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = SecureRun.collect
+
+    def afresh(self: SecureRun, *arguments: Any, **named: Any) -> Any:
+        return collect(replace(self, _setup=None, _liars={}, _next_slot=0), *arguments, **named)
+
+    monkeypatch.setattr(SecureRun, "collect", afresh)
+    deals_another_secret(monkeypatch, "lab-2")
+    first, second = directly(small(*SECURE, "train.rounds=2", "cohort.min_labs=3"))["participation"]
+    assert list(first["absent"]) == ["lab-2"]
+    assert second["received"] == ["lab-1", "lab-3", "lab-4"]
+    assert second["absent"] == {}, "it is not asked any more"
 
 
 def test_two_dealers_of_other_secrets_are_left_out_one_after_the_other(
