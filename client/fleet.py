@@ -72,6 +72,7 @@ from cytofed.privacy import wire
 from cytofed.privacy.identity import sign, verify
 from cytofed.privacy.ledger import LedgerRolledBack
 from cytofed.sealed_message import attach_head, attached_head
+from cytofed.words import reason_of
 
 _BEAT_ALLOWED_S = 30.0
 """what Flower is told; it takes a lab for gone after twice that"""
@@ -263,8 +264,10 @@ class FleetLink:
         message = None
         try:  # each piece goes to its place in an array as it comes
             message = inflate(read_tree(announced), fetched, max_bytes=room())
-        except BadMessage as error:
-            self._say(f"a message could not be read: {error.message}", True)
+        except (_Withdrawn, _Again, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever a coordinator can make of its bytes
+            self._say(f"a message could not be read: {reason_of(error)}", True)
             self._stop.wait(_FIRST_PAUSE_S)  # the next may be no better
         confirm = ConfirmMessageReceivedRequest(
             node=self._node, run_id=run_id, message_object_id=announced.object_id

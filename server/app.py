@@ -814,7 +814,7 @@ def wait_for(folder: RunFolder, *, poll_s: float = 0.3) -> dict[str, Any]:
     """The summary of a run, once it has ended."""
     while folder.state().phase not in ENDED:
         time.sleep(poll_s)
-    return folder.summary() or {}
+    return {"status": folder.state().phase, **(folder.summary() or {})}
 
 
 def _is_of_the_machine(error: Exception) -> bool:

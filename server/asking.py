@@ -135,5 +135,9 @@ class Pauses:
         """Begin the next pause; returns its seconds."""
         _, before_s = self._until.get(key, (0.0, 0.0))
         pause_s = max(self._first_s, min(self._longer * before_s, self._most_s))
-        self._until[key] = self._now() + pause_s, pause_s
+        now = self._now()
+        past = [other for other, (end, _) in self._until.items() if end + 2 * self._most_s < now]
+        for other in past:  # not asked about any more
+            del self._until[other]
+        self._until[key] = now + pause_s, pause_s
         return pause_s

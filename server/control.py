@@ -87,9 +87,15 @@ def send_command(path: Path, name: str, **arguments: Any) -> dict[str, Any]:
                 f"no coordinator runs in {path.parent}",
                 hint=f"start it: cytofed server start {path.parent}",
             ) from None
-        connection.sendall(json.dumps({"command": name, **arguments}).encode() + b"\n")
-        with connection.makefile("rb") as file:
-            found = json.loads(file.readline() or b'{"error": "the coordinator ended"}')
+        try:
+            connection.sendall(json.dumps({"command": name, **arguments}).encode() + b"\n")
+            with connection.makefile("rb") as file:
+                found = dict(json.loads(file.readline()))
+        except (OSError, ValueError, TypeError):
+            raise CytofedError(
+                "the coordinator ended before it answered",
+                hint=f"its log says why; start it: cytofed server start {path.parent}",
+            ) from None
     if "error" in found:
         error = CytofedError(found["error"], hint=found.get("hint", ""))
         error.exit_code = int(found.get("exit_code", 1))

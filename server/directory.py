@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -27,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from cytofed.documents import COORDINATOR, Invite, Member, Roster
-from cytofed.errors import InputError, RefusedError
+from cytofed.errors import CytofedError, InputError, RefusedError
 from cytofed.files import write_atomically
 from cytofed.privacy.identity import Identity
 from cytofed.privacy.wire import decode, encode
 from cytofed.sections import read_tree, unknown_key
 from cytofed.server import pki
 from cytofed.server.pki import Issued
+from cytofed.words import reason_of
 
 _LAB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STAMP = "%Y%m%dT%H%M%S%f"
@@ -195,7 +197,7 @@ class ServerDirectory:
         """The labs that are enrolled now."""
         members = []
         for file in sorted((self.root / "labs").glob("*.cbor")):
-            members.append(_member(file.read_bytes()))
+            members.append(_member(file))
         members.sort(key=lambda member: member.name)
         return Roster(self.settings().name, self._epoch(), tuple(members))
 
@@ -207,7 +209,7 @@ class ServerDirectory:
         labs = self.root / "labs"
         if (labs / f"{member.name}.cbor").exists():
             raise RefusedError(f"lab {member.name} is already enrolled")
-        used = [_member(file.read_bytes()) for file in self.root.glob("*/*.cbor")]
+        used = [_member(file) for file in self.root.glob("*/*.cbor")]
         if any(_shares_key(member, other) for other in used):
             raise RefusedError("this key is in use, or was revoked", hint="make new keys")
         write_atomically(labs / f"{member.name}.pem", certificate_pem)
@@ -237,8 +239,9 @@ class ServerDirectory:
         for why in ("left", "revoked"):
             for file in (self.root / why).glob("*.cbor"):
                 lab, _, stamp = file.stem.rpartition(".")
-                at = datetime.strptime(stamp, _STAMP).replace(tzinfo=UTC)
-                found.append(Gone(lab, why, at))
+                with contextlib.suppress(ValueError):  # a copy that somebody made by hand
+                    at = datetime.strptime(stamp, _STAMP).replace(tzinfo=UTC)
+                    found.append(Gone(lab, why, at))
         return tuple(sorted(found, key=lambda gone: gone.at))
 
     def renew(self, lab: str, certificate_pem: bytes) -> None:
@@ -338,8 +341,15 @@ def _hosts(host: str) -> tuple[str, ...]:
     return (host,)
 
 
-def _member(data: bytes) -> Member:
-    return Member.of(decode(data))
+def _member(file: Path) -> Member:
+    """Errors: CytofedError naming a file that is damaged: no lab is forgotten silently."""
+    try:
+        return Member.of(decode(file.read_bytes()))
+    except (OSError, ValueError, CytofedError) as error:
+        raise CytofedError(
+            f"{file} cannot be read: {reason_of(error)}",
+            hint="put it back from a backup; without one move it away and have the lab join anew",
+        ) from None
 
 
 def _shares_key(one: Member, other: Member) -> bool:

@@ -104,6 +104,8 @@ from cytofed.objects import (
 )
 from cytofed.server.gate import FLEET_BODIES, Gate
 from cytofed.server.uploads import Arriving, Spooled
+from cytofed.server.worker import sign_of_life
+from cytofed.words import reason_of
 
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER
 _SIGNED_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
@@ -857,6 +859,7 @@ class FleetGrid(Grid):
         wanted = [number for number in message_ids if number in self._waiting]
         until = time.monotonic() + 0.5
         while True:
+            sign_of_life()
             self._link.wake.clear()
             why = "the coordinator stops" if self._fleet._closed.is_set() else self._stopped()
             if why:
@@ -947,8 +950,8 @@ class FleetGrid(Grid):
             return None
         try:
             message = delivery.reply.read(max_bytes=self._reply_bytes)
-        except (BadMessage, OSError) as error:
-            return _failure(waiting, f"its reply cannot be read: {error}")
+        except Exception as error:  # whatever a lab can make of its bytes
+            return _failure(waiting, f"its reply cannot be read: {reason_of(error)}")
         return _reply_to(waiting, message)
 
 

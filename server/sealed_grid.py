@@ -173,8 +173,14 @@ class SealedGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Opened replies, one at a time: the sealed ones wait outside this process's arrays."""
-        for reply in self._inner.pull_messages(message_ids):
+        """Opened replies, one at a time: the sealed ones wait outside this process's arrays.
+
+        What is not asked for here nobody waits for any more.
+        """
+        wanted = list(message_ids)
+        for number in self._places.keys() - set(wanted):
+            del self._places[number]
+        for reply in self._inner.pull_messages(wanted):
             number = reply.metadata.reply_to_message_id
             place, message = self._places.pop(number)
             if not self._places:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from cytofed.words import reason_of
@@ -16,8 +17,18 @@ from cytofed.words import reason_of
 _TRIES = 5
 """failed turns in a row, after which there is no use in another"""
 _FIRST_PAUSE_S = 0.5
+_QUIET_S = 3600.0
+"""without a sign of life, after which a turn counts as stuck"""
 
+_own = threading.local()
 _log = logging.getLogger("cytofed.coordinator")
+
+
+def sign_of_life() -> None:
+    """To be called within a turn that takes long; elsewhere it does nothing."""
+    worker: Worker | None = getattr(_own, "worker", None)
+    if worker is not None:
+        worker.alive_at = time.monotonic()
 
 
 class Worker:
@@ -39,6 +50,7 @@ class Worker:
         self._turn, self._ending, self._give_up = turn, ending, give_up
         self._wake = threading.Event()
         self._failed: BaseException | None = None
+        self.alive_at = time.monotonic()
         self._thread = threading.Thread(target=self._work, daemon=True, name=name)
 
     def start(self) -> None:
@@ -59,9 +71,13 @@ class Worker:
         begun = self._thread.ident is not None
         if begun and not self._thread.is_alive() and not self._ending.is_set():
             return f"{self.name}: ended"
+        quiet_s = time.monotonic() - self.alive_at
+        if begun and quiet_s > _QUIET_S and not self._ending.is_set():
+            return f"{self.name}: stuck for {quiet_s / 60:.0f} minutes"
         return ""
 
     def _work(self) -> None:
+        _own.worker = self
         try:
             self._turns()
         except BaseException as error:
@@ -77,6 +93,7 @@ class Worker:
         failures = 0
         while not self._ending.is_set() and failures < _TRIES:
             self._wake.clear()
+            self.alive_at = time.monotonic()
             try:
                 pause_s = self._turn()
             except Exception as error:
@@ -88,4 +105,5 @@ class Worker:
             else:
                 failures, self._failed = 0, None
                 if pause_s > 0:
+                    self.alive_at = time.monotonic() + pause_s
                     self._wake.wait(pause_s)

@@ -100,6 +100,24 @@ def test_honest_answer_comes_through() -> None:
     assert answered("train", new_content({"said": "yes"}))["header"]["said"] == "yes"
 
 
+class Silent:
+    def tell(self, _message: Message) -> None:
+        return None
+
+
+def test_what_a_lab_never_answers_does_not_add_up(tmp_path: Path) -> None:
+    identity, roster, _ = federation()
+    sealed = SealedRun(identity, roster, "run-1", PLAN, b"", {"lab-1": 1})
+    line: Any = _Line(Silent())  # type: ignore[arg-type]
+    grid = SealedGrid(line, sealed, reply_bytes=1 << 20, spool=tmp_path, heads=Heads())
+    for number in range(1, 20):
+        content = new_content({"run": "run-1"})
+        assert list(ask(grid, {"lab-1": 1}, "train", number, content, timeout_s=0.0)) == [
+            ("lab-1", None)
+        ]
+    assert len(grid._places) == 1
+
+
 @guarded_by("answer-kind")
 def test_answer_to_another_question_is_refused() -> None:
     """Well sealed by the lab itself, for the same round: but as scores, where it should train."""

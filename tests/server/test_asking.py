@@ -65,3 +65,12 @@ def test_silence_and_a_reason_are_bad_messages_too() -> None:
         read(None, str)
     with pytest.raises(BadMessage, match=r"^busy  now$"):
         read(reply(Error(100, "busy\r\nnow")), str)
+
+
+def test_pauses_of_what_is_not_asked_about_any_more_are_forgotten() -> None:
+    clock = [0.0]
+    pauses = Pauses(1.0, 60.0, now=lambda: clock[0])
+    for number in range(10_000):
+        clock[0] += 1.0
+        pauses.refused((f"run-{number}", "lab-1"))
+    assert len(pauses._until) < 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cytofed.documents import COORDINATOR, Member
-from cytofed.errors import InputError, RefusedError
+from cytofed.errors import CytofedError, InputError, RefusedError
 from cytofed.privacy.identity import Identity
 from cytofed.server.directory import ServerDirectory
 
@@ -142,3 +143,27 @@ def test_enrolled_lab_is_not_invited_again(directory: ServerDirectory) -> None:
     directory.enrol(member("leeds"), b"certificate")
     with pytest.raises(InputError, match="already enrolled"):
         directory.invite("leeds")
+
+
+def test_file_of_a_lab_that_is_damaged_is_named_and_no_lab_is_forgotten(
+    directory: ServerDirectory, tmp_path: Path
+) -> None:
+    copy = ServerDirectory(shutil.copytree(directory.root, tmp_path / "copy"))
+    copy.enrol(member("bonn"), b"certificate")
+    file = copy.root / "labs" / "bonn.cbor"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CytofedError, match=r"bonn\.cbor cannot be read"):
+        copy.roster()
+
+
+def test_copy_of_a_file_of_a_lab_that_left_hides_no_other(
+    directory: ServerDirectory, tmp_path: Path
+) -> None:
+    copy = ServerDirectory(shutil.copytree(directory.root, tmp_path / "copy"))
+    before = len(copy.gone())
+    copy.enrol(member("bonn"), b"certificate")
+    copy.leave("bonn")
+    left = max((copy.root / "left").glob("bonn.*.cbor"))
+    shutil.copy(left, left.with_name(f"{left.stem} (copy).cbor"))
+    (left.parent / "notes.cbor").write_bytes(b"")
+    assert len(copy.gone()) == before + 1

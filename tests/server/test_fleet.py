@@ -186,6 +186,21 @@ def test_reply_that_is_not_what_was_announced_is_its_labs_failure(fleet: Fleet, 
     assert left_in(fleet) == NOTHING
 
 
+@pytest.mark.parametrize("error", [RecursionError(), MemoryError(), KeyError("x"), TypeError()])
+def test_reply_that_cannot_be_read_is_its_labs_failure_whatever_that_raises(
+    fleet: Fleet, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inflate(*_told: Any, **_limits: Any) -> Message:
+        raise error
+
+    grid, lab = grid_of(fleet), Lab(fleet, "leeds")
+    _, message = lab.asked(grid)
+    lab.answer(reply_of(message, b"abc"))
+    monkeypatch.setattr("cytofed.server.fleet.inflate", inflate)
+    [reply] = grid.pull_messages(list(grid._waiting))
+    assert "its reply cannot be read" in str(reply.error.reason)
+
+
 def test_what_nobody_waits_for_any_more_is_swept(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,3 +86,30 @@ def test_woken_worker_does_not_wait_out_its_pause(monkeypatch: pytest.MonkeyPatc
     ending.set()
     one.wake()
     one.join(60)
+
+
+def test_turn_without_a_sign_of_life_is_trouble_and_one_that_goes_on_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, heard, end = threading.Event(), threading.Event(), threading.Event()
+
+    def turn() -> float:
+        begun.set()
+        while not end.wait(0.01):
+            if heard.is_set():
+                worker.sign_of_life()
+        return 3600.0
+
+    one, ending, _, _ = made(turn, monkeypatch)
+    one.start()
+    assert begun.wait(60)
+    one.alive_at -= 7200
+    assert one.trouble(in_public=True) == "rounds: stuck for 120 minutes"
+    heard.set()
+    while one.trouble():
+        end.wait(0.01)
+    end.set()
+    ending.set()
+    one.wake()
+    one.join(60)
+    worker.sign_of_life()  # of no worker's thread: nothing
