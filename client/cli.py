@@ -204,7 +204,7 @@ def plan_show(folder: Path, offer: str, as_json: bool) -> int:
 def approve(folder: Path, offer: str, by: str | None, note: str, as_json: bool) -> int:
     """Approve an offer: its price is set aside, and its labs' keys are pinned.
 
-    OFFER: its id, as `plans` prints it; or its plan's hash, where only one offer of the plan waits
+    OFFER: its id, as `plans` prints it; or its plan's hash, where only one offer of the plan came
     and `plans` has shown it. Never asks a question.
     """
     from cytofed.client.directory import ClientDirectory

@@ -603,18 +603,20 @@ class PlanBook:
         more. Ending twice changes nothing."""
         with self._locked():
             for entry in self.entries():
-                open_ = entry.state in ("waiting", "approved") and not entry.ended
-                if entry.sha256 == offer_sha256 and open_:
+                if entry.sha256 == offer_sha256 and not entry.over:
                     told = one_line(why) or f"run {one_line(entry.run)} is over"
                     self._close(entry, "ended", told, book)
 
     def _close(self, entry: Entry, undecided: State, why: str, book: Ledger) -> Entry:
-        """Over: an approved offer stays approved, and has ended; an undecided one is ``undecided``.
+        """Over: an approved offer stays approved, a rejected one rejected, and has ended; an
+        undecided one is ``undecided``.
 
         The file first: a hold that a crash leaves is freed by whoever tells the end again."""
         if entry.state == "approved":
             entry = self._write(replace(entry, ended=True, reason=why))
             self._free(entry, book, why)
+        elif entry.state == "rejected":
+            entry = self._write(replace(entry, ended=True))
         else:
             entry = self._write(replace(entry, state=undecided, reason=why))
         return entry
@@ -657,7 +659,8 @@ class PlanBook:
 
     def chosen(self, reference: str) -> Entry:
         """The offer that a person approves by ``reference``: by its own id, or by its plan's hash
-        while one offer of the plan waits and was among those shown last.
+        while one offer of the plan waits, was among those shown last, and no other came and went
+        undecided: whoever looks may have seen that one, and another person or program the last.
 
         Errors: InputError that says what to look at and type, where another offer could be meant;
         those of ``matching``.
@@ -670,15 +673,16 @@ class PlanBook:
         waiting = waiting or approved[-1:] or [e for e in found if not e.over]
         if not waiting or waiting == approved[-1:]:
             return (approved or found)[-1]  # which approving again does not change, or is over
-        if len(waiting) == 1 and waiting[0].sha256 in self._last_shown():
+        gone = any(e.state in _CLOSED for e in found)
+        if len(waiting) == 1 and waiting[0].sha256 in self._last_shown() and not gone:
             return waiting[0]
         which = waiting[-1].sha256
         raise InputError(
             f"plan {found[0].plan_sha256[:12]} waits in {len(waiting)} offers, for runs "
             f"{', '.join(one_line(e.run, most=64) for e in waiting)}"
             if len(waiting) > 1
-            else f"the offer of plan {found[0].plan_sha256[:12]} that waits is not one that "
-            "`cytofed client plans` showed last: its labs or its run may be others",
+            else f"the offer of plan {found[0].plan_sha256[:12]} that waits is not the only one, or "
+            "not one that `cytofed client plans` showed last: its labs or its run may be others",
             hint=f"look at it, then approve the offer: cytofed client plan show DIR {which}; "
             f"cytofed client approve DIR {which}",
         )
@@ -820,7 +824,11 @@ class PlanBook:
                 if other.ended:
                     continue
                 rejected = replace(
-                    other, state="rejected", decided_at=self._clock(), reason=reason[:200]
+                    other,
+                    state="rejected",
+                    decided_at=self._clock(),
+                    reason=reason[:200],
+                    ended=other.over,
                 )
                 self._write(rejected)
                 if other.sha256 == entry.sha256:

@@ -206,8 +206,8 @@ def fresh_yaml(
 
 _FRESH = """\
 # This lab's settings for cytofed. Only this lab reads and changes this file.
-# Limits, approvals and auto_approve hold from the next order on, for running runs too. After any
-# other change: restart `cytofed client start`, then `cytofed client check`.
+# Limits hold from the next order on, for running runs too; approvals and auto_approve for what is
+# decided from then on. Other changes: restart `cytofed client start`, then `cytofed client check`.
 
 # --- images (they never leave; nor do file names and patient identifiers)
 data:{data}

@@ -240,7 +240,8 @@ class _Charge:
     event: Event
 
 
-_RoundKey = tuple[str, str, Task, int]
+_RoundKey = tuple[str, str, str, Task, int]
+"""federation, run, plan: a run that is approved with another plan pays for its rounds anew"""
 
 
 class _State:
@@ -687,11 +688,10 @@ class Ledger:
         if self._state.holds[known.hold].state != "active":
             # Rejected; or charged after a rollback: what this round released may be forgotten.
             raise NotApproved(f"plan {order.plan_sha256[:12]} is not approved here any more")
-        first = known.order
-        if (first.plan_sha256, first.weights_sha256) != (order.plan_sha256, order.weights_sha256):
+        if known.order.weights_sha256 != order.weights_sha256:
             raise AlreadyAnswered(
-                f"round {order.round} of run {order.run} was reserved with other weights or "
-                "another plan: answering it twice would cost twice"
+                f"round {order.round} of run {order.run} was reserved with other weights: "
+                "answering it twice would cost twice"
             )
         last_slot = max(known.orders)
         if order.slot == last_slot and known.orders[last_slot] == order.order_sha256:
@@ -706,9 +706,7 @@ class Ledger:
 
     def _refuse_past(self, order: Order) -> None:
         rounds = [
-            number
-            for federation, run, task, number in self._state.rounds
-            if (federation, run, task) == (order.federation, order.run, order.task)
+            number for *place, number in self._state.rounds if (*place, order.round) == _key(order)
         ]
         if rounds and order.round < max(rounds):
             raise AlreadyAnswered(
@@ -1010,7 +1008,7 @@ def _link(previous: str, entry: str) -> str:
 
 
 def _key(order: Order) -> _RoundKey:
-    return order.federation, order.run, order.task, order.round
+    return order.federation, order.run, order.plan_sha256, order.task, order.round
 
 
 def _order_to_dict(order: Order) -> dict[str, Any]:

@@ -97,6 +97,33 @@ def test_a_roster_swapped_between_look_and_approval_is_not_approved(stage: Bound
     assert stage.left() == []
 
 
+def test_a_swapped_roster_that_only_another_process_listed_is_not_approved(
+    stage: Boundary,
+) -> None:
+    """A program that asks for `plans --json` every minute has seen it; the person has not."""
+    plan = plan_of()
+    seen = stage.offer(plan)
+    looked(stage)
+    other = stage.offer(plan, seen.run, swapped(seen.roster))
+    looked(stage)
+    with pytest.raises(InputError, match="its labs or its run may be others"):
+        approve(stage, plan.sha256)
+    approve(stage, other.sha256)  # its id says which is meant
+
+
+def test_a_run_that_ended_undecided_is_not_swapped_for_another_of_its_plan(
+    stage: Boundary,
+) -> None:
+    plan = plan_of()
+    seen = stage.offer(plan)
+    looked(stage)
+    end(stage, seen)
+    stage.offer(plan, "run-2", swapped(seen.roster))
+    looked(stage)
+    with pytest.raises(InputError, match="its labs or its run may be others"):
+        approve(stage, plan.sha256)
+
+
 def test_no_flood_of_offers_hides_the_one_that_was_seen(
     stage: Boundary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +160,23 @@ def test_the_end_of_a_run_frees_its_hold_and_no_approval_follows(
     with pytest.raises(BadMessage):
         stage.train(offer, 1)
     assert stage.left() == []
+
+
+@pytest.mark.parametrize("how", ["rejected, then ended", "ended, then rejected", "replaced"])
+def test_no_way_around_leads_to_the_approval_of_what_is_over(stage: Boundary, how: str) -> None:
+    offer = stage.offer(plan_of(train=TWO_ROUNDS, privacy=PRIVATE))
+    if how == "replaced":
+        stage.offer(offer.plan, offer.run, replace(offer.roster, epoch=9))
+    if how == "ended, then rejected":
+        end(stage, offer)
+    with open_ledger(stage.lab.settings()) as book:
+        stage.lab.plans().reject(offer.sha256, book, reason="no")
+    if how == "rejected, then ended":
+        end(stage, offer)
+    with pytest.raises(RefusedError, match="over"):
+        stage.approve(offer)
+    assert held(stage) == 0
+    assert next(e for e in stage.lab.plans().entries() if e.sha256 == offer.sha256).reason == "no"
 
 
 def test_a_lab_that_approves_after_the_end_learns_it_and_frees_the_hold(stage: Boundary) -> None:

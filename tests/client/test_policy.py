@@ -536,8 +536,10 @@ def test_a_roster_swapped_after_a_person_looked_is_not_approved_by_the_plans_has
         assert caught.value.exit_code == 2
         assert f"cytofed client approve DIR {other.sha256}" in caught.value.hint
         assert book.holds() == ()
-        plans.shown([seen.sha256, other.sha256])
-        assert plans.approve(seen.plan_sha256, lab, book).sha256 == other.sha256
+        plans.shown([seen.sha256, other.sha256])  # to another person or program, maybe
+        with pytest.raises(InputError, match="not the only one"):
+            plans.approve(seen.plan_sha256, lab, book)
+        assert plans.approve(other.sha256, lab, book).sha256 == other.sha256
 
 
 def test_a_plan_that_waits_for_two_runs_is_approved_by_an_offer_only(

@@ -217,21 +217,31 @@ def test_the_same_round_in_the_next_slot_spends_nothing(ledger: Ledger) -> None:
     [
         {"weights_sha256": "other"},
         {"weights_sha256": "other", "slot": 1},
-        {"plan_sha256": OTHER_PLAN, "slot": 1},
         {"order_sha256": "other"},
     ],
-    ids=["weights", "weights in the next slot", "plan", "same slot, another order"],
+    ids=["weights", "weights in the next slot", "same slot, another order"],
 )
 def test_the_same_round_with_anything_else_is_refused(
     ledger: Ledger, changes: dict[str, Any]
 ) -> None:
     approve(ledger)
-    approve(ledger, OTHER_PLAN)
     answer(ledger, order())
     head = ledger.head
     with pytest.raises(AlreadyAnswered):
         ledger.reserve(order(**changes))
     assert ledger.head == head
+
+
+def test_the_same_round_of_another_plan_is_paid_by_an_approval_of_its_own(ledger: Ledger) -> None:
+    approve(ledger)
+    answer(ledger, order())
+    once = ledger.balance().spent.epsilon
+    other = order(plan_sha256=OTHER_PLAN)
+    with pytest.raises(NotApproved):
+        ledger.reserve(other)
+    approve(ledger, OTHER_PLAN)
+    assert ledger.reserve(other).release_sha256 is None
+    assert ledger.balance().spent.epsilon > once
 
 
 def test_older_rounds_and_slots_are_past(ledger: Ledger) -> None:
