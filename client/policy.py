@@ -681,8 +681,8 @@ class PlanBook:
             f"plan {found[0].plan_sha256[:12]} waits in {len(waiting)} offers, for runs "
             f"{', '.join(one_line(e.run, most=64) for e in waiting)}"
             if len(waiting) > 1
-            else f"the offer of plan {found[0].plan_sha256[:12]} that waits is not the only one, or "
-            "not one that `cytofed client plans` showed last: its labs or its run may be others",
+            else f"the offer of plan {found[0].plan_sha256[:12]} that waits is not the only one, "
+            "or not one that `cytofed client plans` showed last: its labs or its run may be others",
             hint=f"look at it, then approve the offer: cytofed client plan show DIR {which}; "
             f"cytofed client approve DIR {which}",
         )
