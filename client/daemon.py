@@ -53,7 +53,7 @@ from cytofed.client.opening import (
     open_lab,
     parameters_of,
 )
-from cytofed.client.origin import refuse_disguised
+from cytofed.client.origin import MODEL_FILE, refuse_disguised
 from cytofed.client.outbox import Outbox, SameBytes
 from cytofed.client.pace import Pace
 from cytofed.client.policy import (
@@ -576,9 +576,14 @@ class Daemon:
         """Keep the model, free what the run never used, and say that it is here."""
         folder = self._directory.model_folder(offer)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        model = file_of(content)
+        model, kept = file_of(content), folder / MODEL_FILE
+        if kept.is_file() and kept.read_bytes() != model:
+            raise VerificationError(
+                f"run {offer.run} has another result here, which came before",
+                hint="a run has one: ask the coordinator why it sends another",
+            )
         if model:
-            write_atomically(folder / "model.safetensors", model)
+            write_atomically(kept, model)
         # Nothing is loaded, and nobody led away, by a card that the coordinator wrote.
         write_atomically(folder / "model_card.md", without_markup(text_of(content, "card")))
         _note_result(folder, offer, content)

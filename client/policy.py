@@ -873,7 +873,7 @@ class PlanBook:
         )
         assert price.plan is not None
         assert auto.max_epsilon is not None
-        if price.plan.epsilon > auto.max_epsilon:
+        if not price.plan.epsilon <= auto.max_epsilon:
             return f"{price.plan} is over auto_approve.max_epsilon={auto.max_epsilon:g}"
         if auto.known_labs_only:
             known = {

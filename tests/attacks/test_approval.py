@@ -17,6 +17,7 @@ from cytofed.documents import Decision, Ended, Member, Offer, Roster
 from cytofed.errors import InputError, RefusedError
 from cytofed.messages import BadMessage, new_message
 from cytofed.privacy.identity import Identity
+from cytofed.sealed_message import new_content
 from tests.attacks.boundary import LAB, Boundary, boundary, plan_of
 
 TWO_ROUNDS = {"rounds": 3, "steps_per_round": 1, "batch": 8}
@@ -189,6 +190,24 @@ def test_a_lab_that_approves_after_the_end_learns_it_and_frees_the_hold(stage: B
     assert (entry.state, entry.ended, entry.reason) == (
         "approved", True, "started without this lab",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [b"another model", None])
+def test_the_result_of_a_run_is_not_replaced_by_a_later_one(
+    stage: Boundary, file: bytes | None
+) -> None:
+    """It is what clinicians use, and what tells the lab its own line in a later plan's start."""
+    offer = stage.approved(plan_of())
+    stage.finish(offer)
+    stage.finish(offer)  # as where the coordinator never learnt that it is here
+    folder = stage.lab.model_folder(offer)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+    content = new_content({"status": "completed", "card": "of another"}, file=file)
+    with pytest.raises(BadMessage, match="another result"):
+        stage.ask(offer, "query.result", 1, content)
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+    assert before == after
+    assert after["model.safetensors"] == b"a model"
 
 
 def test_nobody_but_the_coordinator_ends_a_run(stage: Boundary) -> None:
