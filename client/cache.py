@@ -132,11 +132,13 @@ def open_cached(
     *,
     cache_dir: Path,
     progress: Progress | None = None,
+    may_be_none: bool = False,
 ) -> Cached:
     """The cells of ``paths`` below ``root``, decoded now or taken from the cache.
 
     An unchanged folder costs one stat a file. Unreadable images become problems by name.
-    Raises InputError when none is readable, or the cache folder cannot be written or is full.
+    Raises InputError when none is readable and there must be some, or the cache folder cannot be
+    written or is full.
     """
     _make_private(cache_dir)
     memo_path = cache_dir / f"{_hex(str(root.resolve()), frame.digest)}.memo"
@@ -175,7 +177,7 @@ def open_cached(
     os.utime(found.path)
 
     failed = {path: fact for path, fact in facts.items() if fact is not None and fact.problem}
-    if len(failed) == len(paths):
+    if len(failed) == len(paths) and not may_be_none:
         kind, detail = next(iter(failed.values())).problem or ("unreadable", "")
         raise InputError(
             f"none of {len(paths)} images below {root} is readable",

@@ -206,7 +206,8 @@ def open_cells(
     ``alone``: see :func:`list_cells`.
 
     Unreadable images are left out and listed in ``sources[i].listing.problems``.
-    Raises InputError as :func:`list_cells` does, or when a folder has no usable image.
+    Raises InputError as :func:`list_cells` does, or, but for ``alone``, when a folder has no usable
+    image.
     """
     if not roots:
         raise InputError("no data folder", hint="give --data DIR")
@@ -221,7 +222,7 @@ def open_cells(
     sources = []
     for root, label_map in zip(roots, chosen, strict=True):
         listing = list_cells(root, scheme, label_map=label_map, patients=patients, alone=alone)
-        if not listing.paths:
+        if not listing.paths and not alone:
             raise InputError(
                 f"no image below {root} can be used: {sum(listing.excluded.values())} excluded "
                 f"by label map {listing.map_name}, {len(listing.problems)} with problems",
@@ -229,7 +230,12 @@ def open_cells(
             )
         frame = framing(size_px, plan_um=field_um, source_um=listing.field_um)
         cached = open_cached(
-            listing.root, listing.paths, frame, cache_dir=cache_dir, progress=progress
+            listing.root,
+            listing.paths,
+            frame,
+            cache_dir=cache_dir,
+            progress=progress,
+            may_be_none=alone,
         )
         sources.append(
             Source(

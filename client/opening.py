@@ -5,6 +5,7 @@ N images, C classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from cytofed.messages import Order, Update
 from cytofed.plan import Model, Plan
 from cytofed.privacy.ledger import Ledger, Limits
 from cytofed.start import START_FILE, model_of, read_start, write_start
+
+_log = logging.getLogger("cytofed.lab")
 
 
 def absent_classes(plan: Plan, scheme: Scheme, train: Cells) -> npt.NDArray[np.bool_]:
@@ -242,6 +245,8 @@ def open_images(plan: Plan, settings: Settings, folder: Path) -> Images:
             "the plan protects patients, and the data does not say which image is whose",
             hint=_patients_to_set(settings.data),
         )
+    if private and not len(cells):
+        _log.warning("no image below %s can be used: this lab gives noise alone", settings.data)
     if private:
         refuse_seen(model_of(plan, folder).start, cells.file_sha256())
     test_N = held_out(cells, plan, indivisible(cells, plan))

@@ -201,7 +201,8 @@ def list_cells(
     ``alone``: nothing of a patient's images depends on another patient's, as differential privacy
     needs it: a row of a CSV is read by itself and its path taken as it stands (no search by file
     name), an image listed for two patients is each one's own, a label conflict is within a patient,
-    and a label that the map lacks is a problem of its images, not of the folder.
+    a label that the map lacks is a problem of its images, not of the folder, and a folder of which
+    nothing can be used is one of nobody: or it would show whether its last patient is there.
 
     Guarantees: every image file is a row, an excluded image, or a problem by name.
     Raises InputError for an unmapped label (with its count and the line to add), a wrong
@@ -215,14 +216,15 @@ def list_cells(
         )
     patients = None if patients == NOBODY else patients
     candidates = _candidates(root, _table_of(root, alone), patients if alone else None, alone)
-    if not candidates.rows and not candidates.problems:
+    if not candidates.rows and not candidates.problems and not alone:
         raise InputError(
             f"no images below {root}", hint=f"looked for {' '.join(sorted(ENDINGS))} and a CSV"
         )
     chosen, verdicts = _judged(candidates, [label_map] if label_map else _known_maps(scheme))
     if alone:
         verdicts = [_as_problem(verdict, chosen) for verdict in verdicts]
-    _refuse_unmapped(verdicts, chosen, scheme, automatic=label_map is None)
+    else:
+        _refuse_unmapped(verdicts, chosen, scheme, automatic=label_map is None)
 
     problems = list(candidates.problems)
     excluded: Counter[str] = Counter()
@@ -256,7 +258,7 @@ def list_cells(
         map_name=chosen.name,
         hidden=candidates.hidden,
     )
-    return listing if patients is None else _with_patients(listing, patients, chosen)
+    return listing if patients is None else _with_patients(listing, patients, chosen, alone)
 
 
 def fitting_map(root: Path) -> str | None:
@@ -720,10 +722,10 @@ def _guess(label: str, scheme: Scheme) -> str:
 # --- patients -------------------------------------------------------------------------------------
 
 
-def _with_patients(listing: Listing, spec: str, label_map: LabelMap) -> Listing:
+def _with_patients(listing: Listing, spec: str, label_map: LabelMap, alone: bool) -> Listing:
     ids = _patient_of(listing, spec, label_map)
     missing = [row for row, patient in enumerate(ids) if not patient]
-    if ids and len(missing) == len(ids):
+    if ids and len(missing) == len(ids) and not alone:
         raise InputError(
             f'--patients "{spec}" finds no patient in any of {len(ids)} images',
             hint=f"the first image is {listing.paths[0]}" if listing.paths else "",

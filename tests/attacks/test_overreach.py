@@ -84,6 +84,18 @@ def test_what_is_wrong_with_the_images_is_told_by_its_kind(
     assert "41" not in str(found.value)
 
 
+def test_a_lab_whose_last_patient_is_gone_answers_with_noise_as_before(stage: Boundary) -> None:
+    images = [f for f in stage.lab.settings().data.rglob("*") if f.suffix in (".jpg", ".png")]
+    assert images
+    for file in images:
+        file.unlink()
+    offer = stage.approved(plan_of(**PRIVATE))
+    stage.train(offer, 1)
+    stage.train(offer, 2)
+    stage.evaluate(offer, 2)
+    assert [kind for kind, _ in stage.left()] == ["update", "update", "evaluation"]
+
+
 def test_the_same_order_gives_the_same_bytes_and_another_slot_nothing(stage: Boundary) -> None:
     offer = stage.approved(plan_of(**ROUNDS))
     first, again = stage.train(offer, 1), stage.train(offer, 1)

@@ -298,6 +298,37 @@ def test_a_label_map_that_is_found_by_itself_is_refused_under_privacy(tmp_path: 
     assert refused.value.hint == "set labels: marrow"
 
 
+@pytest.mark.parametrize("layout", ["folder", "csv"])
+@pytest.mark.parametrize("fate", ["gone", "unreadable", "unheard-of"])
+def test_whether_the_only_patient_is_there_does_not_decide_if_a_lab_takes_part(
+    tmp_path: Path, layout: str, fate: str
+) -> None:
+    lab = RandomLab(tmp_path, np.random.default_rng(1), layout)
+    if layout == "csv":
+        lab.rows = [row for row in lab.rows if row[0] != b"gone.bmp"]
+        lab.write()
+    for patient in lab.patients:
+        match fate:
+            case "gone":
+                lab.remove(patient)
+            case "unreadable":
+                for file in (lab.data / patient).rglob("*.bmp"):
+                    file.write_bytes(b"BM")
+            case _ if layout == "folder":
+                for file in sorted((lab.data / patient).rglob("*.bmp")):
+                    other = lab.data / patient / "unheard-of"
+                    other.mkdir(exist_ok=True)
+                    file.rename(other / file.name)
+            case _:
+                lab.rows = [[path, b"unheard-of", who] for path, _, who in lab.rows]
+                lab.write()
+    images = lab.open(plan_of())
+    assert len(images.train) == len(images.test) == 0
+    assert images.train.patients_N is not None
+    scheme = load_scheme(plan_of().labels.scheme)
+    assert not absent_classes(plan_of(), scheme, images.train).all()
+
+
 def test_a_lab_that_holds_nobody_masks_what_its_map_declares(tmp_path: Path) -> None:
     lab = RandomLab(tmp_path, np.random.default_rng(1), "folder")
     plan, scheme = plan_of(), load_scheme("bone-marrow-21")
