@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cytofed.console import note, say
+from cytofed.console import Commands, note, say
 from cytofed.errors import CytofedError, InputError, RefusedError, VerificationError
 from cytofed.words import log_to_stderr
 
@@ -25,7 +26,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 _folder = click.argument("folder", metavar="DIR", type=_FOLDER)
 
 
-@click.group()
+@click.group(cls=Commands)
 def client() -> None:
     """Take part in a federation as a lab: approve plans, train, get the model."""
 
@@ -94,6 +95,7 @@ def start(folder: Path) -> int:
     try:
         Daemon(directory, note=lambda text: note(f"cytofed: {text}")).run()
     except KeyboardInterrupt:
+        logging.disable()  # a check that is under way loses its folder now, which is no news
         return 0
     return 0
 
@@ -160,7 +162,7 @@ def plans(folder: Path, as_json: bool) -> int:
     return 0
 
 
-@client.group()
+@client.group(cls=Commands)
 def plan() -> None:
     """One offered plan."""
 

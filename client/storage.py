@@ -93,7 +93,12 @@ def _passphrase(found: re.Match[str]) -> bytes:
         text, where = _credential(found["place"]), found["place"]
     else:
         where = f"${found['place']}"
-        text = os.environ.get(found["place"], "").encode()
+        if found["place"] not in os.environ:
+            raise InputError(
+                f"{where} is not set, and storage_key names it for the passphrase of {KEY_FILE}",
+                hint="set it for the service, or name a file: storage_key: passphrase:file:/PATH",
+            )
+        text = os.environ[found["place"]].encode()
     text = text.rstrip(b"\r\n")
     if len(text) < _LEAST_CHARS:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cytofed.console import note, say
+from cytofed.console import Commands, note, say
 from cytofed.errors import InputError
 from cytofed.words import log_to_stderr, one_line
 
@@ -18,7 +18,7 @@ _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def server() -> None:
     """Coordinate a federation: invite labs, run plans."""
 

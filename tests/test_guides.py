@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from cytofed.cli import cli
 
@@ -56,3 +57,17 @@ def test_make_federation_runs_the_commands_of_the_guide() -> None:
     # The script asks for JSON where a person reads.
     told = {(name, options - {"--json"}) for name, options in script}
     assert set(guide) <= told
+
+
+def groups(command: click.Command, *path: str) -> list[tuple[str, ...]]:
+    if not isinstance(command, click.Group):
+        return []
+    below = (groups(c, *path, name) for name, c in command.commands.items())
+    return [path, *(found for each in below for found in each)]
+
+
+@pytest.mark.parametrize("group", groups(cli), ids=lambda group: " ".join(group) or "cytofed")
+def test_help_tells_what_each_command_does_in_whole_sentences(group: tuple[str, ...]) -> None:
+    told = CliRunner().invoke(cli, [*group, "--help"]).output
+    assert "Commands:" in told
+    assert "..." not in told.split("Commands:")[1]

@@ -21,7 +21,7 @@ import click
 
 from cytofed import __version__
 from cytofed.client.cli import client
-from cytofed.console import note, print_error, say, stdout
+from cytofed.console import Commands, note, print_error, say, stdout
 from cytofed.errors import CytofedError, InputError
 from cytofed.server.cli import server
 
@@ -29,7 +29,7 @@ _FOLDER = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
-class _Sections(click.Group):
+class _Sections(Commands):
     """A group whose help lists commands in the order in which they are written here."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -58,6 +59,21 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """One plain line on stderr."""
     stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Commands(click.Group):
+    """A group whose help tells what each command does in a whole sentence."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shown = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+        rows = [
+            (name, command.get_short_help_str(limit=1000))
+            for name, command in shown
+            if command is not None and not command.hidden
+        ]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
 
 
 class RunProgress:
