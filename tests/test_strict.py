@@ -113,3 +113,12 @@ def test_an_error_within_yaml_is_told_from_one_of_its_meaning() -> None:
     with pytest.raises(InputError) as caught:
         read_yaml("{a: 1, a: 2}", "x")
     assert not isinstance(caught.value, NotYaml)
+
+
+def test_json_without_end_of_keys_or_depth_is_an_error_at_once() -> None:
+    """A coordinator writes the plan of an offer: looking for its fault is no work for hours."""
+    keys = ",".join(f'"{number}":0' for number in range(300_000))
+    with pytest.raises(ValueError, match="'last' is given twice"):
+        read_json(f'{{{keys},"last":0,"last":0}}')
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json("[" * 100_000)

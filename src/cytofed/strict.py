@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Container
 from typing import Any
 
@@ -45,15 +46,18 @@ def read_yaml(text: str, source: str, *, never_empty: Container[str] = ()) -> An
 
 
 def read_json(text: str | bytes) -> Any:
-    """As ``json.loads``. Errors: ValueError, also for a key that is given twice."""
-    return json.loads(text, object_pairs_hook=_once)
+    """As ``json.loads``. Errors: ValueError, also for a key that is given twice, or a text that is
+    nested deeper than anybody writes."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"{twice!r:.80} is given twice")
     return tree
 
