@@ -45,7 +45,9 @@ class Known:
         given, links, files = Given.named(plan.model.start), list[Link](), self.files()
         by_hash = {sha256_of(Path(file)): offer for file, offer in files.items()} if given else {}
         while given is not None and (offer := by_hash.pop(given.sha256, None)) is not None:
-            links.insert(0, link_of(offer.plan, run=offer.run, federation=offer.federation))
+            labs = len(offer.roster.members)
+            earlier = link_of(offer.plan, run=offer.run, federation=offer.federation, labs=labs)
+            links.insert(0, earlier)
             given = Given.named(offer.plan.model.start)
         return tuple(links)
 

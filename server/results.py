@@ -82,7 +82,7 @@ def write_results(
     it is then not completed.
     """
     line = lineage_in(start.info).then(
-        link_of(run.plan, run=offer.run, federation=offer.federation)
+        link_of(run.plan, run=offer.run, federation=offer.federation, labs=len(run.cohort))
     )
     summary = _summary(run, offer, progress, scores, start)
     summary["lineage"] = line.summary(deployed=True)

@@ -147,7 +147,12 @@ class World:
     def line(self) -> Lineage:
         """What the model is trained from, this run among it."""
         return lineage_in(self.start.info).then(
-            link_of(self.plan, run=self.plan.name, pseudo=_pseudo(self.labs))
+            link_of(
+                self.plan,
+                run=self.plan.name,
+                pseudo=_pseudo(self.labs),
+                labs=len(self.labs.names),
+            )
         )
 
     def run(self, cohort: Mapping[str, int]) -> Run:

@@ -141,6 +141,9 @@ def test_image_unit_is_said_to_protect_patients_less() -> None:
 def test_overlapping_patients_are_said_to_add_up() -> None:
     plan = from_dict({"patients": "may_overlap"})
     assert "epsilons of the labs add up" in section(model_card(private("patient"), plan), "Privacy")
+    summary = private("patient")
+    summary["privacy"]["federation"] = {"epsilon": 23.456}
+    assert "add up, to 23.46." in section(model_card(summary, plan), "Privacy")
 
 
 def test_classes_that_were_barely_or_never_seen_are_named() -> None:

@@ -75,6 +75,16 @@ def test_one_link_that_promises_nothing_unbounds_the_line(line: Lineage, why: st
     assert told["statement"].startswith("unbounded")
 
 
+def test_a_patient_of_several_labs_has_paid_at_each_of_them() -> None:
+    plan = plan_of()
+    shared = replace(plan, patients="may_overlap")
+    begin = Lineage("random")
+    alone = begin.then(link_of(plan, run="r", federation="f", labs=3)).whole()
+    known_to_all = begin.then(link_of(shared, run="r", federation="f", labs=3)).whole()
+    tripled = price(link_of(plan_of(), run="r").events * 3, 1e-3)
+    assert alone.epsilon < known_to_all.epsilon == pytest.approx(tripled.epsilon)
+
+
 def test_made_up_patients_and_real_ones_are_no_unit_of_one_line() -> None:
     """A real patient has images of many pseudo-patients: the first run bounds nothing for it."""
     made_up = Lineage("random").then(link_of(plan_of(), run="a", pseudo=True))

@@ -236,7 +236,8 @@ def _privacy(summary: Mapping[str, Any], plan: Plan) -> str:
         else "The coordinator saw each lab's update, after its noise."
     )
     overlap = (
-        "Labs may know the same patient: for such a patient the epsilons of the labs add up."
+        "Labs may know the same patient: for such a patient the epsilons of the labs add up"
+        + (f", to {_epsilon(privacy['federation'])}." if privacy.get("federation") else ".")
         if plan.patients == "may_overlap"
         else "This assumes that no two labs hold images of the same patient."
     )

@@ -188,14 +188,21 @@ class Lineage:
         }
 
 
-def link_of(plan: Plan, *, run: str, federation: str = "", pseudo: bool = False) -> Link:
-    """A run of a plan as a link: at its full price, whatever rounds it came to."""
+def link_of(
+    plan: Plan, *, run: str, federation: str = "", pseudo: bool = False, labs: int = 1
+) -> Link:
+    """A run of a plan as a link: at its full price, whatever rounds it came to.
+
+    Where the same patient may be at several of the ``labs``, what all of them released of it.
+    """
     terms = terms_of(plan)
     events: tuple[Event, ...] = (NonPrivate(),)
     if terms is not None:
         events = (times(terms.training, terms.rounds),)
         if terms.evaluation is not None:
             events = (*events, times(terms.evaluation, terms.evaluations))
+    if plan.patients == "may_overlap":
+        events = tuple(times(event, max(labs, 1)) for event in events)
     return Link(run, federation, plan.sha256, plan.privacy.unit, delta_of(plan), events, pseudo)
 
 
