@@ -82,6 +82,7 @@ RENEW_DAYS = 30.0
 
 _RENEW_EVERY_S = 3600.0
 _FIRST_PAUSE_S = 0.5
+_MOST_WORD_CHARS = 64
 _LIE = (
     "the coordinator tells of an entry of this lab's privacy ledger that this lab never signed: "
     "ignored, nothing is charged"
@@ -248,6 +249,11 @@ class FleetLink:
         """The message that was found; None, once the coordinator knows, where it cannot be read."""
         if len(found.messages_list) != 1 or len(found.message_object_trees) != 1:
             raise _Withdrawn
+        try:
+            tree = read_tree(found.message_object_trees[0])
+        except BadMessage as error:  # what it is called comes back to nobody
+            self._say(f"a message could not be read: {error.message}", True)
+            raise _Withdrawn from None
         run_id, announced = found.messages_list[0].metadata.run_id, found.message_object_trees[0]
         came_along = enclosed_in(found)
 
@@ -263,7 +269,7 @@ class FleetLink:
 
         message = None
         try:  # each piece goes to its place in an array as it comes
-            message = inflate(read_tree(announced), fetched, max_bytes=room())
+            message = _in_few_words(inflate(tree, fetched, max_bytes=room()))
         except (_Withdrawn, _Again, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever a coordinator can make of its bytes
@@ -406,6 +412,14 @@ class FleetLink:
             if self._stop.wait(pause_s * random.uniform(0.7, 1.3)):
                 raise KeyboardInterrupt
             pause_s = min(pause_s * 1.6, self._times.retry_max_s)
+
+
+def _in_few_words(message: Message) -> Message:
+    """The message, whose group and type come back with its answer. Errors: BadMessage."""
+    for word in (message.metadata.group_id, message.metadata.message_type):
+        if len(word) > _MOST_WORD_CHARS:
+            raise BadMessage(f"a group or type of {len(word)} characters")
+    return message
 
 
 @dataclass(frozen=True)

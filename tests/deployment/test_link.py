@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -203,6 +203,30 @@ def test_message_larger_than_any_approved_plan_has_is_not_fetched(line: Line) ->
         grid.pull_messages([number])
     assert any("could not be read" in said for said in line.said)
     assert not any(path.endswith("/pull-object") for path in asked)
+
+
+def test_long_words_of_a_message_do_not_end_a_lab(line: Line) -> None:
+    """They would come back in what the lab sends, which is refused as no such message."""
+    grid, node, client = line.grid(), line.fleet.nodes["leeds"], cast(Any, line.link._client)
+    pull, lies = client.PullMessages, [1, 1]
+
+    def lying(request: Any) -> Any:
+        found = pull(request)
+        if found.message_object_trees and lies:
+            lies.pop()
+            found.message_object_trees[0].object_id = "a" * 100_000
+        return found
+
+    client.PullMessages = lying
+    line.work(lambda _message: Answer(LOGGED, content_of(b"y")))
+    long = grid.create_message(content_of(b"x"), "train", node, "1" * 300_000, 60.0)
+    [number] = grid.push_messages([long])
+    until = time.monotonic() + 60
+    while not list(grid.pull_messages([number])) and not line.errors:
+        assert time.monotonic() < until
+    assert not line.errors
+    assert bytes_of(line.ask(content_of(b"x"))) == b"y"
+    assert not lies
 
 
 def test_object_that_is_asked_for_many_times_leaves_once(line: Line) -> None:

@@ -202,7 +202,11 @@ def test_lab_stays_small_before_an_endless_answer_and_comes_back(port: Port) -> 
         told = federation.run("c", "server", "status", federation.coordinator, "--json")
         return '"online": true' in told
 
+    def ready() -> bool:
+        return "self-check passed" in (federation.root / "lab-1.log").read_text()
+
     federation.until(online, "lab-1 is there")
+    federation.until(ready, "its start is over, which takes memory for a while")
     federation.kill("coordinator")
     before = reset(lab.pid)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
