@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 from collections.abc import Iterable, Mapping
@@ -95,7 +94,6 @@ def start(folder: Path) -> int:
     try:
         Daemon(directory, note=lambda text: note(f"cytofed: {text}")).run()
     except KeyboardInterrupt:
-        logging.disable()  # a check that is under way loses its folder now, which is no news
         return 0
     return 0
 

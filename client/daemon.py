@@ -156,6 +156,7 @@ class Daemon:
                 pass
             finally:
                 self._say("stopped", False)
+                self._check.stop()
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -729,6 +730,9 @@ class Daemon:
         return Protection(unit, clip=clip, sigma=sigma, epsilon=epsilon, delta=spent.delta)
 
 
+_STOP_S = 60.0  # no order of a rehearsal takes so long
+
+
 class _Check:
     """The check of the private path, in a thread of its own from a lab's start on.
 
@@ -745,11 +749,19 @@ class _Check:
         self._seen = seen
         self._thread: threading.Thread | None = None
         self._wanted, self._done = threading.Event(), threading.Event()
+        self._stopping = threading.Event()
 
     def start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="check")
             self._thread.start()
+
+    def stop(self) -> None:
+        """End after the order under way. A process that ends while torch computes is an abort."""
+        self._stopping.set()
+        self._wanted.set()
+        if self._thread is not None:
+            self._thread.join(_STOP_S)
 
     def want(self) -> None:
         """There is a private plan."""
@@ -764,6 +776,7 @@ class _Check:
             raise self.failure
 
     def _run(self) -> None:
+        from cytofed.client.made_up import Stopped
         from cytofed.client.rehearsal import refuse_known_noise, rehearse
         from cytofed.privacy.noise import SystemRandomness
 
@@ -772,9 +785,13 @@ class _Check:
                 _log.info("self-check passed: %s", self_check(SystemRandomness))
             self._wanted.wait()
             with self.busy:
-                seen = rehearse(quick=True)
+                if self._stopping.is_set():
+                    raise Stopped
+                seen = rehearse(quick=True, stopping=self._stopping)
                 refuse_known_noise(self._seen, seen.noises)
                 _log.info("rehearsal passed: %s", seen)
+        except Stopped:
+            self.failure = VerificationError("the self-check was stopped: nothing is trained here")
         except Exception as error:
             if not isinstance(error, VerificationError):
                 _log.exception("the check of the private path")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,8 @@ class MadeUp:
     root: Path
     declared: int
     _stack: ExitStack = field(repr=False)
+    stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+    """no lab answers another order once it is set: ``Stopped`` instead"""
     coordinator: Identity = field(default_factory=lambda: Identity.generate(COORDINATOR))
     _identities: dict[str, Identity] = field(default_factory=dict, repr=False)
     _starts: dict[str, Start] = field(default_factory=dict, repr=False)
@@ -170,13 +173,17 @@ class MadeUp:
         return path
 
 
+class Stopped(Exception):
+    """The rehearsal was ended before its end, and says nothing."""
+
+
 @contextmanager
-def made_up(*, declared: int) -> Iterator[MadeUp]:
+def made_up(*, declared: int, stopping: threading.Event | None = None) -> Iterator[MadeUp]:
     """``declared``: patients that every lab states, whatever it has."""
     memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
     prefix = "cytofed-rehearsal-"
     with TemporaryDirectory(prefix=prefix, dir=memory) as folder, ExitStack() as stack:
-        yield MadeUp(Path(folder), declared, stack)
+        yield MadeUp(Path(folder), declared, stack, stopping or threading.Event())
 
 
 class MadeUpLab:
@@ -246,6 +253,8 @@ class MadeUpLab:
     def _ask(self, plan: Plan, kind: Kind, round_: int, parts: Parts) -> RecordDict:
         """The content of the answer to an order, opened by the coordinator."""
         offer, start = self._started(plan)
+        if self._world.stopping.is_set():
+            raise Stopped
         self.orders += 1
         order = Order(kind, offer.run, round_, plan.sha256, parts)
         manifest, payload = pack_content(pack_order(order))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -100,17 +101,21 @@ class Rehearsed:
 
 
 def rehearse(
-    *, quick: bool = False, sigma: float = SIGMA, sampling_rate: float = SAMPLING_RATE
+    *,
+    quick: bool = False,
+    sigma: float = SIGMA,
+    sampling_rate: float = SAMPLING_RATE,
+    stopping: threading.Event | None = None,
 ) -> Rehearsed:
     """All of the above, for plans with this noise and rate; ``quick``: fewer orders and variants.
 
     Nothing of it touches the lab's own records, ledger or cache.
-    Errors: VerificationError naming what does not hold.
+    Errors: VerificationError naming what does not hold; Stopped once ``stopping`` is set.
     """
     from cytofed.client.training import steady
 
     started_s = time.perf_counter()
-    with steady(1), made_up(declared=_DECLARED) as world:
+    with steady(1), made_up(declared=_DECLARED, stopping=stopping) as world:
         largest = _check_sensitivity(world, sigma, quick=quick)
         ratio, correlation, noises = _check_noise(world, sigma, sampling_rate, quick=quick)
         _check_non_finite(world, sigma)
