@@ -71,3 +71,7 @@ def test_help_tells_what_each_command_does_in_whole_sentences(group: tuple[str, 
     told = CliRunner().invoke(cli, [*group, "--help"]).output
     assert "Commands:" in told
     assert "..." not in told.split("Commands:")[1]
+
+
+def test_a_stopped_coordinator_is_no_failed_service() -> None:
+    assert "\nSuccessExitStatus=130\n" in (REPO / "deploy" / "cytofed-server.service").read_text()
