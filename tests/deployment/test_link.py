@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import load_pem_x509_certificate
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.message_pb2 import PushObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from starlette.testclient import TestClient
@@ -230,19 +231,29 @@ def test_long_words_of_a_message_do_not_end_a_lab(line: Line) -> None:
 
 
 def test_object_that_is_asked_for_many_times_leaves_once(line: Line) -> None:
-    link: Any = line.fleet._link
-    asked = list[str]()
-    take = link.store_message_and_object_tree
+    client, done = cast(Any, line.link._client), threading.Event()
+    announce, pushed = client.PushMessages, list[str]()
 
-    def greedy(*told: Any) -> tuple[bool, list[str]]:
-        stored, missing = take(*told)
-        return stored, missing * 50
+    def greedy(request: Any) -> Any:
+        if pushed:  # it is sent the message again, for it lacks the answer still
+            done.set()
+        found = announce(request)
+        found.objects_to_push.extend(list(found.objects_to_push) * 50)
+        return found
 
-    link.store_message_and_object_tree = greedy
-    line.http.event_hooks = {"request": [lambda request: asked.append(request.url.path)]}
+    def push(request: Any) -> PushObjectResponse:
+        if not done.is_set():
+            pushed.append(request.object_id)
+        return PushObjectResponse(stored=True)
+
+    client.PushMessages, client.PushObject = greedy, push
     line.work(lambda _message: Answer(LOGGED, content_of(bytes(100_000))))
-    assert bytes_of(line.ask(content_of(b"x"))) == bytes(100_000)
-    assert sum(path.endswith("/push-object") for path in asked) == 1
+    grid, node = line.grid(), line.fleet.nodes["leeds"]
+    [number] = grid.push_messages([grid.create_message(content_of(b"x"), "train", node, "1", 60.0)])
+    until = time.monotonic() + 60
+    while not done.is_set() and time.monotonic() < until:
+        grid.pull_messages([number])
+    assert len(pushed) == 1
 
 
 def test_lab_whose_session_is_never_known_takes_its_time(line: Line) -> None:
