@@ -77,6 +77,7 @@ from cytofed.messages import (
     new_message,
     unpack_order,
 )
+from cytofed.plan import Plan
 from cytofed.privacy import ledger, wire
 from cytofed.privacy.noise import Randomness
 from cytofed.privacy.sealing import Context as Place
@@ -100,6 +101,10 @@ from cytofed.words import one_line, without_markup
 
 MAX_OFFER_BYTES = 1 << 20
 """of an offer's document: a plan, and the keys of some hundred labs"""
+
+_COMPUTING = threading.RLock()
+"""Whoever computes holds it: torch's threads and seeds are the process's, and the check of the
+private path is a thread of its own. Two that compute at once get other numbers than each alone."""
 
 _SPARE_BYTES = wire.MAX_MESSAGE_BYTES
 """of a message beyond the arrays of its plan: keys and shares of a cohort, a model's card"""
@@ -451,8 +456,9 @@ class Daemon:
         order_message = new_message(content, kind=kind, node=0, group=str(parcel.round), ttl_s=1.0)
         if kind == "query.secagg":
             self._permit(entry, Asked(kind, parcel.round, parcel.slot))
-            self._open_run(entry, parcel)
-            found = self._ask_app(order_message)
+            with self._computing(offer.plan):
+                self._open_run(entry, parcel)
+                found = self._ask_app(order_message)
             return self._counted(entry, self._sealed(offer, parcel, kind, found, None))
         order = unpack_order(order_message)
         place = (order.run, order.round, order.slot, order.plan_sha256)
@@ -470,8 +476,9 @@ class Daemon:
             return self._counted(entry, answer)
         self._at = (order.run, order.round)
         self._say(f"{kind} for run {order.run}, round {order.round}", True)
-        self._open_run(entry, parcel)
-        found = self._ask_app(order_message)
+        with self._computing(offer.plan):
+            self._open_run(entry, parcel)
+            found = self._ask_app(order_message)
         return self._counted(entry, self._sealed(offer, parcel, kind, found, (mine, order)))
 
     def _permit(self, entry: Entry, asked: Asked, *, again: bool = False) -> None:
@@ -497,10 +504,19 @@ class Daemon:
         if self._directory.paused:
             raise RefusedError("paused by this lab")  # guard: paused
 
+    @contextlib.contextmanager
+    def _computing(self, plan: Plan) -> Iterator[None]:
+        """Have torch to oneself; a private plan's turn comes once the private path has passed.
+
+        Errors: VerificationError naming the check that failed.
+        """
+        if plan.privacy.unit != "none" and not self._rehearsal:
+            self._check.passed()
+        with _COMPUTING:
+            yield
+
     def _ask_app(self, message: Message) -> RecordDict:
         """Errors: RefusedError with the lab half's reason, or where it was paused meanwhile."""
-        with self._check.busy:  # it has torch's threads to itself
-            pass
         reply = self._app(message, Context(0, 0, {}, RecordDict(), {}))
         if reply.has_error():
             raise RefusedError(reply.error.reason or "refused")
@@ -744,8 +760,6 @@ class _Check:
     def __init__(self, seen: Path) -> None:
         """``seen``: the file of noise that earlier rehearsals saw."""
         self.failure: VerificationError | None = None
-        self.busy = threading.Lock()
-        """held while it computes"""
         self._seen = seen
         self._thread: threading.Thread | None = None
         self._wanted, self._done = threading.Event(), threading.Event()
@@ -781,10 +795,10 @@ class _Check:
         from cytofed.privacy.noise import SystemRandomness
 
         try:
-            with self.busy:
+            with _COMPUTING:
                 _log.info("self-check passed: %s", self_check(SystemRandomness))
             self._wanted.wait()
-            with self.busy:
+            with _COMPUTING:
                 if self._stopping.is_set():
                     raise Stopped
                 seen = rehearse(quick=True, stopping=self._stopping)

@@ -597,6 +597,9 @@ class Coordinator:
             sealed.nodes,
             model.manifest.size,
             secure,
+            signed_weights={
+                lab: float(decision.max_weight) for lab, decision in start.decided(offer).items()
+            },
             release=model.released,
         )
 

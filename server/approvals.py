@@ -149,8 +149,6 @@ def approved_by(
 def left_out(offer: Offer, decided: Mapping[str, tuple[Decision, bytes]]) -> dict[str, str]:
     """Labs whose approval counts for nothing, and why: the others would refuse such a cohort."""
     found: dict[str, str] = {}
-    if not offer.plan.secure_aggregation.enabled:
-        return found
     for lab, (decision, _) in decided.items():
         if decision.verdict == "approved":
             try:

@@ -65,6 +65,8 @@ class Run:
     """with secure aggregation: the coordinator sees sums only"""
     tell_exact: bool = False
     """labs are virtual, and tell their exact scores besides what the plan lets leave"""
+    signed_weights: Mapping[str, float] = field(default_factory=dict)
+    """what each lab signed that it weighs at most, as it approved; of virtual labs nothing"""
     release: Callable[[Float32, float | None], Float32] = lambda weights_P, _temperature: weights_P
     """the trained weights as a model that is evaluated (without a temperature) and given away
     (with it); see ``Start.released``"""
@@ -226,7 +228,7 @@ def _collect_updates(
         try:
             update = read(message, lambda got: unpack_update(got, parts=parts, size=run.size))
             _check_sender(lab, run, number, update.lab, update.run, update.round)
-            _check_share(update.weight, run)
+            _check_share(lab, update.weight, run)
         except BadMessage as error:
             reason = one_line(error.message)
             got.absent[lab] = reason
@@ -378,11 +380,14 @@ def _check_sender(lab: str, run: Run, number: int, *claimed: str | int) -> None:
         raise BadMessage(f"answers as {claimed}, expected {(lab, run.name, number)}")
 
 
-def _check_share(weight: float, run: Run) -> None:
-    """One lab may not use up the room that the sum has for the whole cohort."""
+def _check_share(lab: str, weight: float, run: Run) -> None:
+    """A lab weighs what it approved with at most, and may not use up the sum's room for all."""
     most = MAX_WEIGHT // len(run.cohort)  # whole: so many such weights are never above the sum's
     if weight > most:
         raise BadMessage(f"weight is {weight:g}, above {most:g} for one of {len(run.cohort)} labs")
+    signed = run.signed_weights.get(lab, most)
+    if weight > signed:
+        raise BadMessage(f"weight is {weight:g}, the lab approved with one of {signed:g} at most")
 
 
 def _seconds(train_s: float) -> float:

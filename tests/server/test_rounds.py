@@ -202,11 +202,14 @@ def federate(
     *,
     unreachable: Iterable[str] = (),
     start: Progress | None = None,
+    signed_weights: Mapping[str, float] = {},
 ) -> Ended:
     chosen = a_plan or plan()
     strategy = make_strategy(chosen.strategy)
     grid = ChosenGrid(labs, frozenset(unreachable))
-    run = Run("federation", chosen, strategy, SCHEME, grid.cohort, SIZE)
+    run = Run(
+        "federation", chosen, strategy, SCHEME, grid.cohort, SIZE, signed_weights=signed_weights
+    )
     begin = start or Progress(0, strategy.init(np.zeros(SIZE, np.float32)))
     notes, checkpoints = Notes(), list[Progress]()
     progress = run_rounds(grid, run, begin, checkpoint=checkpoints.append, watch=notes)
@@ -320,6 +323,14 @@ def test_order_of_labs_does_not_decide_who_is_refused_for_weight() -> None:
         {"york": honest, "ulm": honest, "greedy": greedy},
     ):
         assert federate(labs).records("received") == [["ulm", "york"]] * 2
+
+
+def test_lab_that_weighs_more_than_it_signed_is_absent_by_name() -> None:
+    labs = {"greedy": trains(weight=1e6), "ulm": honest, "york": honest}
+    signed = {"greedy": 16.0, "ulm": 16.0, "york": 10.0}
+    ended = federate(labs, plan(1), signed_weights=signed)
+    assert ended.records("received") == [["ulm", "york"]]
+    assert ended.records("absent")[0]["greedy"].endswith("approved with one of 16 at most")
 
 
 @pytest.mark.parametrize("labs", [9, 11, 40])
