@@ -29,7 +29,7 @@ federation: $(VENV)/installed  ## a coordinator and three labs as processes, doc
 	CYTOFED=$(abspath $(BIN))/cytofed deploy/federation.sh runs/federation
 
 test: lint types layers  ## lint, types, layers, tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not slow" -rs $(TESTS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not slow" -rs $(TESTS)
 
 test-faults: $(VENV)/installed-test  ## the full matrix of kills and cuts
 	$(BIN)/python -m pytest -n 2 --dist load -m faults -rs $(TESTS)

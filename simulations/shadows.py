@@ -102,7 +102,7 @@ def subjects_of(run_dir: Path) -> Subjects:
     private = run_dir / "checkpoints"
     if not (private / "labs.json").is_file():
         raise InputError(
-            f"{run_dir} does not say which images were trained on: membership inference needs "
+            "the run does not say which images were trained on: membership inference needs "
             "a simulation's folder with its checkpoints",
             hint="run the plan with `cytofed simulate`, and audit that run",
         )

@@ -114,7 +114,8 @@ def test_no_file_of_one_run_ends_a_thread_of_the_coordinator(damage: str, tmp_pa
 def test_run_that_this_user_may_not_read_is_damaged_and_hides_no_other(tmp_path: Path) -> None:
     shut, good = queued(tmp_path), queued(tmp_path)
     shut.root.chmod(0o000)
-    for folder in (tmp_path, *list(tmp_path.parents)[:2], good.root):
+    above = [folder for folder in tmp_path.parents if folder.name.startswith(("pytest-", "popen-"))]
+    for folder in (tmp_path, *above, good.root):
         folder.chmod(0o755)
     os.seteuid(65534)
     try:

@@ -223,4 +223,5 @@ def test_no_patient_is_on_both_sides_and_each_is_in_half_of_the_shadows(
 def test_a_run_that_does_not_say_who_was_trained_on_is_told_so(tmp_path: Path) -> None:
     found = infer_members(tmp_path)
     assert "needs a simulation's folder" in found["missing"]
+    assert str(tmp_path) not in found["missing"]
     assert lines(found, private=False) == [f"membership inference: {found['missing']}"]
