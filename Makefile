@@ -32,10 +32,10 @@ test: lint types layers  ## lint, types, layers, tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not slow" -rs $(TESTS)
 
 test-faults: $(VENV)/installed-test  ## the full matrix of kills and cuts
-	$(BIN)/python -m pytest -n 2 --dist load -m faults -rs $(TESTS)
+	$(BIN)/python -m pytest -n 3 --dist load -m faults -rs $(TESTS)
 
 fuzz: $(VENV)/installed-test  ## a million hostile documents, messages, objects and requests: a night
-	CYTOFED_FUZZ_CASES=1000000 $(BIN)/python -m pytest -n 2 --dist load -m faults tests/attacks/test_fuzz.py
+	CYTOFED_FUZZ_CASES=1000000 $(BIN)/python -m pytest -n 3 --dist load -m faults tests/attacks/test_fuzz.py
 
 bench: $(VENV)/installed-test  ## every benchmark against its peer, and a table
 	$(BIN)/python benchmarks/table.py
